@@ -1,0 +1,3 @@
+from megatron_commute.cli import main
+
+main()

@@ -1,0 +1,269 @@
+"""From a mixture file, a run and the data to the `Plan` that sampler, probe and controller follow."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from megatron_commute.mixture_file import (
+    Budget,
+    Config,
+    Controller,
+    Domain,
+    Probe,
+    load,
+)
+from megatron_commute.shares import (
+    exact_budgets,
+    initial_weights,
+    planned_changes,
+    planned_shares,
+    share_bounds,
+)
+from megatron_commute.yaml_checks import ConfigError
+
+__all__ = [
+    "Budget",
+    "Config",
+    "ConfigError",
+    "Controller",
+    "Domain",
+    "HoldoutParts",
+    "Plan",
+    "Probe",
+    "ProbeCost",
+    "Run",
+    "holdout_parts",
+    "load",
+    "probe_cost",
+    "probe_steps",
+    "resolve",
+]
+
+# Gradients that one sequence costs in a probe: counted for `difference`, measured for `exact`.
+GRADIENTS_PER_SAMPLE = {"difference": 2.0, "exact": 3.5}
+LARGEST_HOLDOUT = 0.2
+
+
+@dataclass(frozen=True)
+class Run:
+    """The run's size. `prefetched`: micro-batches a loader holds ahead (prefetch_factor * num_workers)."""
+
+    seq_length: int
+    global_batch: int
+    micro_batch: int
+    data_parallel: int
+    train_iters: int
+    prefetched: int = 0
+
+    @property
+    def samples(self) -> int:
+        return self.train_iters * self.global_batch
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What the run will do. K domains, T targets (1, or K for `each`).
+
+    `weights` f64[K] until the first change; `budgets` sequences or None; `sizes` training sequences per domain
+    (holdout taken off, except in mode shadow, where the host's own data is untouched); `holdouts` held-out
+    sequences; `targets` f64[T, K]; `minimum`, `maximum` f64[K] shares (in mode act with the controller's floors
+    and caps); `samples` of the whole run; `lead` samples; `shares` f64[K] of the run's samples that each domain
+    gets when nothing moves; `schedule`: (at_sample, weights f64[K]) pairs of mode fixed.
+    """
+
+    names: tuple[str, ...]
+    weights: np.ndarray
+    budgets: tuple[int | None, ...]
+    sizes: tuple[int, ...]
+    holdouts: tuple[int, ...]
+    targets: np.ndarray
+    minimum: np.ndarray
+    maximum: np.ndarray
+    samples: int
+    lead: int
+    warnings: tuple[str, ...]
+    shares: np.ndarray
+    schedule: tuple[tuple[int, np.ndarray], ...] = ()
+
+
+class HoldoutParts(NamedTuple):
+    """Disjoint positions in a holdout: gradients get half, direction and responses a quarter each."""
+
+    gradients: range
+    direction: range
+    responses: range
+
+
+def holdout_parts(n: int) -> HoldoutParts:
+    """Splits the positions 0..n-1 of a holdout; what does not divide goes to the last part."""
+    half, quarter = n // 2, n // 4
+    return HoldoutParts(range(half), range(half, half + quarter), range(half + quarter, n))
+
+
+def probe_steps(every: int, train_iters: int) -> range:
+    """Numbers of finished steps after which a probe runs: none before the first step or after the last."""
+    return range(every, train_iters, every)
+
+
+class ProbeCost(NamedTuple):
+    """`probes` in the run; `gradients` of single sequences in one probe; `share` of all that training computes."""
+
+    probes: int
+    gradients: float
+    share: float
+
+
+def probe_cost(config: Config, run: Run) -> ProbeCost:
+    """Counted, not timed: training costs one gradient per sequence, a probe those of method and direction."""
+    samples = config.probe.samples
+    per_domain = GRADIENTS_PER_SAMPLE[config.probe.method] * samples + direction_samples(config)
+    probes = len(probe_steps(config.every, run.train_iters))
+    gradients = len(config.domains) * per_domain
+    return ProbeCost(probes, gradients, probes * gradients / run.samples)
+
+
+def direction_samples(config: Config) -> int:
+    """Sequences per domain whose gradient makes the direction of one probe."""
+    return max(1, config.probe.samples // 2)
+
+
+def resolve(
+    config: Config, run: Run, sequences: Sequence[int], holdouts: Sequence[int | None] | None = None
+) -> Plan:
+    """Joins file, run and data. Raises ConfigError where they do not fit, naming the key and the cure.
+
+    sequences: whole sequences in each domain's own files; holdouts: sequences in each domain's separate
+    holdout file, None where the holdout comes off the end of the domain.
+    """
+    _check_run(run)
+    budgets = exact_budgets(config, run)
+    weights = initial_weights(config, run, budgets)
+    shares = planned_shares(run, budgets, weights)
+    minimum, maximum = share_bounds(config, weights, shares)
+    held = _holdouts(config, sequences, holdouts or [None] * len(sequences))
+    taken = [
+        0 if config.mode == "shadow" or isinstance(d.holdout, str) else n
+        for d, n in zip(config.domains, held, strict=True)
+    ]
+    sizes = tuple(n - off for n, off in zip(sequences, taken, strict=True))
+    return Plan(
+        names=config.names,
+        weights=weights,
+        budgets=tuple(budgets),
+        sizes=sizes,
+        holdouts=held,
+        targets=_targets(config, shares),
+        minimum=minimum,
+        maximum=maximum,
+        samples=run.samples,
+        lead=_lead(config, run),
+        warnings=tuple(_warnings(config, run, weights, shares, sizes)),
+        shares=shares,
+        schedule=planned_changes(config),
+    )
+
+
+def _check_run(run: Run) -> None:
+    flags = {
+        "--seq-length": run.seq_length,
+        "--global-batch-size": run.global_batch,
+        "--micro-batch-size": run.micro_batch,
+        "--world-size": run.data_parallel,
+        "--train-iters": run.train_iters,
+    }
+    for flag, value in flags.items():
+        if value < 1:
+            raise ConfigError(f"{flag}: got {value}; write a positive number")
+    chunk = run.micro_batch * run.data_parallel
+    if run.global_batch % chunk:
+        fitting = -(-run.global_batch // chunk) * chunk
+        raise ConfigError(
+            f"--global-batch-size: {run.global_batch} is not divisible by --micro-batch-size {run.micro_batch} "
+            f"x data-parallel size {run.data_parallel} = {chunk}; write {fitting}, or start other ranks"
+        )
+
+
+def _holdouts(config: Config, sequences: Sequence[int], apart: Sequence[int | None]) -> tuple[int, ...]:
+    held = []
+    for domain, total, separate in zip(config.domains, sequences, apart, strict=True):
+        key = f"domains.{domain.name}.holdout"
+        if total < 1:
+            problem = f"{', '.join(domain.path)} holds no whole sequence"
+            raise config.error(f"domains.{domain.name}.path", problem, "add text or shorten --seq-length")
+        if isinstance(domain.holdout, str):
+            if separate is None:
+                raise ValueError(f"{key}: names a file, its number of sequences is needed")
+            count = separate
+        else:
+            count = domain.holdout or max(4 * config.probe.samples, 256)
+            largest = int(total * LARGEST_HOLDOUT)
+            if count > largest:
+                origin = "" if domain.holdout else "the default, "
+                problem = (
+                    f"{origin}{count} sequences, is {count / total:.0%} of the {total} there are, over 20 %"
+                )
+                raise config.error(
+                    key, problem, f"write {largest} or less, name a separate prefix, or add text"
+                )
+        parts = holdout_parts(count)
+        need = {"gradients": config.probe.samples, "direction": direction_samples(config)}
+        if len(parts.gradients) < need["gradients"] or len(parts.direction) < need["direction"]:
+            enough = max(2 * need["gradients"], 4 * need["direction"])
+            problem = f"{count} sequences are too few for one probe of {config.probe.samples} samples"
+            raise config.error(key, problem, f"hold out {enough} or more, or lower probe.samples")
+        held.append(count)
+    return tuple(held)
+
+
+def _targets(config: Config, shares: np.ndarray) -> np.ndarray:
+    if config.target == "each":
+        return np.eye(len(config.domains))
+    if config.target is None:
+        return shares[None, :].copy()
+    target = np.array([[config.target.get(name, 0.0) for name in config.names]])
+    return target / target.sum()
+
+
+def _lead(config: Config, run: Run) -> int:
+    lead = 4 * run.global_batch if config.lead is None else config.lead
+    needed = (run.prefetched + 1) * run.micro_batch * run.data_parallel
+    if lead < needed:
+        origin = "the default of 4 global batches, " if config.lead is None else ""
+        problem = (
+            f"{origin}{lead} samples, is less than the {needed} samples that the data loaders read ahead"
+        )
+        raise config.error("lead", problem, f"write {needed} or more, or start fewer --num-workers")
+    return lead
+
+
+def _warnings(
+    config: Config, run: Run, weights: np.ndarray, shares: np.ndarray, sizes: Sequence[int]
+) -> list[str]:
+    found = []
+    for domain, weight, share, size in zip(config.domains, weights, shares, sizes, strict=True):
+        key = f"domains.{domain.name}"
+        if domain.budget and (left := domain.budget.remainder(run.seq_length)):
+            whole = domain.budget.sequences(run.seq_length)
+            found.append(
+                f"{key}.budget: {whole} sequences of {run.seq_length} tokens, {left} tokens remain unused"
+            )
+        if abs(weight - share) > 0.01:
+            found.append(f"{key}.weight: {weight:.3g}, but its share of the run's samples is {share:.3g}")
+        if share * run.samples > size:
+            found.append(f"{key}: its {size} sequences are used {share * run.samples / size:.2f} times")
+        if config.mode == "shadow" and not isinstance(domain.holdout, str):
+            found.append(f"{key}.holdout: in mode shadow the host trains on it too; name a prefix of its own")
+    cost = probe_cost(config, run)
+    if cost.probes == 0:
+        found.append(
+            f"every: no probe within {run.train_iters} iterations when one comes every {config.every}"
+        )
+    if cost.share > config.measure_budget:
+        found.append(
+            f"measure_budget: probes cost {cost.share:.2%} of training, over {config.measure_budget:.2%}"
+        )
+    if len(config.domains) == 1:
+        found.append("domains: there is only one, so there is no order to choose")
+    return found

@@ -43,7 +43,7 @@ class Groups:
 
     @property
     def data_rank(self):
-        return 0 if size(self.data) == 1 else dist.get_rank(self.data)
+        return rank_in(self.data)
 
 
 def everyone():
@@ -53,6 +53,10 @@ def everyone():
 
 def rank():
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def rank_in(group):
+    return 0 if size(group) == 1 else dist.get_rank(group)
 
 
 def size(group):
@@ -96,16 +100,73 @@ def sum_of_vectors(vectors, group, bucket=2**25):
     return vectors
 
 
-def any_rank(flag, groups):
-    """Whether `flag` holds on any rank: the vote, one number over the world group."""
-    device = "cuda" if torch.cuda.is_available() and dist.is_initialized() and dist.get_backend() == "nccl" else "cpu"
-    return bool(all_reduce_max(torch.tensor([float(bool(flag))], device=device), groups.world).item() > 0)
+def any_rank(flag, group):
+    """Whether `flag` holds on any rank of `group`: the vote, one number."""
+    if size(group) == 1:
+        return bool(flag)
+    return bool(all_reduce_max(torch.tensor([float(bool(flag))], device=_device()), group).item() > 0)
 
 
-def broadcast_text(text, groups):
-    """The string held by the world's first rank, on every rank (bitwise equal)."""
+def sum_of_numbers(array, group):
+    """Sum over `group` of a float64 numpy array, as a new array of the same shape."""
+    if size(group) == 1:
+        return array.copy()
+    return all_reduce_sum(torch.from_numpy(array).to(_device()), group).cpu().numpy()
+
+
+def broadcast_numbers(array, groups):
+    """The float64 numpy array of the world's first rank, bit for bit, on every rank (a new array)."""
     if size(groups.world) == 1:
-        return text
-    box = [text]
-    dist.broadcast_object_list(box, src=0, group=groups.world)
-    return box[0]
+        return array.copy()
+    out = torch.from_numpy(array.copy()).to(_device())
+    traffic.add("broadcast", out)
+    dist.broadcast(out, src=0, group=groups.world)
+    return out.cpu().numpy()
+
+
+def gather_text(text, groups, size_limit=480):
+    """The texts of all ranks of the world, in rank order, each cut to `size_limit` bytes of UTF-8."""
+    n = size(groups.world)
+    if n == 1:
+        return [text]
+    raw = text.encode()[:size_limit].ljust(size_limit, b"\0")
+    box = torch.tensor(list(raw), dtype=torch.uint8, device=_device())
+    boxes = [torch.empty_like(box) for _ in range(n)]
+    traffic.add("text", box)
+    dist.all_gather(boxes, box, group=groups.world)
+    return [bytes(b.tolist()).rstrip(b"\0").decode(errors="replace") for b in boxes]
+
+
+@dataclass(frozen=True)
+class Team:
+    """The data-parallel ranks that share one replicate of a probe. splits: those this rank works on, one a round;
+    rounds: the same on every rank; group: None for a team of one."""
+
+    splits: tuple
+    rounds: int
+    group: object
+    rank: int
+    size: int
+
+
+def team(groups, splits):
+    """Deal `splits` replicates over the data-parallel ranks: whole replicates to single ranks while there are at least
+    as many splits as ranks, else one replicate to a team of neighbouring ranks. Collective: every rank calls it once."""
+    ranks, own = size(groups.data), groups.data_rank
+    if ranks <= splits:
+        return Team(tuple(range(own, splits, ranks)), -(-splits // ranks), None, 0, 1)
+    cuts = [ranks * i // splits for i in range(splits + 1)]
+    mine = next(i for i in range(splits) if cuts[i] <= own < cuts[i + 1])
+    lines = [None] * dist.get_world_size()
+    dist.all_gather_object(lines, dist.get_process_group_ranks(groups.data))
+    group = None
+    for line in sorted({tuple(line) for line in lines}):
+        for start, stop in zip(cuts, cuts[1:], strict=False):
+            members = list(line[start:stop])
+            made = dist.new_group(members) if len(members) > 1 else None
+            group = made if dist.get_rank() in members else group
+    return Team((mine,), 1, group, own - cuts[mine], cuts[mine + 1] - cuts[mine])
+
+
+def _device():
+    return "cuda" if torch.cuda.is_available() and dist.is_initialized() and dist.get_backend() == "nccl" else "cpu"

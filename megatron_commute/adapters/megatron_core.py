@@ -1,0 +1,202 @@
+"""megatron-core under a DeepSpeed engine: everything this project asks of Megatron, in one place.
+
+Megatron and DeepSpeed are imported inside functions, so that the rest of the package works without them.
+"""
+
+import contextlib
+import types
+import warnings
+
+import torch
+
+from megatron_commute import reduce
+from megatron_commute.adapters import torch_loop
+
+
+@contextlib.contextmanager
+def quiet_import():
+    """megatron-core warns a dozen times about Transformer Engine and Apex while it is imported; users need not see it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def on_cpu():
+    """Let megatron-core run without CUDA: its device and random-state calls become harmless. Idempotent."""
+    if torch.cuda.is_available():
+        return
+    with quiet_import():
+        from megatron.core.tensor_parallel import random
+
+    torch.cuda.current_device = lambda: torch.device("cpu")
+    random.CudaRNGStatesTracker.add = lambda self, name, seed: None
+    random.CudaRNGStatesTracker.fork = lambda self, name=None: contextlib.nullcontext()
+
+
+def initialise(tensor_parallel, seed):
+    """Set up megatron-core's process groups and random states; torch.distributed is initialised already."""
+    on_cpu()
+    with quiet_import():
+        from megatron.core import parallel_state, tensor_parallel as tp
+
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_parallel)
+    if torch.cuda.is_available():
+        tp.model_parallel_cuda_manual_seed(seed)
+    torch.manual_seed(seed)
+
+
+def groups():
+    """reduce.Groups of the running job; a group of one rank is None."""
+    with quiet_import():
+        from megatron.core import parallel_state as mpu
+
+    data, model = mpu.get_data_parallel_group(), mpu.get_model_parallel_group()
+    return reduce.Groups(
+        data if reduce.size(data) > 1 else None, model if reduce.size(model) > 1 else None, reduce.everyone()
+    )
+
+
+def gpt_model(args, vocab_size):
+    """megatron-core's GPTModel (local spec) from Megatron's own flags, on the device of this rank.
+
+    args: namespace with num_layers, hidden_size, num_attention_heads, ffn_hidden_size, seq_length, max_position_embeddings,
+    tensor_model_parallel_size, hidden_dropout, attention_dropout, init_method_std, normalization, swiglu,
+    group_query_attention, num_query_groups, position_embedding_type, untie_embeddings_and_output_weights,
+    disable_bias_linear, bf16. vocab_size: padded to a multiple of the tensor-parallel size.
+    """
+    with quiet_import():
+        from megatron.core.models.gpt import GPTModel
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+        from megatron.core.transformer import TransformerConfig
+
+    config = TransformerConfig(
+        num_layers=args.num_layers,
+        hidden_size=args.hidden_size,
+        num_attention_heads=args.num_attention_heads,
+        num_query_groups=args.num_query_groups if args.group_query_attention else None,
+        ffn_hidden_size=args.ffn_hidden_size,
+        tensor_model_parallel_size=args.tensor_model_parallel_size,
+        hidden_dropout=args.hidden_dropout,
+        attention_dropout=args.attention_dropout,
+        init_method_std=args.init_method_std,
+        normalization=args.normalization,
+        gated_linear_unit=args.swiglu,
+        activation_func=torch.nn.functional.silu if args.swiglu else torch.nn.functional.gelu,
+        add_bias_linear=not args.disable_bias_linear,
+        use_cpu_initialization=True,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=torch.cuda.is_available(),
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        params_dtype=torch.float32,
+        bf16=args.bf16,
+    )
+    model = GPTModel(
+        config=config,
+        transformer_layer_spec=get_gpt_layer_local_spec(normalization=args.normalization),
+        vocab_size=vocab_size,
+        max_sequence_length=args.max_position_embeddings,
+        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+        position_embedding_type=args.position_embedding_type,
+    )
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def token_losses(model, tokens, labels):
+    """Loss of every token, f32[b, s], of a GPTModel; tokens, labels: i64[b, s]. Causal attention over whole sequences."""
+    length = tokens.shape[1]
+    positions = torch.arange(length, device=tokens.device).expand_as(tokens)
+    mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=tokens.device).triu(1)
+    return model(tokens, positions, mask, labels=labels).float()
+
+
+def mean_loss(model, tokens):
+    """Mean loss in nats per token; tokens: i64[b, s + 1] on any device."""
+    tokens = tokens.to(next(model.parameters()).device)
+    return token_losses(model, tokens[:, :-1], tokens[:, 1:]).mean()
+
+
+def probe_model(engine, micro_batch):
+    """The probe.Model of a GPTModel under a DeepSpeed engine with ZeRO stage 0 to 2.
+
+    Raises ValueError for ZeRO stage 3, whose parameters are partitioned.
+    """
+    from megatron_commute.adapters.twice_differentiable import twice_differentiable
+
+    if engine.zero_optimization_stage() > 2:
+        raise ValueError("probes read whole parameters: set zero_optimization.stage to 0, 1 or 2")
+    module, here = engine.module, groups()
+    params = [p for p in module.parameters() if p.requires_grad]
+    first = reduce.rank_in(here.model) == 0
+    owned = [first or getattr(p, "tensor_model_parallel", False) for p in params]
+    decay = {id(p): bool(group.get("weight_decay")) for group, members in _groups_of(engine) for p in members}
+    return torch_loop.probe_model(
+        module,
+        mean_loss,
+        micro_batch,
+        lambda: second_moments(engine, params),
+        owned,
+        [decay.get(id(p), False) for p in params],
+        here,
+        twice_differentiable,
+    )
+
+
+def _groups_of(engine):
+    """(optimiser group, its model parameters): ZeRO replaces a group's parameters by flat partitions."""
+    flat = getattr(engine.optimizer, "bit16_groups", None)
+    groups_ = engine.optimizer.param_groups
+    return zip(groups_, flat if flat is not None else [g["params"] for g in groups_], strict=True)
+
+
+def second_moments(engine, params):
+    """Bias-corrected second moments of Adam for every parameter, gathered from ZeRO shards; None before the first step.
+
+    Collective over the data-parallel group.
+    """
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    steps = [float(state["step"]) for state in inner.state.values() if "step" in state]
+    beta = inner.param_groups[0].get("betas", (None, None))[1]
+    if not steps or beta is None or max(steps) == 0:
+        return None
+    if engine.zero_optimization_stage() == 0 and not hasattr(params[0], "_hp_mapping"):
+        return torch_loop.second_moments(inner, params)
+    correction = 1 - beta ** max(steps)
+    return [safe_get_full_optimizer_state(p, "exp_avg_sq") / correction for p in params]
+
+
+def stock_dataset(blend, samples, seq_length, vocab_size, seed, cache):
+    """megatron-core's own blended GPTDataset of `samples` sequences: the data path of a run without this plug-in.
+
+    blend: Megatron's --train-data-path list, "weight prefix" pairs or one prefix.
+    """
+    with quiet_import():
+        from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+        from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+        from megatron.core.datasets.utils import get_blend_from_list
+
+    config = GPTDatasetConfig(
+        random_seed=seed,
+        sequence_length=seq_length,
+        blend_per_split=[get_blend_from_list(blend), None, None],
+        path_to_cache=cache,
+        tokenizer=types.SimpleNamespace(vocab_size=vocab_size, eod=-2, pad=-1, unique_identifiers={"vocab": vocab_size}),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
+    builder = BlendedMegatronDatasetBuilder(GPTDataset, [samples, 0, 0], lambda: True, config)
+    return builder.build()[0]
+
+
+def blend_of(paths):
+    """(prefixes, normalised weights) of Megatron's --train-data-path list; ValueError where weights are missing."""
+    if len(paths) == 1:
+        return paths, [1.0]
+    if len(paths) % 2:
+        raise ValueError("--train-data-path: write WEIGHT PREFIX pairs, one for each domain")
+    weights = [float(w) for w in paths[::2]]
+    return list(paths[1::2]), [w / sum(weights) for w in weights]

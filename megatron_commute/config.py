@@ -1,6 +1,6 @@
 """From a mixture file, a run and the data to the `Plan` that sampler, probe and controller follow."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -66,11 +66,11 @@ class Run:
 class Plan:
     """What the run will do. K domains, T targets (1, or K for `each`).
 
-    `weights` f64[K] until the first change; `budgets` sequences or None; `sizes` training sequences per domain
-    (holdout taken off, except in mode shadow, where the host's own data is untouched); `holdouts` held-out
-    sequences; `targets` f64[T, K]; `minimum`, `maximum` f64[K] shares (in mode act with the controller's floors
-    and caps); `samples` of the whole run; `lead` samples; `shares` f64[K] of the run's samples that each domain
-    gets when nothing moves; `schedule`: (at_sample, weights f64[K]) pairs of mode fixed.
+    `weights` f64[K] until the first change; `budgets` sequences or None; `sizes` training sequences of each
+    domain (holdout taken off, except in mode shadow, where the host's own data is untouched); `holdouts`
+    held-out sequences; `targets` f64[T, K]; `minimum`, `maximum` f64[K] shares (in mode act with the floors
+    and caps of the controller); `samples` of the whole run; `lead` samples; `shares` f64[K] of the run's
+    samples that each domain gets when nothing moves; `schedule`: (at_sample, weights f64[K]) of mode fixed.
     """
 
     names: tuple[str, ...]
@@ -108,7 +108,7 @@ def probe_steps(every: int, train_iters: int) -> range:
 
 
 class ProbeCost(NamedTuple):
-    """`probes` in the run; `gradients` of single sequences in one probe; `share` of all that training computes."""
+    """`probes` in the run; `gradients` of sequences in one probe; `share` of what training takes."""
 
     probes: int
     gradients: float
@@ -117,16 +117,21 @@ class ProbeCost(NamedTuple):
 
 def probe_cost(config: Config, run: Run) -> ProbeCost:
     """Counted, not timed: training costs one gradient per sequence, a probe those of method and direction."""
-    samples = config.probe.samples
-    per_domain = GRADIENTS_PER_SAMPLE[config.probe.method] * samples + direction_samples(config)
+    domains = len(config.domains)
+    targets = domains if config.target == "each" else 1
+    in_target = (
+        sum(1 for share in config.target.values() if share) if isinstance(config.target, Mapping) else domains
+    )
+    products = GRADIENTS_PER_SAMPLE[config.probe.method] * config.probe.samples * domains * targets
+    gradients = products + direction_samples(config) * in_target
     probes = len(probe_steps(config.every, run.train_iters))
-    gradients = len(config.domains) * per_domain
     return ProbeCost(probes, gradients, probes * gradients / run.samples)
 
 
 def direction_samples(config: Config) -> int:
-    """Sequences per domain whose gradient makes the direction of one probe."""
-    return max(1, config.probe.samples // 2)
+    """Sequences per domain for the direction of a probe: half of its gradients', one a split at least."""
+    samples, splits = config.probe.samples, config.probe.splits
+    return splits * max(1, samples // splits // 2)
 
 
 def resolve(
@@ -180,8 +185,9 @@ def _check_run(run: Run) -> None:
     if run.global_batch % chunk:
         fitting = -(-run.global_batch // chunk) * chunk
         raise ConfigError(
-            f"--global-batch-size: {run.global_batch} is not divisible by --micro-batch-size {run.micro_batch} "
-            f"x data-parallel size {run.data_parallel} = {chunk}; write {fitting}, or start other ranks"
+            f"--global-batch-size: {run.global_batch} is not divisible by --micro-batch-size "
+            f"{run.micro_batch} x data-parallel size {run.data_parallel} = {chunk}; "
+            f"write {fitting}, or start another number of ranks"
         )
 
 

@@ -88,8 +88,8 @@ class Controller:
 class Config:
     """A mixture file.
 
-    `target`: shares by name, "each" or None; `lead`: samples or None; `digest`: sha256 of the content, whatever
-    its comments, layout and place; `lines`: line of each dotted key.
+    `target`: shares by name, "each" or None; `lead`: samples or None; `digest`: sha256 of the content, not of
+    comments, layout and place; `lines`: line of each dotted key.
     """
 
     domains: tuple[Domain, ...]

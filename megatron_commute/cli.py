@@ -1,0 +1,186 @@
+"""The command line: parses, then calls one function. Bad input ends with exit status 2."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from megatron_commute import __version__
+from megatron_commute.config import ConfigError, Plan, Run, load, probe_cost, resolve
+
+PREFETCH_FACTOR = 2  # micro-batches that each worker of a torch DataLoader holds ready
+
+
+class _Refusal(click.ClickException):
+    """Bad input: one line on stderr, exit status 2."""
+
+    exit_code = 2
+
+    def show(self, file: Any = None) -> None:
+        click.echo(f"error: {self.message}", err=True)
+
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+
+
+def _print_json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def _table(rows: list[list[Any]], headers: list[str]) -> str:
+    from tabulate import tabulate
+
+    return tabulate(rows, headers=headers, disable_numparse=True)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="megatron-commute")
+def main() -> None:
+    """Decide when each data domain is used while a language model is pretrained."""
+
+
+@main.command()
+@click.argument("file", type=click.Path())
+@click.option("--seq-length", type=int, required=True, help="Tokens in a sequence.")
+@click.option("--global-batch-size", type=int, required=True, help="Sequences in a step.")
+@click.option("--micro-batch-size", type=int, required=True, help="Sequences in one forward pass of a rank.")
+@click.option("--train-iters", type=int, required=True, help="Steps of the run.")
+@click.option("--world-size", type=int, default=1, show_default=True, help="Ranks.")
+@click.option(
+    "--tensor-model-parallel-size", type=int, default=1, show_default=True, help="Ranks of one model."
+)
+@click.option("--num-workers", type=int, default=2, show_default=True, help="Data loader workers of a rank.")
+@as_json
+def plan(
+    file: str,
+    seq_length: int,
+    global_batch_size: int,
+    micro_batch_size: int,
+    train_iters: int,
+    world_size: int,
+    tensor_model_parallel_size: int,
+    num_workers: int,
+    as_json: bool,
+) -> None:
+    """Check a mixture file against run and data; show what would happen. Nothing is written."""
+    from megatron_commute.adapters.indexed_data import inspect_data
+
+    try:
+        if world_size < 1 or tensor_model_parallel_size < 1 or world_size % tensor_model_parallel_size:
+            raise ConfigError(
+                f"--world-size: {world_size} ranks cannot hold models of {tensor_model_parallel_size} ranks; "
+                "write a multiple of --tensor-model-parallel-size"
+            )
+        config = load(file)
+        run = Run(
+            seq_length=seq_length,
+            global_batch=global_batch_size,
+            micro_batch=micro_batch_size,
+            data_parallel=world_size // tensor_model_parallel_size,
+            train_iters=train_iters,
+            prefetched=PREFETCH_FACTOR * max(0, num_workers),
+        )
+        planned = resolve(config, run, *inspect_data(config, seq_length))
+    except ConfigError as error:
+        raise _Refusal(str(error)) from error
+    cost = probe_cost(config, run)
+    rows = plan_rows(planned)
+    if as_json:
+        _print_json(
+            {
+                "mode": config.mode,
+                "samples": planned.samples,
+                "lead": planned.lead,
+                "domains": rows,
+                "targets": planned.targets.tolist(),
+                "probes": {**cost._asdict(), "measure_budget": config.measure_budget},
+                "warnings": list(planned.warnings),
+            }
+        )
+        return
+    click.echo(_table([[_shown(value) for value in row.values()] for row in rows], list(rows[0])))
+    law = f", law {config.controller.law}" if config.mode == "act" else ""
+    click.echo(f"\nmode: {config.mode}{law}; {planned.samples} samples in {run.train_iters} steps")
+    click.echo(f"lead: {planned.lead} samples from a decision to its effect")
+    click.echo(
+        f"probes: {cost.probes} of {cost.gradients:g} sequence-gradients each ({config.probe.method}, "
+        f"{config.probe.samples} sequences per domain), {cost.share:.2%} of training; "
+        f"measure_budget {config.measure_budget:.2%}"
+    )
+    for warning in planned.warnings:
+        click.echo(f"warning: {warning}")
+
+
+def plan_rows(planned: Plan) -> list[dict[str, Any]]:
+    """One row per domain. epochs: of the training sequences, when nothing moves; target: None for `each`."""
+    alone = len(planned.targets) == 1
+    return [
+        {
+            "domain": name,
+            "weight": float(planned.weights[k]),
+            "budget": planned.budgets[k],
+            "sequences": planned.sizes[k],
+            "epochs": float(planned.shares[k] * planned.samples / planned.sizes[k]),
+            "holdout": planned.holdouts[k],
+            "min": float(planned.minimum[k]),
+            "max": float(planned.maximum[k]),
+            "target": float(planned.targets[0, k]) if alone else None,
+        }
+        for k, name in enumerate(planned.names)
+    ]
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+@main.command()
+@click.argument("run", type=click.Path(exists=True))
+@click.option("--out", type=click.Path(), help="The file to write; default report.html beside the record.")
+@as_json
+def report(run: str, out: str | None, as_json: bool) -> None:
+    """Draw the report of a run from its record (a file or the folder that holds it)."""
+    from megatron_commute import plots
+
+    try:
+        path = Path(plots.report(run, out))
+    except (FileNotFoundError, ValueError) as error:
+        raise _Refusal(str(error)) from error
+    if as_json:
+        _print_json({"report": str(path)})
+    else:
+        click.echo(str(path))
+
+
+@main.command()
+@click.argument("out_dir", type=click.Path(file_okay=False))
+@click.option("--seeds", type=click.IntRange(min=1), default=100, show_default=True, help="Random problems.")
+@as_json
+def quadratic(out_dir: str, seeds: int, as_json: bool) -> None:
+    """Measure the criterion on random quadratic problems with exact flows; tables go to OUT_DIR."""
+    from megatron_commute.experiments import quadratic as experiment
+
+    found = experiment.study(out_dir, seeds)
+    if as_json:
+        _print_json(found)
+    else:
+        click.echo(_table([[key, _shown(value)] for key, value in found.items()], ["quantity", "value"]))
+
+
+@main.command()
+@as_json
+def doctor(as_json: bool) -> None:
+    """Show what is installed and what works here. Exit status 1 when something indispensable is missing."""
+    from megatron_commute.doctor import examine, works
+
+    findings = examine()
+    if as_json:
+        _print_json({"works": works(findings), "findings": [finding._asdict() for finding in findings]})
+    else:
+        click.echo(_table([list(finding) for finding in findings], ["what", "state", "found", "cure"]))
+        click.echo("\nready" if works(findings) else "\nnot ready: install what is missing")
+    if not works(findings):
+        raise SystemExit(1)

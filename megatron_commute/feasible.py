@@ -1,0 +1,153 @@
+"""The weights nearest to a wish that still let budgets, minima and maxima hold to the end of the run."""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+
+def normalised(weights, count=None) -> np.ndarray:
+    """Weights f64[K] that sum to one; untouched when they do already (to 1e-12), as Megatron's table needs
+    them."""
+    result = np.array(weights, dtype=np.float64)
+    if result.ndim != 1 or result.size == 0 or (count is not None and result.size != count):
+        wanted = "one number for each domain" if count is None else f"{count} numbers, one for each domain"
+        raise ValueError(f"weights of shape {result.shape}: give {wanted}")
+    if not np.isfinite(result).all() or (result < 0).any() or not result.any():
+        raise ValueError(f"weights {result.tolist()}: give finite numbers >= 0, at least one of them above 0")
+    total = math.fsum(result)
+    return result if abs(total - 1.0) <= 1e-12 else result / total
+
+
+def nearest(wish, low, high, mass=1.0, spread=None) -> np.ndarray:
+    """The weights with low <= w <= high (f64[K]) and sum `mass` that are nearest to `wish` in KL divergence.
+
+    They are w_k = clip(a * wish_k, low_k, high_k) with one a for all. Domains whose wish is zero get more
+    than `low` only when the others stand at `high`; they share what is left in proportion to `spread`
+    (default equal). When the box holds no such weights (rounding at the end of a run) the nearer corner is
+    scaled to the mass.
+    """
+    lows, highs = math.fsum(low), math.fsum(high)
+    if (wish >= low).all() and (wish <= high).all() and abs(math.fsum(wish) - mass) <= 1e-12:
+        return wish.copy()
+    if highs <= mass or lows >= mass:
+        corner, total = (high, highs) if highs <= mass else (low, lows)
+        return corner * (mass / total) if total > 0 else corner.copy()
+    wished = wish > 0
+    ceiling = math.fsum(np.where(wished, high, low))
+    if ceiling < mass:
+        rest = np.ones_like(wish) if spread is None else spread
+        rest = np.where(rest > 0, rest, np.finfo(float).tiny)
+        result = high.copy()
+        result[~wished] = nearest(rest[~wished], low[~wished], high[~wished], mass - math.fsum(high[wished]))
+        return result
+    q = np.where(wished, wish, 1.0)
+    scale = _scale(q, low, np.where(wished, high, low), mass)
+    return np.where(wished, np.clip(scale * q, low, high), low)
+
+
+def _scale(q, low, high, mass) -> float:
+    """The a with sum(clip(a * q, low, high)) = mass, found exactly between two of the 2K breakpoints."""
+    steps = np.unique(np.concatenate([low / q, high / q]))
+    left, right = 0, len(steps) - 1
+    while right - left > 1:
+        middle = (left + right) // 2
+        if math.fsum(np.clip(steps[middle] * q, low, high)) <= mass:
+            left = middle
+        else:
+            right = middle
+    inside = 0.5 * (steps[left] + steps[right])
+    free = (inside * q > low) & (inside * q < high)
+    if not free.any():
+        return float(steps[left])
+    fixed = math.fsum(np.clip(inside * q, low, high)[~free])
+    return (mass - fixed) / math.fsum(q[free])
+
+
+class Bounds(NamedTuple):
+    """Weight bounds that must still hold at the end, for budgeted domains and for the endless ones as a
+    group."""
+
+    low: np.ndarray
+    high: np.ndarray
+    need: np.ndarray  # samples the target still owes each budget, f64[K]
+    budgeted: np.ndarray
+    endless: np.ndarray
+    left: int
+
+    def weights(self, wish, spread) -> tuple[np.ndarray, float]:
+        """Feasible weights and for how many samples they stay feasible.
+
+        The rest of the run is possible while need / left lies inside the bounds. A domain that reaches a
+        bound keeps the rate need / left from there to the end.
+        """
+        low, high, group = self.low.copy(), self.high.copy(), None
+        spare = self.left - math.fsum(self.need[self.budgeted])
+        ends = [math.fsum(self.low[self.endless]), math.fsum(self.high[self.endless])]
+        while True:
+            result = self._share(wish, low, high, group, spread)
+            room = np.full(wish.size, np.inf)
+            free = self.budgeted & (low < high)
+            inside = zip(self.need[free], self.low[free], self.high[free], result[free], strict=True)
+            room[free] = [_room(*domain, self.left) for domain in inside]
+            total = math.fsum(result[self.endless])
+            slack = (
+                _room(spare, *ends, total, self.left) if group is None and self.endless.any() else math.inf
+            )
+            pinned = room < 1
+            if not pinned.any() and slack >= 1:
+                return result, min(room.min(), slack)
+            rate = np.clip(self.need / self.left, self.low, self.high)
+            low[pinned] = high[pinned] = rate[pinned]
+            if slack < 1:
+                group = min(max(spare / self.left, ends[0]), ends[1])
+
+    def _share(self, wish, low, high, group, spread):
+        if group is None:
+            return nearest(wish, low, high, 1.0, spread)
+        result = np.zeros_like(wish)
+        for part, mass in ((self.budgeted, 1.0 - group), (self.endless, group)):
+            result[part] = nearest(wish[part], low[part], high[part], mass, spread[part])
+        return result
+
+
+def _room(need, low, high, weight, left) -> float:
+    """For how many samples `weight` keeps low <= need / left <= high. Bounds 0 and 1 are left to the
+    counters."""
+    room = math.inf
+    if high < 1 and weight < high:
+        room = (high * left - need) / (high - weight)
+    if low > 0 and weight > low:
+        room = min(room, (need - low * left) / (weight - low))
+    return max(room, 0.0)
+
+
+def check(low, high, budgets, samples) -> None:
+    """ValueError when no weights in [low, high], f64[K] each, serve the budgets in the run's samples."""
+    K = len(budgets)
+    if low.shape != (K,) or high.shape != (K,):
+        raise ValueError(f"minimum {low.shape} and maximum {high.shape}: give {K} numbers each, or None")
+    if not ((low >= 0) & (low <= high) & (high <= 1)).all():
+        raise ValueError("minimum and maximum: 0 <= minimum <= maximum <= 1 must hold for every domain")
+    if math.fsum(low) > 1 + 1e-9 or math.fsum(high) < 1 - 1e-9:
+        raise ValueError(
+            "minimum must sum to at most 1, maximum to at least 1: lower or raise them"
+        )
+    endless = np.array([budget is None for budget in budgets])
+    if samples is None:
+        if low[~endless].any() or math.fsum(high[endless]) < 1 - 1e-9:
+            raise ValueError(
+                "bounds cannot hold after the budgets have run out: give `samples`, the run's total, or drop "
+                "the minimum of the budgeted domains and the maximum of the endless ones"
+            )
+        return
+    rows = [(f"domain {d}", budgets[d], low[d], high[d]) for d in np.flatnonzero(~endless)]
+    if endless.any():
+        spare = samples - sum(budget for budget in budgets if budget is not None)
+        rows.append(("the endless domains", spare, math.fsum(low[endless]), math.fsum(high[endless])))
+    for name, budget, floor, ceiling in rows:
+        if not floor * samples - 1 <= budget <= ceiling * samples + 1:
+            raise ValueError(
+                f"{name}: {budget} of {samples} samples is outside the weight bounds "
+                f"[{floor:g}, {ceiling:g}] to the end: change the budget or the bounds"
+            )

@@ -152,7 +152,7 @@ def _builder(path: Path):
 
 def write(prefix: Path, texts: list[str], tokenizer, progress) -> int:
     """PREFIX.bin and .idx: uint16, one sequence a document, each ended by END_OF_DOCUMENT; returns tokens."""
-    import torch
+    import numpy
 
     end = tokenizer.token_to_id(END_OF_DOCUMENT)
     builder = _builder(prefix.with_suffix(".bin"))
@@ -160,7 +160,7 @@ def write(prefix: Path, texts: list[str], tokenizer, progress) -> int:
     for start in range(0, len(texts), 64):
         batch = texts[start : start + 64]
         for text, encoding in zip(batch, tokenizer.encode_batch(batch), strict=True):
-            ids = torch.tensor([*encoding.ids, end])
+            ids = numpy.array([*encoding.ids, end], dtype=numpy.uint16)
             builder.add_document(ids, [len(ids)])
             tokens += len(ids)
             progress.update(len(text.encode()))

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,7 +63,11 @@ def _modules() -> dict[str, str]:
 def _docstrings(source: str) -> list[tuple[int, int, str]]:
     """First line, last line (1-based, inclusive) and text of every docstring of a module."""
     found = []
-    for node in ast.walk(ast.parse(source)):
+    with warnings.catch_warnings():
+        # Some modules hold escapes that a newer compiler frowns upon; that is their business.
+        warnings.simplefilter("ignore")
+        tree = ast.parse(source)
+    for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             text = ast.get_docstring(node)
             if text:

@@ -1,0 +1,213 @@
+"""The mixture file: what is accepted, and the exact words for everything that is not."""
+# ruff: noqa: E501  (messages stand in one piece, so that they can be searched)
+
+import dataclasses
+
+import pytest
+
+from megatron_commute import mixture_file
+from megatron_commute.config import ConfigError, load
+
+TWO = "domains:\n  en: {path: en}\n  ru: {path: ru}\n"
+
+
+def written(tmp_path, content):
+    path = tmp_path / "mixture.yaml"
+    path.write_text(content, encoding="utf-8")
+    return path
+
+
+def refusal(tmp_path, content):
+    """The one message that a file ends with, without the folder."""
+    with pytest.raises(ConfigError) as caught:
+        load(written(tmp_path, content))
+    assert "\n" not in str(caught.value)
+    return str(caught.value).replace(f"{tmp_path}/", "")
+
+
+EVERY_KEY = """
+domains:
+  en: {path: [en/a, en/b], weight: 0.75, budget: 600, min: 0.1, max: 0.9, holdout: 300}
+  ru:
+    path: /data/ru
+    weight: 0.25
+    budget: 3.2ktok
+    holdout: held/ru
+target: {en: 0.5, ru: 0.5}
+mode: act
+every: 20
+lead: 64
+seed: 7
+probe: {samples: 32, splits: 2, method: exact, metric: identity, direction: local, time_limit: 60}
+controller:
+  law: hold
+  strength: 0.5
+  rate: 0.1
+  confidence: 0.9
+  floors: 0.05
+  caps: {en: 0.8}
+schedule: null
+measure_budget: 0.01
+"""
+
+
+def test_every_key_is_read(tmp_path):
+    config = load(written(tmp_path, EVERY_KEY))
+    en, ru = config.domains
+    assert en.path == (f"{tmp_path}/en/a", f"{tmp_path}/en/b") and ru.path == ("/data/ru",)
+    assert (en.weight, en.minimum, en.maximum, en.holdout) == (0.75, 0.1, 0.9, 300)
+    assert (en.budget.sequences(16), ru.budget.sequences(16)) == (600, 200)
+    assert ru.holdout == f"{tmp_path}/held/ru"
+    assert config.target == {"en": 0.5, "ru": 0.5} and config.mode == "act"
+    assert (config.every, config.lead, config.seed, config.schedule) == (20, 64, 7, None)
+    assert dataclasses.astuple(config.probe) == (32, 2, "exact", "identity", "local", 60.0)
+    assert dataclasses.astuple(config.controller) == ("hold", 0.5, 0.1, 0.9, (0.05, 0.05), (0.8, 1.0))
+    assert config.measure_budget == 0.01
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.mode = "shadow"
+
+
+def test_defaults(tmp_path):
+    config = load(written(tmp_path, TWO))
+    assert (config.mode, config.every, config.lead, config.seed) == ("shadow", 1000, None, 1234)
+    assert (config.target, config.schedule, config.measure_budget) == (None, None, 0.005)
+    assert dataclasses.astuple(config.probe) == (64, 4, "difference", "adam", "local", None)
+    assert dataclasses.astuple(config.controller) == ("tilt", 1.0, 0.05, 0.95, (0.0, 0.0), (1.0, 1.0))
+    assert [(d.weight, d.budget, d.minimum, d.maximum, d.holdout) for d in config.domains] == [
+        (None, None, 0.0, 1.0, None)
+    ] * 2
+
+
+def test_digest_is_of_the_content_not_of_the_layout(tmp_path):
+    def digest(text):
+        return load(written(tmp_path, text)).digest
+
+    same = "# a comment\ndomains: {en: {path: 'en'}, ru: {path: ru}}"
+    assert digest(TWO) == digest(same) != digest(TWO + "seed: 1\n")
+    assert digest(TWO) != digest("domains: {ru: {path: ru}, en: {path: en}}"), "the order of domains counts"
+
+
+# Each: what is written below two domains, and the whole complaint (line 4 is the first one added).
+ADDED = [
+    ("evry: 5", "4: evry: unknown key; known here: KEYS (did you mean every?)"),
+    ("every: 0", "4: every: got 0; write a positive number of training steps between two probes"),
+    ("every: 2.5", "4: every: got 2.5; write a positive number of training steps between two probes"),
+    ("every: yes", '4: every: got yes; write a positive number of training steps between two probes'),
+    ("every: true", "4: every: got true; write a positive number of training steps between two probes"),
+    ("lead: -1", "4: lead: got -1; write a positive number of samples, or null for 4 global batches"),
+    ("seed: -3", "4: seed: got -3; write an integer that is not negative"),
+    ("mode: actt", "4: mode: got actt; write one of shadow, fixed, act (did you mean act?)"),
+    ("mode: [act]", '4: mode: got ["act"]; write one of shadow, fixed, act (did you mean act?)'),
+    ("measure_budget: 0", "4: measure_budget: got 0; write a share of the training compute, such as 0.005"),
+    ("measure_budget: .nan", "4: measure_budget: got NaN; write a share of the training compute, such as 0.005"),
+    ("schedule: 3", "4: schedule: got 3; write the path of a CSV file, or null"),
+    ("schedule: s.csv", "4: schedule: is followed in mode fixed only; write mode: fixed"),
+    ("probe: 64", "4: probe: got 64; write a mapping with the keys samples, splits, method, metric, direction, time_limit"),
+    ("probe:\n  samples: 0", "5: probe.samples: got 0; write a positive number of sequences"),
+    ("probe:\n  samples: 66", "5: probe.samples: 66 is not divisible by the 4 splits; write 68, or other probe.splits"),
+    ("probe:\n\n  splits: 1", "6: probe.splits: got 1; write 2 or more, standard errors come from the splits"),
+    ("probe:\n  method: differance", "5: probe.method: got differance; write one of difference, exact (did you mean difference?)"),
+    ("probe: {metric: sgd}", "4: probe.metric: got sgd; write one of identity, adam"),
+    ("probe: {direction: adjoint}", "4: probe.direction: got adjoint; write one of local"),
+    ("probe: {time_limit: 0}", "4: probe.time_limit: got 0; write a positive number of seconds, or null"),
+    ("probe: {sample: 8}", "4: probe.sample: unknown key; known here: samples, splits, method, metric, direction, time_limit (did you mean samples?)"),
+    ("controller: {law: receding}", "4: controller.law: got receding; write one of hold, tilt"),
+    ("controller: {strength: 0}", "4: controller.strength: got 0; write a positive number"),
+    ("controller: {rate: 1.5}", "4: controller.rate: got 1.5; write the largest change of a weight in one decision, such as 0.05"),
+    ("controller: {confidence: 1}", "4: controller.confidence: got 1; write a probability from 0.5 to below 1, such as 0.95"),
+    ("controller: {floors: 2}", "4: controller.floors: got 2; write a share between 0 and 1"),
+    ("controller:\n  caps:\n    rus: 0.5", "6: controller.caps.rus: there is no such domain; the domains are en, ru (did you mean ru?)"),
+    ("target: all", "4: target: got all; write shares of the domains that sum to 1, such as {en: 0.5, ru: 0.5}, or each, or null"),
+    ("target: {en: 0.6, ru: 0.5}", '4: target: got {"en": 0.6, "ru": 0.5}; these sum to 1.1, write shares of the domains that sum to 1, such as {en: 0.5, ru: 0.5}, or each, or null'),
+    ("target: {en: 0.5, xx: 0.5}", "4: target.xx: there is no such domain; the domains are en, ru"),
+    ("target: each\nmode: act", "4: target: mode act cannot act on several targets at once; write shares of the domains, or mode: shadow"),
+    ("seed: 1\nseed: 2", "5: seed: the key is written twice; keep one of the two"),
+    ("seed: [1", "5: is not YAML: expected ',' or ']', but got '<stream end>'; correct the line"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("added", "message"), ADDED, ids=[added for added, _ in ADDED])
+def test_bad_key(tmp_path, added, message):
+    message = message.replace("KEYS", ", ".join(mixture_file.FILE_KEYS))
+    assert refusal(tmp_path, TWO + added + "\n") == f"mixture.yaml:{message}"
+
+
+SHARE = "write a share between 0 and 1"
+BUDGET = "write a positive number of sequences (12000), of tokens (3.1Mtok), or null"
+HOLDOUT = "write a positive number of sequences or the prefix of a .bin/.idx pair"
+DOMAIN = [
+    ("path: en.bin", "path: got en.bin; write the prefix without its ending: en"),
+    ("path: []", "path: got []; write the prefix of a .bin/.idx pair, or a list of them"),
+    ("path: [en, 3]", 'path: got ["en", 3]; write the prefix of a .bin/.idx pair'),
+    ("weight: 0.5", "path: missing; write the prefix of a .bin/.idx pair"),
+    ("path: ru", "path: ru is read by domain ru already; name every prefix once"),
+    ("path: en, weight: -0.1", f"weight: got -0.1; {SHARE}"),
+    ("path: en, weight: 9/10", f"weight: got 9/10; {SHARE}"),
+    ("path: en, budget: 0", f"budget: got 0; {BUDGET}"),
+    ("path: en, budget: 3.1", f"budget: got 3.1; {BUDGET}"),
+    ("path: en, budget: 3.1Mb", f"budget: got 3.1Mb; {BUDGET}"),
+    ("path: en, budget: 0.5tok", f"budget: got 0.5tok; {BUDGET}"),
+    ("path: en, min: 1.1", f"min: got 1.1; {SHARE}"),
+    ("path: en, max: -1", f"max: got -1; {SHARE}"),
+    ("path: en, min: 0.6, max: 0.5", "min: 0.6 is above max 0.5; write a lower one"),
+    ("path: en, holdout: 0", f"holdout: got 0; {HOLDOUT}"),
+    ("path: en, holdout: held.idx", "holdout: got held.idx; write the prefix without its ending: held"),
+    ("path: en, holdout: ru", "holdout: is trained on as well; name a prefix of its own"),
+    ("path: en, weigth: 1", "weigth: unknown key; known here: path, weight, budget, min, max, holdout (did you mean weight?)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "message"), DOMAIN, ids=[body for body, _ in DOMAIN])
+def test_bad_domain(tmp_path, body, message):
+    content = f"domains:\n  ru: {{path: ru}}\n  en: {{{body}}}\n"
+    assert refusal(tmp_path, content) == f"mixture.yaml:3: domains.en.{message}"
+
+
+def test_every_key_has_a_refusal():
+    refused = {message.split(": ")[1] for _, message in ADDED} | {
+        f"domains.NAME.{m.split(':')[0]}" for _, m in DOMAIN
+    }
+    sections = {
+        "": "FILE_KEYS",
+        "domains.NAME.": "DOMAIN_KEYS",
+        "probe.": "PROBE_KEYS",
+        "controller.": "CONTROLLER_KEYS",
+    }
+    known = {prefix + key for prefix, name in sections.items() for key in getattr(mixture_file, name)}
+    assert {
+        key for key in known if not any(got == key or got.startswith(f"{key}.") for got in refused)
+    } == set()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "mixture.yaml: is not a mapping of keys; write at least domains: {NAME: {path: PREFIX}}"),
+        ("- en", "mixture.yaml: is not a mapping of keys; write at least domains: {NAME: {path: PREFIX}}"),
+        ("seed: 1", "mixture.yaml: domains: no domain is named; write at least one domain, such as domains: {en: {path: data/en}}"),
+        ("domains: {}", "mixture.yaml:1: domains: no domain is named; write at least one domain, such as domains: {en: {path: data/en}}"),
+        ("domains:\n  7: {path: a}", "mixture.yaml:2: domains.7: is no name; use letters, digits, - and _, in quotes if all are digits"),
+        ("domains:\n  en: {path: a}\n  en: {path: b}", "mixture.yaml:3: en: the key is written twice; keep one of the two"),
+        ("domains: !!python/object:os.system {}", "mixture.yaml:1: domains: no domain is named; write at least one domain, such as domains: {en: {path: data/en}}"),
+        ("a: 1\n---\nb: 2", "mixture.yaml:2: is not YAML: but found another document; correct the line"),
+    ],
+)  # fmt: skip
+def test_bad_file(tmp_path, content, message):
+    assert refusal(tmp_path, content) == message
+
+
+def test_unreadable_files(tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"none\.yaml: cannot be read: No such file or directory; name a mixture"
+    ):
+        load(tmp_path / "none.yaml")
+    (tmp_path / "latin.yaml").write_bytes("domains: {é: {path: a}}".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"latin\.yaml: is not UTF-8 text .*; save it as UTF-8"):
+        load(tmp_path / "latin.yaml")
+
+
+def test_line_of_a_key_merged_from_an_anchor(tmp_path):
+    content = "x: &same {weight: 2}\n"
+    assert refusal(tmp_path, content + TWO).startswith("mixture.yaml:1: x: unknown key")
+    content = "domains:\n  en: &same\n    path: en\n    weight: 2\n  ru:\n    <<: *same\n    path: ru\n"
+    assert refusal(tmp_path, content).startswith("mixture.yaml:4: domains.en.weight: got 2")

@@ -15,6 +15,7 @@ from megatron_commute.mixture_file import (
     load,
 )
 from megatron_commute.shares import (
+    Run,
     exact_budgets,
     initial_weights,
     planned_changes,
@@ -44,22 +45,6 @@ __all__ = [
 # Gradients that one sequence costs in a probe: counted for `difference`, measured for `exact`.
 GRADIENTS_PER_SAMPLE = {"difference": 2.0, "exact": 3.5}
 LARGEST_HOLDOUT = 0.2
-
-
-@dataclass(frozen=True)
-class Run:
-    """The run's size. `prefetched`: micro-batches a loader holds ahead (prefetch_factor * num_workers)."""
-
-    seq_length: int
-    global_batch: int
-    micro_batch: int
-    data_parallel: int
-    train_iters: int
-    prefetched: int = 0
-
-    @property
-    def samples(self) -> int:
-        return self.train_iters * self.global_batch
 
 
 @dataclass(frozen=True, eq=False)

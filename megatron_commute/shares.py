@@ -1,21 +1,34 @@
-"""Shares of a run: budgets, initial weights, bounds and planned changes, checked against each other.
+"""The run's size and its shares: budgets, initial weights, bounds and planned changes.
 
 K domains; every function raises ConfigError naming the key and the cure.
 """
 
 import csv
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from megatron_commute.mixture_file import SHARE_TOLERANCE, Config
 
-if TYPE_CHECKING:
-    from megatron_commute.config import Run
+
+@dataclass(frozen=True)
+class Run:
+    """The run's size. `prefetched`: micro-batches a loader holds ahead (prefetch_factor * num_workers)."""
+
+    seq_length: int
+    global_batch: int
+    micro_batch: int
+    data_parallel: int
+    train_iters: int
+    prefetched: int = 0
+
+    @property
+    def samples(self) -> int:
+        return self.train_iters * self.global_batch
 
 
-def exact_budgets(config: Config, run: "Run") -> list[int | None]:
+def exact_budgets(config: Config, run: Run) -> list[int | None]:
     """Sequences of every budget, None where there is none; what the run cannot meet exactly is refused."""
     budgets = [domain.budget and domain.budget.sequences(run.seq_length) for domain in config.domains]
     given = [budget for budget in budgets if budget is not None]
@@ -43,7 +56,7 @@ def exact_budgets(config: Config, run: "Run") -> list[int | None]:
     return budgets
 
 
-def initial_weights(config: Config, run: "Run", budgets: list[int | None]) -> np.ndarray:
+def initial_weights(config: Config, run: Run, budgets: list[int | None]) -> np.ndarray:
     """Given weights stay; the omitted ones share what is left by budget (so all omitted: budget shares)."""
     given = [domain.weight for domain in config.domains]
     omitted = [k for k, weight in enumerate(given) if weight is None]
@@ -77,7 +90,7 @@ def initial_weights(config: Config, run: "Run", budgets: list[int | None]) -> np
     return weights / weights.sum()
 
 
-def planned_shares(run: "Run", budgets: list[int | None], weights: np.ndarray) -> np.ndarray:
+def planned_shares(run: Run, budgets: list[int | None], weights: np.ndarray) -> np.ndarray:
     """Share of the run's samples of each domain: its budget, and for endless domains the rest by weight."""
     endless = np.array([budget is None for budget in budgets])
     shares = np.array([budget or 0 for budget in budgets]) / run.samples

@@ -1,31 +1,39 @@
 """Gradients and Hessian-vector products of a scalar loss, by differences of gradients or by double backward.
 
-A loss is a callable that takes the parameters as a list of tensors and returns a scalar; a vector v is a list of tensors
-with the shapes of the parameters. Parameters are read, never written: every evaluation happens on detached aliases or on
-displaced copies, so an exception leaves no trace in a model. Nothing here communicates: under tensor or data parallelism
-the loss carries its own collectives and the caller sums what is sharded.
+A loss is a callable that takes the parameters as a list of tensors and returns a scalar; a vector v is a
+list of tensors with the shapes of the parameters. Parameters are read, never written: every evaluation
+happens on detached aliases or on displaced copies, so an exception leaves no trace in a model. Nothing here
+communicates: under tensor or data parallelism the loss carries its own collectives, the caller sums what is
+sharded, and squared lengths come from the caller's `square`: vector -> float, equal on all ranks that share
+a model.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 
 from megatron_commute.ops import check_shapes, displace, gram
 
+Vector = Sequence[torch.Tensor]
 Loss = Callable[[list[torch.Tensor]], torch.Tensor]
 METHODS = ("difference", "exact")
-_RELATIVE_STEP = 2.5e-5  # |eps v| / |theta| in float32
-_PRECISIONS = (torch.float32, torch.float64)
+# Length of the displacement eps v in float32 where rounding and truncation balance: 4e-4 .. 2e-3 along
+# gradients of small GPTs and Llamas, at initialisation and trained, whatever their size. Random directions
+# allow ten times more.
+_LENGTH = 7e-4
+_FRACTION = (1e-6, 1e-3)  # of |params|: not lost in the spacing of float32, and small against the weights
+_REACH = 8.0  # a tuned step moves at most this far from where it was fitted
 
 
 class Product(NamedTuple):
-    """gradient g and product H v: lists of tensors. error: estimated |error of the product|, None where not estimated.
+    """gradient g and product H v: lists of tensors. error: estimated |error of H v| (None: not estimated).
 
-    step: the eps of the difference, None for the exact method. Sums over micro-batches taken at one step add exactly.
+    step: the eps of the difference, None for the exact method. Micro-batches taken at one step add up
+    exactly.
     """
 
     gradient: list[torch.Tensor]
@@ -34,144 +42,224 @@ class Product(NamedTuple):
     step: float | None
 
 
-def gradient(loss: Loss, params: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def _square(vector: Vector) -> float:
+    """Squared length of a vector that lies on this rank as a whole."""
+    return sum(_inner(t, t) for t in vector)
+
+
+def _inner(x: torch.Tensor, y: torch.Tensor) -> float:
+    return gram([[x]], [[y]]).item()
+
+
+def gradient(loss: Loss, params: Vector) -> list[torch.Tensor]:
     """Gradient of the loss at params, detached; zeros where the loss does not use a parameter.
 
-    Raises ValueError without parameters, or when the loss uses none of them; FloatingPointError when it is not finite.
+    Raises ValueError without parameters, or when the loss uses none of them; FloatingPointError when it is
+    not finite.
     """
-    leaves = _leaves(params)
-    return _finite([g.detach() for g in _backward(loss, leaves, create_graph=False)], "the gradient")
+    return _finite(_slopes(loss, _leaves(params), twice=False), "the gradient")
 
 
 def hessian_vector_product(
-    loss: Loss,
-    params: Sequence[torch.Tensor],
-    v: Sequence[torch.Tensor],
-    method: str = "difference",
-    *,
-    step: float | None = None,
+    loss: Loss, params: Vector, v: Vector, method: str = "difference", *, step: float | None = None
 ) -> list[torch.Tensor]:
-    """H v at params, H the Hessian of the loss; see gradient_and_product for the methods and the errors raised."""
+    """H v at params, H the Hessian of the loss; methods and errors as in gradient_and_product."""
     return gradient_and_product(loss, params, v, method, step).product
 
 
 def gradient_and_product(
     loss: Loss,
-    params: Sequence[torch.Tensor],
-    v: Sequence[torch.Tensor],
+    params: Vector,
+    v: Vector,
     method: str = "difference",
     step: float | None = None,
     *,
     check: bool = False,
+    square: Callable[[Vector], float] = _square,
 ) -> Product:
-    """Gradient and Hessian-vector product of one batch.
+    """Gradient g and Hessian-vector product H v of one batch.
 
-    method difference: g = (g+ + g-)/2 and H v = (g+ - g-)/(2 eps), where g+ and g- are gradients at params +- eps v: two
-    gradients, errors O(eps^2). exact: double backward, which a model must allow (megatron models need the context manager
-    of adapters.twice_differentiable). step: eps; None takes difference_step(params, v) from the tensors given, which under
-    tensor parallelism are shards: compute it from global norms and pass it. check: estimate the error from a second
-    difference at 2 eps (two more gradients).
-    Raises ValueError for an unknown method, v = 0, no parameters, or shapes that differ; FloatingPointError when a
-    gradient is not finite.
+    difference: g = (g+ + g-)/2 and H v = (g+ - g-)/(2 eps) from the gradients g+- at params +- eps v, both
+    with errors O(eps^2), at the cost of two gradients. exact: double backward, which the model must allow
+    (megatron models need adapters.twice_differentiable); attention kernels of torch are switched to their
+    MATH form, and custom autograd functions are refused by name unless they are known. step: eps; None takes
+    difference_step, or tuned_step with check. check (difference): also estimate the error, for two more
+    gradients at a given step, six to eighteen more when the step is tuned. Raises ValueError for an unknown
+    method, v = 0, no parameters, shapes that differ, half-precision params, or a function that cannot be
+    differentiated twice; FloatingPointError when a gradient is not finite.
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
     check_shapes(params, v, "params and v")
     if method == "exact":
-        return _exact(loss, params, v, checked=step is not None)
-    eps = difference_step(params, v) if step is None else float(step)
-    mean, product = _central(loss, params, v, eps)
-    error = difference_error(product, _central(loss, params, v, 2 * eps)[1]) if check else None
-    return Product(mean, product, error, eps)
+        _nonzero(square(v) if step is None else 1.0)
+        return _exact(loss, params, v)
+    if step is None and check:
+        step, error = tuned_step(loss, params, v, square=square)
+        return Product(*_central(loss, params, v, step), error, step)
+    if step is None:
+        step = difference_step(params, v, params_square=square(params), v_square=square(v))
+    mean, product = _central(loss, params, v, step)
+    error = None
+    if check:
+        error = difference_error(product, _central(loss, params, v, 2 * step)[1], square=square)
+    return Product(mean, product, error, step)
 
 
 def difference_step(
-    params: Sequence[torch.Tensor],
-    v: Sequence[torch.Tensor],
-    *,
-    params_square: float | None = None,
-    v_square: float | None = None,
+    params: Vector, v: Vector, *, params_square: float | None = None, v_square: float | None = None
 ) -> float:
-    """The eps of a central difference: |eps v| is a fixed small fraction of |params|, by their precision.
+    """The eps of a central difference, from |v| and |params| alone.
 
-    params_square, v_square: squared norms already summed over the ranks that share the model; None takes the norms of the
-    tensors given. Raises ValueError when v is zero or not finite, or params are half precision, which would swallow the
-    displacement: give float32 copies.
+    eps |v| is a fixed length, 7e-4 in float32, kept between 1e-6 and 1e-3 of |params|. Rounding falls as
+    1/eps and truncation grows as eps^2, so the length follows the cube root of the precision of params.
+    Along gradients the product is then right to about 1e-4 in float32; other directions deserve tuned_step.
+    params_square, v_square: squared lengths summed over the ranks that share the model; None: those of the
+    tensors. Raises ValueError when v is zero or not finite, or when params are half precision: give float32
+    copies.
     """
     _leaves(params)
     check_shapes(params, v, "params and v")
-    length = math.sqrt(_square(v) if v_square is None else v_square)
-    theta = math.sqrt(_square(params) if params_square is None else params_square)
-    if length == 0.0:
-        raise ValueError(
-            "v is zero: a Hessian-vector product needs a direction (is the gradient of the target zero?)"
-        )
+    length = math.sqrt(_nonzero(_square(v) if v_square is None else v_square))
     if not math.isfinite(length):
         raise ValueError("v is not finite: check the batch that its gradient was taken on")
-    dtype = next((p.dtype for p in params if p.dtype not in _PRECISIONS), params[0].dtype)
-    if dtype not in _PRECISIONS:
-        raise ValueError(
-            f"params are {dtype}, which swallows small displacements: give float32 copies of them"
-        )
-    # truncation grows as eps^2 and rounding as 1/eps, so the best step follows the cube root of the precision
-    scale = (torch.finfo(dtype).eps / torch.finfo(torch.float32).eps) ** (1 / 3)
-    return _RELATIVE_STEP * scale * (theta or 1.0) / length
+    theta = math.sqrt(_square(params) if params_square is None else params_square)
+    least = max(torch.finfo(p.dtype).eps for p in params)
+    if least > torch.finfo(torch.float32).eps:
+        raise ValueError("half-precision params swallow small displacements: give float32 copies of them")
+    low, high = (f * theta for f in _FRACTION) if theta > 0 else (0.0, math.inf)
+    return min(max(_LENGTH, low), high) * (least / torch.finfo(torch.float32).eps) ** (1 / 3) / length
 
 
-def difference_error(product: Sequence[torch.Tensor], at_double_step: Sequence[torch.Tensor]) -> float:
-    """Estimated |error| of a central difference from the same product at twice the step (both summed over a batch).
+def difference_error(
+    product: Vector, at_double_step: Vector, *, square: Callable[[Vector], float] = _square
+) -> float:
+    """Estimated |error| of a central difference, from the same product at twice the step (each summed over
+    its batch).
 
-    Where truncation rules, the two differ by 3 errors; where rounding rules, by sqrt(1 + 1/4). Dividing by the geometric
-    mean of the two factors is right within 1.64 in both cases.
+    Where truncation rules the two differ by 3 errors, where rounding rules by sqrt(1 + 1/4); dividing by the
+    geometric mean of the two factors is right within 1.64 in both cases.
     """
-    gap = [a - b for a, b in zip(product, at_double_step, strict=True)]
-    return math.sqrt(_square(gap)) / math.sqrt(3 * math.sqrt(1.25))
+    return math.sqrt(square(_minus(product, at_double_step)) / (3 * math.sqrt(1.25)))
 
 
-def _central(loss: Loss, params: Sequence[torch.Tensor], v: Sequence[torch.Tensor], eps: float):
+def tuned_step(
+    loss: Loss,
+    params: Vector,
+    v: Vector,
+    start: float | None = None,
+    *,
+    square: Callable[[Vector], float] = _square,
+) -> tuple[float, float]:
+    """The eps with the least error on this batch and the estimated |error of H v| there.
+
+    Products at eps, 2 eps and 4 eps separate the truncation a eps^2 from the rounding b/eps; the sum of
+    squares is least at eps^6 = b^2 / (2 a^2). start: first eps, difference_step by default. Costs 6
+    gradients a round, at most three rounds when the best step is far from the start. Raises as
+    difference_step and gradient.
+    """
+    eps = start or difference_step(params, v, params_square=square(params), v_square=square(v))
+    for _ in range(3):
+        one, two, four = (_central(loss, params, v, scale * eps)[1] for scale in (1, 2, 4))
+        near, far = square(_minus(one, two)), square(_minus(two, four))
+        # near = 9 t + 5/4 r and far = 144 t + 5/16 r, with t and r the squared truncation and rounding at eps
+        t = max(0.0, (far - near / 4) / 141.75)
+        r = max(0.0, (near - 9 * t) / 1.25)
+        ideal = (r / (2 * t)) ** (1 / 6) if t > 0 else (math.inf if r > 0 else 1.0)
+        scale = min(max(ideal, 1 / _REACH), _REACH)
+        eps *= scale
+        if scale == ideal:
+            break
+    return eps, math.sqrt(t * scale**4 + r / scale**2)
+
+
+def asymmetry(
+    loss: Loss, params: Vector, a: Vector, b: Vector, method: str, step: float | None = None
+) -> float:
+    """|a.H b - b.H a| over the geometric mean of |a| |H b| and |b| |H a|: zero for a true Hessian-vector
+    product."""
+    ha, hb = (hessian_vector_product(loss, params, v, method, step=step) for v in (a, b))
+    gap = sum(_inner(x, y) - _inner(z, w) for x, y, z, w in zip(a, hb, b, ha, strict=True))
+    return abs(gap) / (_square(a) * _square(hb) * _square(b) * _square(ha)) ** 0.25
+
+
+def _central(
+    loss: Loss, params: Vector, v: Vector, eps: float
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     plus = gradient(loss, displace(params, v, eps))
     minus = gradient(loss, displace(params, v, -eps))
     mean = [(a + b) / 2 for a, b in zip(plus, minus, strict=True)]
     return mean, [a.sub_(b).div_(2 * eps) for a, b in zip(plus, minus, strict=True)]
 
 
-def _exact(loss: Loss, params: Sequence[torch.Tensor], v: Sequence[torch.Tensor], checked: bool) -> Product:
+def _exact(loss: Loss, params: Vector, v: Vector) -> Product:
     leaves = _leaves(params)
-    if not checked and _square(v) == 0.0:
-        raise ValueError(
-            "v is zero: a Hessian-vector product needs a direction (is the gradient of the target zero?)"
-        )
-    slopes = _backward(loss, leaves, create_graph=True)
-    if not any(g.requires_grad for g in slopes):
-        raise ValueError("the gradient of the loss has no graph: the model cannot be differentiated twice")
-    along = [(g, u.to(g.dtype)) for g, u in zip(slopes, v, strict=True) if g.requires_grad]
-    product = torch.autograd.grad(
-        [g for g, _ in along], leaves, [u for _, u in along], materialize_grads=True
-    )
-    _finite([g.detach() for g in slopes], "the gradient")
-    return Product(
-        [g.detach() for g in slopes], _finite(list(product), "the Hessian-vector product"), None, None
-    )
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        slopes = _slopes(loss, leaves, twice=True)
+    curved = [(g, u.to(g.dtype)) for g, u in zip(slopes, v, strict=True) if g.requires_grad]
+    product = [torch.zeros_like(p) for p in leaves]
+    if curved:
+        outputs, along = zip(*curved, strict=True)
+        product = list(torch.autograd.grad(outputs, leaves, along, materialize_grads=True))
+    slopes = _finite([g.detach() for g in slopes], "the gradient")
+    return Product(slopes, _finite(product, "the Hessian-vector product"), None, None)
 
 
-def _leaves(params: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def _leaves(params: Vector) -> list[torch.Tensor]:
     if len(params) == 0:
         raise ValueError("no trainable parameter: give at least one tensor to differentiate by")
     return [p.detach().requires_grad_(True) for p in params]
 
 
-def _backward(loss: Loss, leaves: list[torch.Tensor], create_graph: bool) -> tuple[torch.Tensor, ...]:
+def _slopes(loss: Loss, leaves: list[torch.Tensor], twice: bool) -> list[torch.Tensor]:
     with torch.enable_grad():
         value = loss(leaves)
         if not value.requires_grad:
-            raise ValueError(
-                "the loss does not depend on any parameter: it must use the tensors that it is given"
-            )
-        return torch.autograd.grad(value, leaves, create_graph=create_graph, materialize_grads=True)
+            raise ValueError("the loss depends on no parameter: it must use the tensors that it is given")
+        if twice:
+            _refuse_unknown(value)
+        return list(torch.autograd.grad(value, leaves, create_graph=twice, materialize_grads=True))
+
+
+def _refuse_unknown(value: torch.Tensor) -> None:
+    """Raise ValueError naming the custom autograd functions in the graph whose backward may not be
+    differentiable.
+
+    A backward that works on raw data loses terms of the second derivative without a word. Python functions
+    count as known when their class says `twice_differentiable = True`.
+    """
+    names = set()
+    for node in _graph(value):
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            if not getattr(node._forward_cls, "twice_differentiable", False):
+                names.add(node._forward_cls.__name__)
+        elif "CppNode" in node.name():
+            names.add(node.name())
+    if names:
+        raise ValueError(
+            f"not known to be twice differentiable: {', '.join(sorted(names))}. Use method: difference, or, if "
+            "the backward consists of differentiable operations, set twice_differentiable = True on it"
+        )
+
+
+def _graph(value: torch.Tensor) -> Iterator[torch.autograd.graph.Node]:
+    seen, stack = set(), [value.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            stack.extend(child for child, _ in node.next_functions)
+
+
+def _nonzero(square: float) -> float:
+    if square == 0.0:
+        raise ValueError("v is zero: a product needs a direction (is the gradient of the target zero?)")
+    return square
 
 
 def _finite(vector: list[torch.Tensor], name: str) -> list[torch.Tensor]:
-    bad = torch.stack([torch.isfinite(t).all() for t in vector]).logical_not().nonzero().flatten().tolist()
+    bad = torch.stack([t.isfinite().all() for t in vector]).logical_not().nonzero().flatten().tolist()
     if bad:
         raise FloatingPointError(
             f"{name} is not finite in tensors {bad[:8]}: check the batch and the weights"
@@ -179,5 +267,5 @@ def _finite(vector: list[torch.Tensor], name: str) -> list[torch.Tensor]:
     return vector
 
 
-def _square(vector: Sequence[torch.Tensor]) -> float:
-    return float(sum(gram([[t]], [[t]]).item() for t in vector))
+def _minus(a: Vector, b: Vector) -> list[torch.Tensor]:
+    return [x - y for x, y in zip(a, b, strict=True)]

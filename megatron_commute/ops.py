@@ -1,7 +1,8 @@
-"""Arithmetic on vectors of model size: inner products of many vectors at once, and displaced copies of parameters.
+"""Arithmetic on vectors of model size: inner products of many vectors at once, and displaced copies of
+parameters.
 
-A vector of model size is a list of tensors, one per parameter. These are the plain-torch references: sums are accumulated
-in float64 whatever the dtype of the tensors.
+A vector of model size is a list of tensors, one per parameter. These are the plain-torch references: sums
+are accumulated in float64 whatever the dtype of the tensors.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ def gram(
 ) -> torch.Tensor:
     """Inner products M[k, m] = sum_i X[k]_i D_i Y[m]_i, float64 [K, M], on the device of the vectors.
 
-    X: K vectors, Y: M vectors, each a list of tensors with the same shapes; metric: the diagonal D as such a list, or None
-    for the identity. Sums run over the tensors of this rank alone: shards of a vector are summed by the caller.
-    Raises ValueError when a list is empty or shapes differ.
+    X: K vectors, Y: M vectors, each a list of tensors with the same shapes; metric: the diagonal D as such a
+    list, or None for the identity. Sums run over the tensors of this rank alone: shards of a vector are
+    summed by the caller. Raises ValueError when a list is empty or shapes differ.
     """
     if not X or not Y or not X[0]:
         raise ValueError("gram needs at least one vector on either side, each with at least one tensor")

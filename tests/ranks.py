@@ -1,4 +1,5 @@
-"""Run a function on N gloo ranks: results in rank order, the traceback of the first rank that failed, no hang."""
+"""Run a function on N gloo ranks: results in rank order, the traceback of the first rank that failed, no
+hang."""
 
 import faulthandler
 import multiprocessing
@@ -16,8 +17,9 @@ from pathlib import Path
 def run(function, world_size, *args, timeout=60.0):
     """function(rank, *args) on world_size gloo ranks; the list of what each returned.
 
-    function: defined at module level (it is pickled). args and results: anything picklable. timeout in seconds for all
-    ranks together. Raises RuntimeError with the rank's traceback, or with every rank's stack when time has run out.
+    function: defined at module level (it is pickled). args and results: anything picklable. timeout in
+    seconds for all ranks together. Raises RuntimeError with the rank's traceback, or with every rank's stack
+    when time has run out.
     """
     context = multiprocessing.get_context(
         "forkserver"

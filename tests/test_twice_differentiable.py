@@ -1,0 +1,332 @@
+"""The exact Hessian-vector product of megatron models against an independent plain GPT and against
+differences."""
+
+import contextlib
+import math
+import sys
+import types
+import warnings
+
+import oracles
+import pytest
+import ranks
+import torch
+
+from megatron_commute import hvp, ops, reduce
+from megatron_commute.adapters import twice_differentiable as twice_differentiable_module
+from megatron_commute.adapters.twice_differentiable import refuse, twice_differentiable, verify
+
+USED = (
+    "_VocabParallelCrossEntropy",
+    "_ReduceFromModelParallelRegion",
+    "LinearWithGradAccumulationAndAsyncCommunication",
+)
+HEADS, WIDTH, LAYERS, LENGTH, VOCABULARY = 4, 16, 2, 8, 32
+
+
+def megatron_gpt(tensor_parallel=1, dtype=torch.float64, **options):
+    """A megatron-core GPTModel on this rank of a gloo group, at weights of an ordinary spread, equal in
+    every layout."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from megatron.core import parallel_state
+        from megatron.core.models.gpt import GPTModel
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+        from megatron.core.transformer import TransformerConfig
+
+        from megatron_commute.adapters.megatron_core import on_cpu
+
+        on_cpu()
+        if not parallel_state.model_parallel_is_initialized():
+            parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_parallel)
+        torch.manual_seed(0)
+        plain = (
+            "gradient_accumulation_fusion",
+            "bias_dropout_fusion",
+            "masked_softmax_fusion",
+            "bias_activation_fusion",
+        )
+        config = TransformerConfig(
+            num_layers=LAYERS,
+            hidden_size=WIDTH,
+            num_attention_heads=HEADS,
+            tensor_model_parallel_size=tensor_parallel,
+            use_cpu_initialization=True,
+            init_method_std=0.2,
+            hidden_dropout=0.0,
+            attention_dropout=0.0,
+            **(dict.fromkeys(plain, False) | options),
+        )
+        model = GPTModel(
+            config, get_gpt_layer_local_spec(), VOCABULARY, LENGTH, share_embeddings_and_output_weights=True
+        )
+    return model.to(dtype)
+
+
+def megatron_loss(model, tokens, labels):
+    """Mean loss of a GPTModel as a callable of a list of parameters, in the order of
+    model.named_parameters()."""
+    names = [n for n, _ in model.named_parameters()]
+    positions = torch.arange(LENGTH).expand_as(tokens)
+    mask = torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool).triu(1)
+
+    def loss(params):
+        state = dict(zip(names, params, strict=True))
+        return torch.func.functional_call(model, state, (tokens, positions, mask), {"labels": labels}).mean()
+
+    return loss
+
+
+def direction(model, seed=3):
+    """A random vector that is the same in every layout: drawn whole, then cut as megatron cuts the
+    parameter."""
+    from megatron.core import parallel_state
+
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    generator = torch.Generator().manual_seed(seed)
+    vector = []
+    for name, p in model.named_parameters():
+        dim = oracles.split_dimension(name)
+        shape = [n * (size if i == dim else 1) for i, n in enumerate(p.shape)]
+        whole = torch.randn(shape, generator=generator, dtype=torch.float64)
+        vector.append((whole if dim is None else whole.chunk(size, dim)[rank]).to(p))
+    return vector
+
+
+def square(model, size):
+    """Squared length over tensor-parallel ranks, parameters that every rank holds counted once."""
+    group = torch.distributed.group.WORLD if size > 1 else None
+    whole = [oracles.split_dimension(n) is None for n, _ in model.named_parameters()]
+
+    def of(vector):
+        split = sum(float(ops.gram([[t]], [[t]])) for t, w in zip(vector, whole, strict=True) if not w)
+        rest = sum(float(ops.gram([[t]], [[t]])) for t, w in zip(vector, whole, strict=True) if w)
+        return float(reduce.all_reduce_sum(torch.tensor(split, dtype=torch.float64), group)) + rest
+
+    return of
+
+
+def raw_product(loss, params, v):
+    """Double backward as anybody would write it, without the refusals of hvp."""
+    leaves = [p.detach().requires_grad_(True) for p in params]
+    slopes = torch.autograd.grad(loss(leaves), leaves, create_graph=True)
+    return torch.autograd.grad(slopes, leaves, v, materialize_grads=True)
+
+
+def message(error, function, *args, **kwargs):
+    """The text of the error that the function must raise."""
+    with pytest.raises(error) as raised:
+        function(*args, **kwargs)
+    return str(raised.value)
+
+
+@contextlib.contextmanager
+def half_cured(missing):
+    """Megatron with one stand-in missing, and the stock function declared innocent: what `verify` must
+    notice."""
+    stand_ins = twice_differentiable_module._FUNCTIONS
+    key = next(k for k in stand_ins if k[1] == missing)
+    kept = stand_ins.pop(key)
+    stock = getattr(sys.modules[key[0]], missing)
+    stock.twice_differentiable = True
+    try:
+        yield
+    finally:
+        stand_ins[key] = kept
+        del stock.twice_differentiable
+
+
+def layout(tensor_parallel):
+    """What this rank finds at one tensor-parallel size; see the tests for what each answer means."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_parallel)
+    answers = {}
+    for dtype in (torch.float64, torch.float32):
+        model = megatron_gpt(tensor_parallel, dtype)
+        loss = megatron_loss(model, *oracles.batch(VOCABULARY, length=LENGTH))
+        names, params = oracles.parameters(model)
+        v = direction(model)
+        with twice_differentiable(model) as changed:
+            inside = hvp.gradient(loss, params)
+            found = {
+                "exact": hvp.hessian_vector_product(loss, params, v, "exact", step=1.0),
+                "difference": hvp.hessian_vector_product(loss, params, v, step=1e-5),
+                "raw": raw_product(loss, params, v),
+            }
+        found |= {"stock": raw_product(loss, params, v), "params": params, "v": v}
+        answers[dtype] = {key: dict(zip(names, vector, strict=True)) for key, vector in found.items()}
+        same = [torch.equal(a, b) for a, b in zip(inside, hvp.gradient(loss, params), strict=True)]
+        answers[dtype] |= {"same bits": all(same), "changed": changed}
+        verify(model, loss, params, square(model, tensor_parallel))
+    answers["unknown"] = message(ValueError, hvp.hessian_vector_product, loss, params, v, "exact", step=1.0)
+    # megatron-core at TP 2 sums inside its linear layers and never calls its Copy
+    for name in USED if tensor_parallel > 1 else USED[:1]:
+        with half_cured(name):
+            answers[name] = message(
+                ArithmeticError, verify, model, loss, params, square(model, tensor_parallel)
+            )
+    return answers
+
+
+FUSED = {"bias_activation_fusion": True, "bias_dropout_fusion": True, "cross_entropy_loss_fusion": True}
+RECOMPUTED = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+
+
+def on_rank(rank):
+    megatron_gpt()
+    answers = {size: layout(size) for size in (2, 1)}
+    return answers | {"fused": optional(FUSED, "tanh"), "recomputed": optional(RECOMPUTED, "none")}
+
+
+def whole(answers, key):
+    """A vector of the model, merged from its shards, by name."""
+    return {n: oracles.merge(n, [a[key][n] for a in answers]) for n in answers[0][key]}
+
+
+def gap(a, b):
+    """|a - b| / |b| of two vectors by name."""
+    names = list(b)
+    return math.sqrt(sum((a[n].double() - b[n].double()).square().sum() for n in names)) / math.sqrt(
+        sum(b[n].double().square().sum() for n in names)
+    )
+
+
+def truth(shards, gelu="none"):
+    """H v of the plain GPT in float64 with the weights of the megatron model, under megatron's names."""
+    plain = oracles.gpt_from_megatron([a["params"] for a in shards], HEADS, gelu)
+    loss = oracles.language_loss(plain, *oracles.batch(VOCABULARY, length=LENGTH))
+    names, params = oracles.parameters(plain)
+    v = {oracles.plain_name(n): t for n, t in whole(shards, "v").items()}
+    product = dict(zip(names, oracles.product(loss, params, [v[n] for n in names]), strict=True))
+    return {n: product[oracles.plain_name(n)] for n in shards[0]["v"]}
+
+
+def optional(options, gelu):
+    """Exact product with fusions and recomputation asked for, and what the context turned off for it."""
+    model = megatron_gpt(1, torch.float64, **options)
+    before = dict(vars(model.config))
+    loss = megatron_loss(model, *oracles.batch(VOCABULARY, length=LENGTH))
+    names, params = oracles.parameters(model)
+    v = direction(model)
+    with twice_differentiable(model) as changed:
+        exact = hvp.hessian_vector_product(loss, params, v, "exact")
+    assert dict(vars(model.config)) == before
+    shard = {k: dict(zip(names, x, strict=True)) for k, x in (("params", params), ("v", v), ("exact", exact))}
+    return gap(shard["exact"], truth([shard], gelu)), changed
+
+
+@pytest.fixture(scope="module")
+def found():
+    """{tensor-parallel size: answers of its ranks}; one start of two ranks serves every test of this file."""
+    answers = ranks.run(on_rank, 2, timeout=150)
+    single = {key: answers[0][key] for key in ("fused", "recomputed")}
+    return single | {size: [a[size] for a in answers[:size]] for size in (1, 2)}
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_exact_equals_the_plain_gpt_in_float64(found, size):
+    shards = [a[torch.float64] for a in found[size]]
+    assert gap(whole(shards, "exact"), truth(shards)) < 1e-10
+    assert gap(whole(shards, "difference"), whole(shards, "exact")) < 1e-6
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_exact_in_float32_keeps_the_stock_gradient_bit_by_bit(found, size):
+    shards = [a[torch.float32] for a in found[size]]
+    assert gap(whole(shards, "exact"), truth(shards)) < 1e-6
+    assert all(a["same bits"] and a["changed"] == [] for a in shards)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_stock_megatron_is_wrong_and_a_silent_fallback_would_be_seen(found, size):
+    shards = [a[torch.float64] for a in found[size]]
+    assert gap(whole(shards, "stock"), truth(shards)) > 0.1
+    assert gap(whole(shards, "raw"), truth(shards)) < 1e-10
+    for answers in found[size]:
+        assert "_VocabParallelCrossEntropy" in answers["unknown"]
+        assert "method: difference" in answers["unknown"]
+
+
+@pytest.mark.parametrize(("size", "name"), [(1, USED[0]), *((2, name) for name in USED)])
+def test_verification_notices_each_missing_stand_in(found, size, name):
+    for answers in found[size]:
+        assert "exact Hessian-vector product is" in answers[name]
+
+
+def test_both_layouts_hold_the_same_model(found):
+    one, two = ([a[torch.float64] for a in found[size]] for size in (1, 2))
+    assert gap(whole(two, "exact"), whole(one, "exact")) < 1e-10
+
+
+def test_fused_activations_keep_their_function_and_fusions_are_turned_off(found):
+    error, changed = found["fused"]
+    assert error < 1e-8  # the fused kernels write the constants of GELU's tanh form with nine digits
+    assert changed == sorted(FUSED)
+
+
+def test_activation_checkpointing_is_turned_off(found):
+    error, changed = found["recomputed"]
+    assert error < 1e-10
+    assert changed == ["recompute_granularity"]
+
+
+class Host(torch.nn.Linear):
+    """A module with a config of Megatron's switches."""
+
+    def __init__(self, **switches):
+        super().__init__(2, 2)
+        self.config = types.SimpleNamespace(**switches)
+
+
+@pytest.mark.parametrize(
+    ("switches", "text"),
+    [
+        ({"sequence_parallel": True}, "sequence parallelism"),
+        ({"pipeline_model_parallel_size": 2}, "pipeline stages"),
+        ({"context_parallel_size": 2}, "context parallelism"),
+        ({"num_moe_experts": 4}, "mixture of experts"),
+        ({"fp8": "hybrid"}, "FP8"),
+        ({"use_flash_attn": True}, "flash attention"),
+    ],
+)
+def test_what_has_no_second_derivative_is_refused_by_name(switches, text):
+    with pytest.raises(ValueError, match=f"{text}.*method: difference"):
+        refuse(Host(**switches))
+    refuse(Host(**{name: type(value)() for name, value in switches.items()}))
+
+
+def test_transformer_engine_layers_are_refused_by_name():
+    layer = type(
+        "TELinear", (torch.nn.Linear,), {"__module__": "megatron.core.extensions.transformer_engine"}
+    )(2, 2)
+    with pytest.raises(ValueError, match="TELinear"):
+        refuse(torch.nn.Sequential(layer))
+
+
+def test_another_megatron_is_refused_by_name(monkeypatch):
+    monkeypatch.setitem(sys.modules, "megatron.core.tensor_parallel.mappings", types.ModuleType("mappings"))
+    with (
+        pytest.raises(ValueError, match=r"no megatron\.core\.tensor_parallel"),
+        twice_differentiable(Host()),
+    ):
+        raise AssertionError("entered")
+
+
+def test_everything_is_put_back_after_an_error(monkeypatch):
+    stock = {}
+    for module, name in twice_differentiable_module._FUNCTIONS:
+        if not any(module == known for known, _ in stock):
+            monkeypatch.setitem(sys.modules, module, types.ModuleType(module))
+        stock[module, name] = object()
+        monkeypatch.setattr(sys.modules[module], name, stock[module, name], raising=False)
+    host = Host(bias_dropout_fusion=True, recompute_granularity="full")
+    with pytest.raises(RuntimeError, match="probe"), twice_differentiable(host) as changed:
+        assert changed == ["bias_dropout_fusion", "recompute_granularity"]
+        assert vars(host.config) == {"bias_dropout_fusion": False, "recompute_granularity": None}
+        assert all(getattr(sys.modules[m], n) is not s for (m, n), s in stock.items())
+        raise RuntimeError("a probe failed")
+    assert vars(host.config) == {"bias_dropout_fusion": True, "recompute_granularity": "full"}
+    assert all(getattr(sys.modules[m], n) is s for (m, n), s in stock.items())

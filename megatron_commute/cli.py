@@ -157,17 +157,18 @@ def report(run: str, out: str | None, as_json: bool) -> None:
 
 @main.command()
 @click.argument("out_dir", type=click.Path(file_okay=False))
-@click.option("--seeds", type=click.IntRange(min=1), default=100, show_default=True, help="Random problems.")
+@click.option("--seeds", type=click.IntRange(min=1), default=300, show_default=True, help="Random problems.")
 @as_json
 def quadratic(out_dir: str, seeds: int, as_json: bool) -> None:
-    """Measure the criterion on random quadratic problems with exact flows; tables go to OUT_DIR."""
+    """Measure the criterion on random quadratic problems with exact flows; write tables to OUT_DIR."""
     from megatron_commute.experiments import quadratic as experiment
 
     found = experiment.study(out_dir, seeds)
     if as_json:
         _print_json(found)
     else:
-        click.echo(_table([[key, _shown(value)] for key, value in found.items()], ["quantity", "value"]))
+        click.echo(found["text"])
+        click.echo("\n".join(found["files"]))
 
 
 @main.command()

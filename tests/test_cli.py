@@ -1,0 +1,264 @@
+"""The command line: what it prints, in words and in JSON, and how it refuses."""
+# ruff: noqa: E501  (messages stand in one piece, so that they can be searched)
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import records
+from click.testing import CliRunner
+
+from megatron_commute import cli, config, doctor
+
+RUN = "--seq-length 8 --global-batch-size 4 --micro-batch-size 2 --train-iters 100 --world-size 2 --num-workers 1"
+MIXTURE = """domains:
+  en: {path: en, budget: 300, min: 0.2}
+  ru: {path: ru, budget: 100, holdout: held}
+mode: act
+every: 25
+probe: {samples: 16}
+measure_budget: 0.4
+"""
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(cli.main, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def mixture(tmp_path):
+    """A mixture file beside its data: en 2000, ru 80 and held 64 sequences of 8 tokens."""
+    for name, sequences in (("en", 2000), ("ru", 80), ("held", 64)):
+        write_indexed(tmp_path / name, np.arange(8 * sequences + 1))
+    path = tmp_path / "mixture.yaml"
+    path.write_text(MIXTURE)
+    return path
+
+
+def write_indexed(prefix, tokens):
+    """One document as Megatron's .bin/.idx, written by hand from the format's description."""
+    prefix.with_suffix(".bin").write_bytes(tokens.astype("<u2").tobytes())
+    head = b"MMIDIDX\0\0" + (1).to_bytes(8, "little") + bytes([8])
+    counts = (1).to_bytes(8, "little") + (2).to_bytes(8, "little")
+    arrays = np.array([len(tokens)], "<i4").tobytes() + np.array([0], "<i8").tobytes()
+    prefix.with_suffix(".idx").write_bytes(head + counts + arrays + np.array([0, 1], "<i8").tobytes())
+
+
+def test_plan_in_json(mixture):
+    done = invoke("plan", mixture, *RUN.split(), "--json")
+    assert done.exit_code == 0, done.output
+    shown = json.loads(done.output)
+    en, ru = shown["domains"]
+    assert en == {
+        "domain": "en",
+        "weight": 0.75,
+        "budget": 300,
+        "sequences": 1744,
+        "epochs": 300 / 1744,
+        "holdout": 256,
+        "min": 0.2,
+        "max": 1.0,
+        "target": 0.75,
+    }
+    assert (ru["sequences"], ru["epochs"], ru["holdout"]) == (80, 1.25, 64)
+    assert (shown["samples"], shown["lead"], shown["mode"]) == (400, 16, "act")
+    # 2 domains x (2 x 16 + 8) gradients, 3 probes after steps 25, 50, 75, of 400 gradients of training
+    assert shown["probes"] == {"probes": 3, "gradients": 80, "share": 0.6, "measure_budget": 0.4}
+    assert shown["warnings"] == [
+        "domains.ru: its 80 sequences are used 1.25 times",
+        "measure_budget: probes cost 60.00% of training, over 40.00%",
+    ]
+
+
+def test_plan_in_words(mixture):
+    before = sorted(mixture.parent.iterdir())
+    done = invoke("plan", mixture, *RUN.split())
+    assert done.exit_code == 0, done.output
+    lines = done.output.splitlines()
+    assert lines[0].split() == [
+        "domain",
+        "weight",
+        "budget",
+        "sequences",
+        "epochs",
+        "holdout",
+        "min",
+        "max",
+        "target",
+    ]
+    assert lines[3].split() == ["ru", "0.25", "100", "80", "1.25", "64", "0", "1", "0.25"]
+    assert "mode: act, law tilt; 400 samples in 100 steps" in lines
+    assert lines[-1] == "warning: measure_budget: probes cost 60.00% of training, over 40.00%"
+    assert sorted(mixture.parent.iterdir()) == before, "plan writes nothing"
+
+
+def test_plan_with_each_target(mixture):
+    mixture.write_text(MIXTURE.replace("mode: act", "mode: fixed\ntarget: each"))
+    shown = json.loads(invoke("plan", mixture, *RUN.split(), "--json").output)
+    assert shown["targets"] == [[1, 0], [0, 1]] and shown["domains"][0]["target"] is None
+
+
+@pytest.mark.parametrize(
+    ("written", "instead", "run", "message"),
+    [
+        (
+            "every: 25",
+            "every: 0",
+            "",
+            "mixture.yaml:5: every: got 0; write a positive number of training steps",
+        ),
+        (
+            "path: ru",
+            "path: rus",
+            "",
+            "mixture.yaml:3: domains.ru.path: FOLDER/rus.idx is missing; prepare the data",
+        ),
+        (
+            "",
+            "",
+            "--world-size 3",
+            "--global-batch-size: 4 is not divisible by --micro-batch-size 2 x data-parallel",
+        ),
+        (
+            "",
+            "",
+            "--world-size 3 --tensor-model-parallel-size 2",
+            "--world-size: 3 ranks cannot hold models of 2",
+        ),
+        (
+            "",
+            "",
+            "--train-iters 90",
+            "mixture.yaml:2: domains.en.budget: the budgets sum to 400 sequences, the run",
+        ),
+        (
+            "",
+            "",
+            "--num-workers 2",
+            "mixture.yaml: lead: the default of 4 global batches, 16 samples, is less than",
+        ),
+    ],
+)
+def test_bad_input_ends_with_status_2_and_one_line(mixture, written, instead, run, message):
+    mixture.write_text(MIXTURE.replace(written, instead))
+    before = sorted(mixture.parent.iterdir())
+    done = invoke("plan", mixture, *RUN.split(), *run.split())
+    assert done.exit_code == 2 and done.stdout == ""
+    folder = f"{mixture.parent}/"
+    assert (
+        done.stderr.replace(f"{folder}mixture", "mixture")
+        .replace(folder, "FOLDER/")
+        .startswith(f"error: {message}")
+    )
+    assert done.stderr.count("\n") == 1 and sorted(mixture.parent.iterdir()) == before
+
+
+def test_data_parallel_size_is_ranks_over_tensor_parallel_size(mixture):
+    done = invoke("plan", mixture, *RUN.split(), "--world-size", 4, "--tensor-model-parallel-size", 2)
+    assert done.exit_code == 0, done.output
+    assert invoke("plan", mixture, *RUN.split(), "--world-size", 4).exit_code == 2
+
+
+def test_report(tmp_path):
+    records.write(tmp_path, records.lines(K=2, steps=100))
+    done = invoke("report", tmp_path, "--json")
+    assert done.exit_code == 0, done.output
+    path = Path(json.loads(done.output)["report"])
+    assert path == tmp_path / "report.html" and path.stat().st_size > 10_000
+    done = invoke("report", tmp_path, "--out", tmp_path / "own.html")
+    assert done.output == f"{tmp_path}/own.html\n" and (tmp_path / "own.html").is_file()
+
+
+def test_report_of_nothing(tmp_path):
+    done = invoke("report", tmp_path)
+    assert done.exit_code == 2 and done.stderr.startswith("error: ") and not list(tmp_path.iterdir())
+    assert invoke("report", tmp_path / "none").exit_code == 2
+
+
+def test_quadratic(tmp_path, monkeypatch):
+    from megatron_commute.experiments import quadratic
+
+    asked = []
+
+    def study(out_dir, seeds):
+        asked.append((out_dir, seeds))
+        return {"text": "a table", "files": [f"{out_dir}/table1.csv"], "table1": [{"ratio": 1.0}]}
+
+    monkeypatch.setattr(quadratic, "study", study)
+    assert invoke("quadratic", tmp_path).output == f"a table\n{tmp_path}/table1.csv\n"
+    assert json.loads(invoke("quadratic", tmp_path, "--seeds", 7, "--json").output)["table1"] == [
+        {"ratio": 1.0}
+    ]
+    assert asked == [(str(tmp_path), 300), (str(tmp_path), 7)]
+    assert invoke("quadratic", tmp_path, "--seeds", 0).exit_code == 2
+
+
+def test_doctor():
+    done = invoke("doctor", "--json")
+    shown = json.loads(done.output)
+    found = {line["name"]: line for line in shown["findings"]}
+    assert shown["works"] and done.exit_code == 0
+    assert found["python"]["found"] == ".".join(map(str, sys.version_info[:3]))
+    assert {"torch", "accelerator", "compiler", "nvcc", "deepspeed", "deepspeed CPU op"} <= set(found)
+    assert {"megatron-core", "Megatron-DeepSpeed", "compiled part", "processor", "ninja"} <= set(found)
+    assert all(line["cure"] for line in shown["findings"] if line["state"] != "ok"), (
+        "what is amiss has a cure"
+    )
+    done = invoke("doctor")
+    assert done.exit_code == 0 and done.output.rstrip().endswith("ready")
+
+
+def test_doctor_on_a_poor_machine(monkeypatch, tmp_path):
+    def nowhere(name):
+        raise doctor.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor.importlib.metadata, "version", nowhere)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setenv("MEGATRON_DEEPSPEED", str(tmp_path))
+    states = {finding.name: finding.state for finding in doctor.examine()}
+    assert states["deepspeed"] == states["megatron-core"] == "missing"
+    for name in ("compiler", "ninja", "nvcc", "deepspeed CPU op", "Megatron-DeepSpeed", "tokenizers"):
+        assert states[name] == "absent", name
+    done = invoke("doctor")
+    assert done.exit_code == 1 and done.output.rstrip().endswith("not ready: install what is missing")
+
+
+def test_doctor_sees_what_is_there(monkeypatch, tmp_path):
+    operator = tmp_path / "deepspeed_shm_comm" / "deepspeed_shm_comm.so"
+    operator.parent.mkdir()
+    operator.touch()
+    checkout = tmp_path / "host" / "megatron"
+    checkout.mkdir(parents=True)
+    (checkout / "training.py").touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("MEGATRON_DEEPSPEED", str(checkout.parent))
+    states = {finding.name: finding.state for finding in doctor.examine()}
+    assert states["deepspeed CPU op"] == states["Megatron-DeepSpeed"] == "ok"
+
+
+@pytest.mark.parametrize("command", sorted(cli.main.commands))
+def test_every_command_has_json_and_help(command):
+    options = {name for parameter in cli.main.commands[command].params for name in parameter.opts}
+    assert "--json" in options
+    done = invoke(command, "--help")
+    assert done.exit_code == 0 and f"{command} [OPTIONS]" in done.output
+    assert all(
+        parameter.help for parameter in cli.main.commands[command].params if parameter.opts[0][:2] == "--"
+    )
+
+
+def test_as_a_module():
+    command = [sys.executable, "-W", "error", "-m", "megatron_commute", "plan", "none.yaml", *RUN.split()]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(cli.__file__).parent.parent)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: none.yaml: cannot be read: No such file or directory; name a mixture file\n"
+
+
+def test_the_version_is_that_of_the_package():
+    assert config.ConfigError.__module__ == "megatron_commute.yaml_checks"
+    assert invoke("--version").output.endswith("0.1.0\n")

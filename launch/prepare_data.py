@@ -235,7 +235,8 @@ def prepare(out: Path, cache: Path, texts: list[str], options: dict) -> dict:
             return record
         changed = sorted(key for key in options if record["options"].get(key) != options[key])
         raise DataError(
-            f"{out} was prepared with other options ({', '.join(changed)}); remove it or choose another --out"
+            f"{out} was prepared with other options ({', '.join(changed)}); "
+            "give the same ones again, remove it or choose another --out"
         )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out} exists and is no prepared data; choose another --out")

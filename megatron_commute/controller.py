@@ -8,7 +8,7 @@ import dataclasses
 
 import numpy as np
 
-from megatron_commute.mixture import project
+from megatron_commute.mixture import nearest
 
 DEAD_BAND = 1e-3  # smaller moves are rounding of the budget shares, not decisions
 
@@ -124,7 +124,7 @@ def decide(law, situation):
     shares = remaining_shares(s.remaining, s.samples_left, s.initial)
     wish = LAWS[law](shares, np.where(counts, s.score, 0.0), s.strength)
     low, high, relaxed = bounds(s)
-    weights = project(wish, low, high)
+    weights = nearest(wish, low, high)
     moved = float(np.abs(weights - s.weights).max())
     if moved < DEAD_BAND:
         why = "every score is inside its error bar" if not counts.any() else "the wish is within 0.001 of the weights"

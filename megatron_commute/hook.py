@@ -4,12 +4,15 @@ The hook stands at the samples consumed by training; the sampler's own copy of t
 loader. Both are the same pure stream, so the hook knows the domain of every sample without asking anybody.
 """
 
+import dataclasses
+import json
+import os
 import time
-import zlib
 
 import numpy as np
 
 from megatron_commute import controller, probe, reduce
+from megatron_commute.account import Account
 
 STATE_VERSION = 1
 MOST_FAILURES = 3  # probes that may fail in a row before probing switches itself off
@@ -30,9 +33,10 @@ class Hook:
         self.learning_rate, self.decay, self.sampler = learning_rate, decay, sampler
         self.team = reduce.team(groups, config.probe.splits)
         self.probes, self.failures, self.off = 0, 0, False
-        self.losses = np.zeros((len(plan.names), 2))
-        self.fingerprint = 0
-        self.domains = np.zeros(0, dtype=np.int64)
+        place = (reduce.rank_in(groups.data), reduce.size(groups.data), groups.data)
+        self.account = Account(len(plan.names), run.global_batch, run.micro_batch, *place)
+        self.domains = self.positions = np.zeros(0, dtype=np.int64)
+        self.fatal_step = None
         self.probe_seconds, self.started, self.step_started = 0.0, time.monotonic(), None
         self.step_seconds = []
 
@@ -41,33 +45,65 @@ class Hook:
         """Whether this rank keeps the record."""
         return reduce.rank() == 0
 
-    def begin(self, step):
-        """Before step `step` (0-based): probe if it is time, then take this step's samples from the stream.
+    def start(self):
+        """Open the record of a fresh run. An older record in its place is moved aside."""
+        settings, plan, run = self.config, self.plan, self.run
+        here = sum(p.numel() for p, owned in zip(self.model.parameters(), self.model.owned, strict=True) if owned)
+        parameters = reduce.sum_of_numbers(np.array([float(here)]), self.groups.model)[0]
+        if self.speaks:
+            self.record.start_fresh()
+            self._fault_file.unlink(missing_ok=True)
+        self._write(
+            "start",
+            names=plan.names,
+            weights=plan.weights,
+            budgets=plan.budgets,
+            sizes=plan.sizes,
+            holdouts=plan.holdouts,
+            samples=plan.samples,
+            global_batch=run.global_batch,
+            seq_length=run.seq_length,
+            train_iters=run.train_iters,
+            mode=settings.mode,
+            every=settings.every,
+            lead=plan.lead,
+            seed=settings.seed,
+            target=plan.targets[0] if len(plan.targets) == 1 else "each",
+            config=settings.digest,
+            probe=dataclasses.asdict(settings.probe),
+            controller=dataclasses.asdict(settings.controller),
+            warnings=plan.warnings,
+            parameters=int(parameters),
+        )
+        for warning in plan.warnings:
+            self.say(f"note: {warning}")
+        if settings.mode == "act":
+            self.say(
+                f"ACTING ON AN UNCALIBRATED SIGNAL: mode act lets the law `{settings.controller.law}` move the weights; "
+                "P has not been calibrated against measured order effects in this run"
+            )
 
-        Returns the domain of each sample of the global batch, i64[global_batch].
-        """
+    def begin(self, step):
+        """Before step `step` (0-based): probe if it is time, then take this step's samples from the stream."""
         if step % self.config.every == 0 and step and not self.off:
             self._probe(step)
         self.step_started = time.monotonic()
-        self.domains, self._positions = self.mixture.take(self.run.global_batch)
-        return self.domains
+        self.domains, self.positions = self.mixture.take(self.run.global_batch)
 
-    def end(self, step, loss_sums, loss_counts, fingerprint):
-        """After step `step`: per-domain sums f64[K] and counts of this rank's losses, its share of the data fingerprint."""
-        local = np.concatenate([loss_sums, loss_counts]).astype(np.float64)
-        total = reduce.sum_of_numbers(local, self.groups.data).reshape(2, -1)
-        self.losses += total.T
-        halves = np.array([fingerprint & 0xFFFFFFFF, fingerprint >> 32], dtype=np.float64)
-        low, high = (int(x) for x in reduce.sum_of_numbers(halves, self.groups.data))
-        self.fingerprint = (self.fingerprint + low + (high << 32)) % 2**64
+    def end(self, losses, tokens, delivered=None):
+        """After the step: this rank's sequences in the order trained, losses f64[n] and tokens i64[n, s]. delivered:
+        (domain, position) i64[n] of what the loader brought, checked against the stream."""
+        first = self.mixture.index - self.run.global_batch
+        self.account.add(first, self.domains, self.positions, losses, tokens)
         self.step_seconds.append(time.monotonic() - self.step_started)
+        if delivered is not None:
+            expected = self.domains[self.account.mine], self.positions[self.account.mine]
+            if not all(np.array_equal(got, want) for got, want in zip(delivered, expected, strict=True)):
+                self.say(f"THE LOADER BROUGHT OTHER SAMPLES than the mixture drew for {first}..{self.mixture.index}")
 
     def log_losses(self, step, valid=None):
         """Write the loss line of the steps since the last one, and start anew. Returns {name: mean training loss}."""
-        means = {
-            name: float(total / count) if count else None
-            for name, (total, count) in zip(self.plan.names, self.losses, strict=True)
-        }
+        means = dict(zip(self.plan.names, self.account.means(), strict=True))
         fields = {"valid": valid} if valid is not None else {}
         self._write(
             "loss",
@@ -78,14 +114,14 @@ class Hook:
             **fields,
             served=self._named(self.mixture.served),
             weights=self._named(self.mixture.weights),
-            fingerprint=f"{self.fingerprint:016x}",
+            fingerprint=f"{self.account.fingerprint:016x}",
             timing={
                 "step_seconds": float(np.median(self.step_seconds)) if self.step_seconds else None,
                 "probe_seconds": self.probe_seconds,
                 "seconds": time.monotonic() - self.started,
             },
         )
-        self.losses[:], self.step_seconds = 0.0, []
+        self.step_seconds = []
         return means
 
     def finish(self, step):
@@ -94,10 +130,18 @@ class Hook:
         self._write("end", step=step, sample=self.mixture.index, served=self._named(self.mixture.served), timing=timing)
 
     def _write(self, event, **fields):
-        if self.speaks:
-            self.record.append(event, **fields)
-        else:
+        if not self.speaks:
             self.record.lines += 1
+            return
+        try:
+            self.record.append(event, **fields)
+        except OSError as fault:
+            self.say(f"the decision log could not be written ({fault}); training goes on, this {event} line is lost")
+
+    @property
+    def _fault_file(self):
+        """Left behind by a probe that ended the run inside a collective; read on resume."""
+        return self.record.path.with_suffix(".fault")
 
     def _named(self, values):
         return {name: value for name, value in zip(self.plan.names, np.asarray(values).tolist(), strict=True)}
@@ -108,6 +152,9 @@ class Hook:
         weights = np.asarray(self.mixture.weights, dtype=np.float64)
         first = self.probes
         self.probes += 1
+        if step == self.fatal_step:
+            self._skip(step, "the run ended inside this probe before it was restarted", begun)
+            return
         try:
             found = probe.measure(
                 *(self.model, self.groups, self.team, self._drawn(first), self.config.probe),
@@ -116,6 +163,12 @@ class Hook:
         except probe.ProbeFailed as fault:
             self._skip(step, str(fault), begun)
             return
+        except Exception as fault:
+            _write_json(self._fault_file, {"step": step})
+            raise RuntimeError(
+                f"a collective failed inside the probe at step {step}; a restart from the last checkpoint resumes and "
+                f"skips this probe"
+            ) from fault
         self.failures = 0
         decision, effective = self._decide(found)
         self._measured(step, begun, found, weights, decision, effective)
@@ -255,8 +308,7 @@ class Hook:
             "probes": self.probes,
             "failures": self.failures,
             "off": self.off,
-            "losses": self.losses.tolist(),
-            "fingerprint": f"{self.fingerprint:016x}",
+            "account": self.account.state_dict(),
             "lines": self.record.lines,
             "lead": self.plan.lead,
         }
@@ -265,12 +317,13 @@ class Hook:
         """Go on where `state` was taken; the mixture has been rebuilt from it already (see restored_mixture)."""
         check_state(state, self.plan)
         self.probes, self.failures, self.off = state["probes"], state["failures"], state["off"]
-        self.losses = np.array(state["losses"], dtype=np.float64)
-        self.fingerprint = int(state["fingerprint"], 16)
+        self.account.load_state_dict(state["account"])
         if self.speaks:
             self.record.rewind(state["lines"])
         else:
             self.record.lines = state["lines"]
+        mine = json.loads(self._fault_file.read_text())["step"] if self.speaks and self._fault_file.exists() else -1
+        self.fatal_step = int(reduce.broadcast_numbers(np.array([float(mine)]), self.groups)[0])
 
 
 def check_state(state, plan):
@@ -283,11 +336,7 @@ def check_state(state, plan):
         raise ValueError(f"checkpoint: lead {state['lead']} is kept for a whole run; write `lead: {state['lead']}`")
 
 
-def sample_hash(index, domain, position, tokens):
-    """64-bit hash of one delivered sample: its place in the global stream, where it came from, and its content.
-
-    index, domain, position: ints; tokens: integer numpy array. Summed mod 2^64 over samples it does not depend on how
-    ranks share them.
-    """
-    key = np.array([index, domain, position, zlib.crc32(np.ascontiguousarray(tokens, dtype=np.int64))], dtype=np.int64)
-    return zlib.crc32(key) << 32 | zlib.adler32(key[::-1].tobytes())
+def _write_json(path, content):
+    temporary = path.with_suffix(path.suffix + f".{os.getpid()}")
+    temporary.write_text(json.dumps(content))
+    os.replace(temporary, path)

@@ -84,7 +84,7 @@ def measure(model, groups, team, draw, settings, targets, weights, flow, time_li
     ballot = _Ballot(groups, deadline)
     numbers = np.zeros((settings.splits, len(targets), domains + 4, domains))
     with model.quiet(settings.method):
-        with ballot.section("allocating"):
+        with ballot.section("preparing"):
             params = [p.detach() for p in model.parameters()]
             memory = [_zeros(params) for _ in range(2 * domains)]
         ballot.settle()

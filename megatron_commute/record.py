@@ -26,18 +26,21 @@ def _plain(value):
 
 
 class Record:
-    """An open decision log. `lines` counts the lines on disk, torn ones excluded."""
+    """An open decision log. `lines` and `size` (bytes) count whole lines on disk; what lies beyond them is torn.
 
-    def __init__(self, path):
-        self.path = pathlib.Path(path)
-        self.lines = 0
+    listener: called with every event written, a dict, or None.
+    """
+
+    def __init__(self, path, listener=None):
+        self.path, self.listener = pathlib.Path(path), listener
+        self.lines = self.size = 0
 
     def start_fresh(self):
         """Begin an empty record; one that is already there is moved aside, never deleted."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             os.replace(self.path, _free_name(self.path))
-        self.lines = 0
+        self.lines = self.size = 0
 
     def rewind(self, lines):
         """Keep the first `lines` lines and move the rest to RECORD.discarded-N.
@@ -56,16 +59,21 @@ class Record:
         if len(head) < len(content):
             _replace(_free_name(self.path), content[len(head) :])
             _replace(self.path, head)
-        self.lines = lines
+        self.lines, self.size = lines, len(head)
 
     def append(self, event, **fields):
-        """Write one line and flush it to disk."""
-        line = json.dumps({"schema": SCHEMA, "event": event, **_plain(fields)}, allow_nan=False)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        """Write one line and flush it to disk; a torn line left by an earlier failure is overwritten. Raises OSError."""
+        fields = {"schema": SCHEMA, "event": event, **_plain(fields)}
+        line = json.dumps(fields, allow_nan=False).encode() + b"\n"
+        with open(self.path, "r+b" if self.path.exists() else "wb") as file:
+            file.seek(self.size)
+            file.truncate()
+            file.write(line)
             file.flush()
             os.fsync(file.fileno())
-        self.lines += 1
+        self.lines, self.size = self.lines + 1, self.size + len(line)
+        if self.listener is not None:
+            self.listener(fields)
 
 
 def _free_name(path):

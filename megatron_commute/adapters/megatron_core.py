@@ -13,6 +13,9 @@ from megatron_commute import reduce
 from megatron_commute.adapters import torch_loop
 
 
+_MPU = ("rank", "world_size", "group")
+
+
 @contextlib.contextmanager
 def quiet_import():
     """megatron-core warns a dozen times about Transformer Engine and Apex while it is imported; users need not see it."""
@@ -54,6 +57,16 @@ def groups():
     return reduce.Groups(
         data if reduce.size(data) > 1 else None, model if reduce.size(model) > 1 else None, reduce.everyone()
     )
+
+
+def deepspeed_mpu():
+    """megatron-core's process groups under the names that DeepSpeed asks for (those of older Megatron)."""
+    with quiet_import():
+        from megatron.core import parallel_state as mpu
+
+    kinds = {"model": "tensor_model", "tensor_model": "tensor_model", "data": "data", "pipeline_model": "pipeline_model"}
+    names = {f"get_{old}_parallel_{what}": f"get_{new}_parallel_{what}" for old, new in kinds.items() for what in _MPU}
+    return types.SimpleNamespace(**{old: getattr(mpu, new) for old, new in names.items()})
 
 
 def gpt_model(args, vocab_size):
@@ -190,13 +203,3 @@ def stock_dataset(blend, samples, seq_length, vocab_size, seed, cache):
     )
     builder = BlendedMegatronDatasetBuilder(GPTDataset, [samples, 0, 0], lambda: True, config)
     return builder.build()[0]
-
-
-def blend_of(paths):
-    """(prefixes, normalised weights) of Megatron's --train-data-path list; ValueError where weights are missing."""
-    if len(paths) == 1:
-        return paths, [1.0]
-    if len(paths) % 2:
-        raise ValueError("--train-data-path: write WEIGHT PREFIX pairs, one for each domain")
-    weights = [float(w) for w in paths[::2]]
-    return list(paths[1::2]), [w / sum(weights) for w in weights]

@@ -5,11 +5,17 @@ so a probe that fails half-way leaves no trace.
 """
 
 import contextlib
+import pathlib
 
 import torch
 
-from megatron_commute import reduce
+from megatron_commute import config as mixture_file
+from megatron_commute import record, reduce
+from megatron_commute.adapters.indexed_data import domain_datasets, inspect_data
+from megatron_commute.hook import Hook, check_state
+from megatron_commute.mixture import Mixture
 from megatron_commute.probe import Model
+from megatron_commute.sampler import MixedDataset, MixtureSampler
 
 # D = 1/(sqrt(v) + floor): rows that are hardly ever visited have tiny v and would dominate every inner product
 # (a learning rate times preconditioned curvature of 246 was seen); a tenth of the mean sqrt(v) bounds D at 10x its usual size.
@@ -115,3 +121,114 @@ def second_moments(optimizer, parameters):
             return None
         moments.append(state["exp_avg_sq"] / (1 - betas[id(p)] ** float(state["step"])))
     return moments
+
+
+def drawer(config, plan, seq_length, vocab_size=None):
+    """draw(part, domain, numbers) of hook.Hook over the holdout of each domain; numbers wrap around its part.
+
+    Raises ValueError (a bad-data fault, survived by the hook) for token numbers outside the vocabulary.
+    """
+    _, held_out = domain_datasets(config, plan, seq_length)
+
+    def draw(part, domain, numbers):
+        parts = mixture_file.holdout_parts(len(held_out[domain]))
+        inside = {"gradient": parts.gradients, "direction": parts.direction}[part]
+        tokens = torch.stack([held_out[domain][inside[int(n) % len(inside)]]["tokens"] for n in numbers])
+        if vocab_size is not None and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
+            raise ValueError(
+                f"holdout of {plan.names[domain]}: token {int(tokens.max())} is outside the vocabulary of {vocab_size}; "
+                f"prepare the data with the model's tokenizer"
+            )
+        return tokens
+
+    return draw
+
+
+class Plugin:
+    """The plug-in in one training run: mixture file and data checked at once, attached when the model stands.
+
+    file: the mixture file; run: config.Run; host_blend: the host's own data flag, which mode shadow must agree with. Raises ConfigError, before anything is written, where they do not fit.
+    """
+
+    def __init__(self, file, run, host_blend=()):
+        self.run = run
+        self.config = mixture_file.load(file)
+        counted = inspect_data(self.config, run.seq_length)
+        self.plan = mixture_file.resolve(self.config, run, *counted)
+        self.feeds = self.config.mode != "shadow"
+        if not self.feeds and host_blend:
+            check_blend(self.config, self.plan, host_blend)
+        self.hook = self.sampler = self.dataset = None
+
+    def mixture(self):
+        """The stream of a fresh run. In mode shadow it follows the host's own rule, which knows no budgets."""
+        plan = self.plan
+        if not self.feeds:
+            return Mixture(plan.weights)
+        bounds = {"samples": plan.samples, "minimum": plan.minimum, "maximum": plan.maximum}
+        stream = Mixture(plan.weights, plan.budgets, **bounds)
+        for at_sample, weights in plan.schedule:
+            stream.schedule(weights, at_sample)
+        return stream
+
+    def attach(self, model, groups, run_dir, learning_rate, decay, *, vocab_size=None, state=None, listener=None, say=print):
+        """Build hook and, in the modes that feed training, dataset and sampler; start or rewind the record.
+
+        model: probe.Model; groups: reduce.Groups; run_dir: folder of the record; learning_rate: step -> rate; state: of
+        Hook.state_dict, from a checkpoint, or None. Raises ValueError where the state does not fit.
+        """
+        if state is not None:
+            check_state(state, self.plan)
+        stream = self.mixture() if state is None else Mixture.from_state(state["mixture"])
+        if self.feeds:
+            training, _ = domain_datasets(self.config, self.plan, self.run.seq_length)
+            self.dataset = MixedDataset(training, self.config.seed)
+            place = (reduce.rank_in(groups.data), reduce.size(groups.data))
+            self.sampler = MixtureSampler(
+                stream.copy(), self.run.micro_batch, *place, self.run.global_batch, self.plan.samples
+            )
+        log = record.Record(pathlib.Path(run_dir) / record.NAME, listener)
+        draw = drawer(self.config, self.plan, self.run.seq_length, vocab_size)
+        self.hook = Hook(
+            *(self.config, self.plan, self.run, stream, model, groups, draw, log),
+            *(learning_rate, decay, self.sampler, say),
+        )
+        self.hook.load_state_dict(state) if state is not None else self.hook.start()
+        return self.hook
+
+    def summary(self, run_dir):
+        """Write the report of the run and return its closing table as text."""
+        from tabulate import tabulate
+
+        from megatron_commute import report
+
+        lines = record.read(run_dir)
+        headers, rows = report.summary_rows(lines)
+        table = tabulate(rows, headers, floatfmt=".4g")
+        end = next(line for line in reversed(lines) if line["event"] in ("end", "loss"))
+        spent, total = end["timing"]["probe_seconds"], end["timing"]["seconds"]
+        share = f"probes took {spent:.0f} s of {total:.0f} s, {spent / max(total - spent, 1e-9):.1%} on top of training"
+        return f"{table}\n{share}\nreport: {report.report(run_dir)}"
+
+
+def check_blend(config, plan, paths):
+    """In mode shadow the host feeds training: the mixture file must say what its blend says. Raises ConfigError."""
+    prefixes, weights = blend_of(paths)
+    wanted = [path for domain in config.domains for path in domain.path]
+    if [str(pathlib.Path(p).resolve()) for p in prefixes] != [str(pathlib.Path(p).resolve()) for p in wanted]:
+        raise config.error(
+            "domains", f"names {wanted}, --train-data-path names {prefixes}", "write the same files in the same order"
+        )
+    if max(abs(a - b) for a, b in zip(weights, plan.weights, strict=True)) > 1e-9:
+        told = [round(float(w), 6) for w in plan.weights]
+        raise config.error("domains", f"weights {told}, --train-data-path says {weights}", "write the same weights in both")
+
+
+def blend_of(paths):
+    """(prefixes, normalised weights) of Megatron's data flag; ValueError where weights are missing."""
+    if len(paths) == 1:
+        return paths, [1.0]
+    if len(paths) % 2:
+        raise ValueError("--train-data-path: write WEIGHT PREFIX pairs, one for each domain")
+    weights = [float(w) for w in paths[::2]]
+    return list(paths[1::2]), [w / sum(weights) for w in weights]

@@ -1,0 +1,324 @@
+"""Pretrain a GPT with megatron-core's GPTModel under a DeepSpeed engine; `--commute FILE` adds the plug-in.
+
+Started by the deepspeed launcher (see quickstart.sh and multi_node.sh), on CPU with gloo or on GPUs with nccl. Flags carry
+Megatron's names. Without --commute the data path is megatron-core's own blended dataset.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    for flag, kind, default in (
+        ("num-layers", int, 4), ("hidden-size", int, 128), ("ffn-hidden-size", int, None), ("num-attention-heads", int, 4),
+        ("num-query-groups", int, 1), ("seq-length", int, 256), ("max-position-embeddings", int, None),
+        ("vocab-size", int, 4096), ("make-vocab-size-divisible-by", int, 128), ("init-method-std", float, 0.02),
+        ("hidden-dropout", float, 0.1), ("attention-dropout", float, 0.1), ("tensor-model-parallel-size", int, 1),
+        ("micro-batch-size", int, 4), ("global-batch-size", int, 16), ("train-iters", int, 100), ("lr", float, 1e-3),
+        ("min-lr", float, 0.0), ("lr-warmup-iters", int, 0), ("weight-decay", float, 0.01), ("adam-beta1", float, 0.9),
+        ("adam-beta2", float, 0.999), ("adam-eps", float, 1e-8), ("seed", int, 1234), ("num-workers", int, 2),
+        ("log-interval", int, 10), ("eval-interval", int, 100), ("eval-iters", int, 4), ("save-interval", int, 0),
+        ("save", str, None), ("load", str, None), ("tensorboard-dir", str, None), ("data-cache-path", str, None),
+        ("deepspeed_config", str, str(Path(__file__).with_name("ds_zero1.json"))), ("commute", str, None),
+        ("local_rank", int, 0),
+    ):  # fmt: skip
+        parser.add_argument(f"--{flag}", type=kind, default=default)
+    parser.add_argument("--normalization", choices=("LayerNorm", "RMSNorm"), default="LayerNorm")
+    parser.add_argument(
+        "--position-embedding-type", choices=("learned_absolute", "rope"), default="learned_absolute"
+    )
+    for flag in ("bf16", "swiglu", "group-query-attention", "untie-embeddings-and-output-weights", "disable-bias-linear",
+                 "deepspeed"):  # fmt: skip
+        parser.add_argument(f"--{flag}", action="store_true")
+    parser.add_argument("--train-data-path", nargs="+", default=[], help="WEIGHT PREFIX pairs, as Megatron's")
+    parser.add_argument(
+        "--valid-data-path", nargs="+", default=[], help="WEIGHT PREFIX pairs, one for each domain"
+    )
+    args = parser.parse_args(argv)
+    args.ffn_hidden_size = args.ffn_hidden_size or 4 * args.hidden_size
+    args.max_position_embeddings = args.max_position_embeddings or args.seq_length
+    return args
+
+
+def learning_rate(args, step):
+    """Rate of step `step`: linear warm-up, then a cosine from --lr to --min-lr at --train-iters."""
+    if step < args.lr_warmup_iters:
+        return args.lr * (step + 1) / args.lr_warmup_iters
+    progress = (step - args.lr_warmup_iters) / max(1, args.train_iters - args.lr_warmup_iters)
+    return args.min_lr + (args.lr - args.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def engine_config(args, data_parallel):
+    """DeepSpeed's configuration: the file's, with batch sizes and precision from the flags."""
+    config = json.loads(Path(args.deepspeed_config).read_text())
+    config["train_micro_batch_size_per_gpu"] = args.micro_batch_size
+    config["gradient_accumulation_steps"] = args.global_batch_size // (args.micro_batch_size * data_parallel)
+    config["steps_per_print"] = 10**9
+    config["zero_allow_untested_optimizer"] = True
+    if args.bf16:
+        config["bf16"] = {"enabled": True}
+    return config
+
+
+def build_engine(args, data_parallel):
+    """GPTModel, AdamW (no decay on biases and norms, as in Megatron) and the DeepSpeed engine around them."""
+    import deepspeed
+    import torch
+    from megatron_commute.adapters import megatron_core
+
+    multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
+    args.padded_vocab_size = -(-args.vocab_size // multiple) * multiple
+    model = megatron_core.gpt_model(args, args.padded_vocab_size)
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(
+        groups, lr=args.lr, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_eps
+    )
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, config=engine_config(args, data_parallel), mpu=megatron_core.deepspeed_mpu()
+    )
+    return engine
+
+
+def slices(start, stop, micro_batch, rank, size):
+    """Micro-batches of this data-parallel rank from the global sample stream, sliced as Megatron slices."""
+    for first in range(start, stop, micro_batch * size):
+        yield list(range(first + rank * micro_batch, first + (rank + 1) * micro_batch))
+
+
+def loader(args, plugin, groups, start):
+    """An iterator over this rank's micro-batches from iteration `start` on: the plug-in's, or megatron-core's own."""
+    import torch
+
+    from megatron_commute import reduce
+    from megatron_commute.adapters import megatron_core
+
+    if plugin is not None and plugin.feeds:
+        dataset, batches = plugin.dataset, plugin.sampler
+    else:
+        total, batch = args.train_iters * args.global_batch_size, args.global_batch_size
+        dataset = megatron_core.stock_dataset(
+            args.train_data_path, total, args.seq_length, args.vocab_size, args.seed, args.data_cache_path
+        )
+        place = (reduce.rank_in(groups.data), reduce.size(groups.data))
+        batches = slices(start * batch, total, args.micro_batch_size, *place)
+    return iter(torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=args.num_workers))
+
+
+def train_step(engine, batches, args, step, world_rank):
+    """One optimiser step over gradient-accumulation micro-batches; returns them with their per-sequence losses."""
+    import torch
+
+    from megatron_commute.adapters import megatron_core
+
+    torch.manual_seed(
+        args.seed + step * 65536 + world_rank
+    )  # dropout is a function of the step, so resume is exact
+    for group in engine.optimizer.param_groups:
+        group["lr"] = learning_rate(args, step)
+    seen = []
+    for _ in range(engine.gradient_accumulation_steps()):
+        batch = next(batches)
+        tokens, labels = batch["tokens"], batch.get("labels")
+        if labels is None:
+            tokens, labels = tokens[:, :-1], tokens[:, 1:]
+        losses = megatron_core.token_losses(engine, tokens.to(engine.device), labels.to(engine.device))
+        engine.backward(losses.mean())
+        engine.step()
+        seen.append((batch, losses.detach().double().mean(dim=1).cpu().numpy()))
+    return seen
+
+
+def validate(engine, datasets, args, groups):
+    """Mean validation loss of every domain over --eval-iters global batches of its first sequences."""
+    import torch
+
+    from megatron_commute import reduce
+    from megatron_commute.adapters import megatron_core
+
+    totals = np.zeros((len(datasets), 2))
+    engine.eval()
+    with torch.no_grad():
+        for k, dataset in enumerate(datasets):
+            most = min(len(dataset), args.eval_iters * args.global_batch_size)
+            mine = range(reduce.rank_in(groups.data), most, reduce.size(groups.data))
+            for first in range(0, len(mine), args.micro_batch_size):
+                items = [dataset[i]["tokens"] for i in mine[first : first + args.micro_batch_size]]
+                tokens = torch.stack(items).to(engine.device)
+                totals[k] += float(megatron_core.mean_loss(engine, tokens).double()) * len(items), len(items)
+    engine.train()
+    totals = reduce.sum_of_numbers(totals, groups.data)
+    return [float(total / count) for total, count in totals]
+
+
+def scalars(directory):
+    """A listener of the record that writes its numbers to TensorBoard."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer, names = SummaryWriter(directory), []
+
+    def listen(line):
+        names.extend(line.get("names", []))
+        for series, values in line.items():
+            if isinstance(values, list) and len(values) == len(names):
+                values = dict(zip(names, values, strict=True))
+            for name, value in values.items() if isinstance(values, dict) else ():
+                if isinstance(value, int | float) and "step" in line:
+                    writer.add_scalar(f"{series}/{name}", value, line["step"])
+        writer.flush()
+
+    return listen
+
+
+def prepare(args, data_parallel):
+    """The plug-in, or None without --commute. Whatever does not fit ends here, with one line and exit status 2."""
+    from megatron_commute.adapters.torch_loop import Plugin
+    from megatron_commute.config import ConfigError, Run
+
+    chunk = args.micro_batch_size * max(1, data_parallel)
+    try:
+        if data_parallel < 1 or args.global_batch_size % chunk:
+            raise ConfigError(
+                f"--global-batch-size {args.global_batch_size}: not a multiple of --micro-batch-size x data-parallel "
+                f"ranks = {chunk}; change one of them or the number of ranks"
+            )
+        prefetched = 2 * args.num_workers
+        run = Run(
+            *(args.seq_length, args.global_batch_size, args.micro_batch_size, data_parallel),
+            *(args.train_iters, prefetched),
+        )
+        return Plugin(args.commute, run, args.train_data_path) if args.commute else None
+    except ConfigError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def resume(engine, args):
+    """(iterations done, plug-in state) of the newest checkpoint under --load; (0, None) where there is none."""
+    if not args.load or not (Path(args.load) / "latest").exists():
+        return 0, None
+    _, kept = engine.load_checkpoint(args.load)
+    state = json.loads(kept["commute"]) if kept.get("commute") else None
+    if args.commute and state is None:
+        raise SystemExit(f"error: {args.load}: this run began without --commute; start a fresh --save and --load folder")
+    return kept["iteration"], state
+
+
+def save(engine, args, iteration, hook):
+    state = {"iteration": iteration, "commute": json.dumps(hook.state_dict()) if hook is not None else None}
+    engine.save_checkpoint(args.save, tag=f"global_step{iteration}", client_state=state)
+
+
+def validation_sets(args, names):
+    """(names, datasets) of --valid-data-path, one for each domain of the mixture file where there is one."""
+    from megatron_commute.adapters.indexed_data import TokenSequences
+    from megatron_commute.adapters.torch_loop import blend_of
+
+    if not args.valid_data_path:
+        return [], []
+    prefixes, _ = blend_of(args.valid_data_path)
+    if names and len(names) != len(prefixes):
+        raise SystemExit(f"error: --valid-data-path names {len(prefixes)} domains, the mixture file {len(names)}")
+    return names or [Path(p).name for p in prefixes], [TokenSequences([p], args.seq_length) for p in prefixes]
+
+
+def log(done, args, engine, groups, hook, valid, losses, bar):
+    """After `done` steps: the loss line, the progress bar and, at its interval, the validation of every domain."""
+    found = None
+    evaluated = valid[1] and (done % args.eval_interval == 0 or done in (0, args.train_iters))
+    if evaluated:
+        found = dict(zip(valid[0], validate(engine, valid[1], args, groups), strict=True))
+    if not evaluated and done % args.log_interval:
+        return
+    mean = sum(losses) / len(losses) if losses else None
+    losses.clear()
+    shown = {"loss": f"{mean:.3f}"} if mean else {}
+    if hook is not None:
+        hook.log_losses(done, found)
+        shown["weights"] = "/".join(f"{w:.2f}" for w in hook.mixture.weights)
+    bar.set_postfix(shown)
+    if hook is None and found and not bar.disable:
+        bar.write(f"step {done}: validation " + ", ".join(f"{n} {x:.4f}" for n, x in found.items()))
+
+
+def train(args, engine, plugin):
+    from tqdm import tqdm
+
+    from megatron_commute import reduce
+    from megatron_commute.adapters import megatron_core
+
+    groups, first = megatron_core.groups(), reduce.rank() == 0
+    start, state = resume(engine, args)
+    valid = validation_sets(args, plugin.plan.names if plugin else None)
+    bar = tqdm(total=args.train_iters, initial=start, disable=not first, unit="step", dynamic_ncols=True)
+    hook = batches = None
+    if plugin is not None:
+        hook = plugin.attach(
+            megatron_core.probe_model(engine, args.micro_batch_size),
+            groups,
+            args.save or ".",
+            lambda step: learning_rate(args, step),
+            args.weight_decay,
+            vocab_size=args.vocab_size,
+            state=state,
+            listener=scalars(args.tensorboard_dir) if args.tensorboard_dir and first else None,
+            say=bar.write if first else lambda line: None,
+        )
+    if start < args.train_iters:
+        batches = loader(args, plugin, groups, start)
+    losses = []
+    if start == 0:
+        log(0, args, engine, groups, hook, valid, losses, bar)
+    for step in range(start, args.train_iters):
+        if hook is not None:
+            hook.begin(step)
+        seen = train_step(engine, batches, args, step, reduce.rank())
+        losses.extend(loss.mean() for _, loss in seen)
+        if hook is not None:
+            account(hook, seen)
+        bar.update()
+        log(step + 1, args, engine, groups, hook, valid, losses, bar)
+        if step + 1 == args.train_iters and hook is not None:
+            hook.finish(step + 1)
+        if args.save and (step + 1 == args.train_iters or args.save_interval and (step + 1) % args.save_interval == 0):
+            save(engine, args, step + 1, hook)
+    bar.close()
+    if plugin is not None and first:
+        print(plugin.summary(args.save or "."))
+
+
+def account(hook, seen):
+    """Tell the hook what this step trained on."""
+    tokens = np.concatenate([batch["tokens"].numpy() for batch, _ in seen])
+    losses = np.concatenate([loss for _, loss in seen])
+    delivered = None
+    if "position" in seen[0][0]:
+        delivered = tuple(np.concatenate([batch[key].numpy() for batch, _ in seen]) for key in ("domain", "position"))
+    hook.end(losses, tokens, delivered)
+
+
+def main(argv=None):
+    args = parse(argv)
+    data_parallel = int(os.environ.get("WORLD_SIZE", "1")) // args.tensor_model_parallel_size
+    plugin = prepare(args, data_parallel)  # refusals come before anything is imported, started or written
+    import deepspeed
+    import torch
+
+    from megatron_commute.adapters import megatron_core
+
+    deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo")
+    megatron_core.initialise(args.tensor_model_parallel_size, args.seed)
+    train(args, build_engine(args, data_parallel), plugin)
+
+
+if __name__ == "__main__":
+    main()

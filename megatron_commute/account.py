@@ -1,0 +1,60 @@
+"""What training has seen: loss of every domain, and a fingerprint of the delivered data that no layout changes."""
+
+import zlib
+
+import numpy as np
+
+from megatron_commute import reduce
+
+
+class Account:
+    """Per-domain losses since the last log line and the fingerprint since the start, equal on all ranks.
+
+    K domains. data_rank, data_size: place of this rank among the data-parallel ranks; micro_batch: sequences of one forward
+    pass; group: the data-parallel group.
+    """
+
+    def __init__(self, domains, global_batch, micro_batch, data_rank, data_size, group):
+        chunks = np.arange(global_batch).reshape(-1, data_size, micro_batch)
+        self.mine = chunks[:, data_rank].reshape(-1)  # Megatron's slices: rank r takes the r-th of every micro chunk
+        self.losses = np.zeros((domains, 2))
+        self.fingerprint = 0
+        self.group = group
+
+    def add(self, first_sample, domains, positions, losses, tokens):
+        """One step. domains, positions: i64[global_batch] of the stream; losses f64[n], tokens i64[n, s]: this rank's own.
+
+        Sums travel every step, as K numbers, so that a checkpoint between two log lines continues to the last bit.
+        """
+        own = domains[self.mine]
+        K = len(self.losses)
+        sums = np.concatenate([np.bincount(own, losses, K), np.bincount(own, minlength=K).astype(np.float64), [0.0, 0.0]])
+        rows = zip(first_sample + self.mine, own, positions[self.mine], tokens, strict=True)
+        local = sum(sample_hash(*row) for row in rows) % 2**64
+        sums[-2:] = local & 0xFFFFFFFF, local >> 32  # halves stay exact in float64 for up to two million ranks
+        total = reduce.sum_of_numbers(sums, self.group)
+        self.losses += total[: 2 * K].reshape(2, K).T
+        self.fingerprint = (self.fingerprint + int(total[-2]) + (int(total[-1]) << 32)) % 2**64
+
+    def means(self):
+        """Mean loss of every domain since the last call, None where a domain was not seen; starts anew."""
+        means = [float(total / count) if count else None for total, count in self.losses]
+        self.losses[:] = 0.0
+        return means
+
+    def state_dict(self):
+        return {"losses": self.losses.tolist(), "fingerprint": f"{self.fingerprint:016x}"}
+
+    def load_state_dict(self, state):
+        self.losses = np.array(state["losses"], dtype=np.float64)
+        self.fingerprint = int(state["fingerprint"], 16)
+
+
+def sample_hash(index, domain, position, tokens):
+    """64-bit hash of one delivered sample: its place in the global stream, where it came from, and its content.
+
+    index, domain, position: ints; tokens: integer numpy array. Added up mod 2^64 over samples, the order does not matter.
+    """
+    content = zlib.crc32(np.ascontiguousarray(tokens, dtype=np.int64))
+    key = np.array([index, domain, position, content], dtype=np.int64)
+    return zlib.crc32(key) << 32 | zlib.crc32(key, 0x5DEECE66)

@@ -103,7 +103,7 @@ class Bounds(NamedTuple):
                 group = min(max(spare / self.left, ends[0]), ends[1])
 
     def _share(self, wish, low, high, group, spread):
-        if group is None:
+        if group is None or not self.budgeted.any():
             return nearest(wish, low, high, 1.0, spread)
         result = np.zeros_like(wish)
         for part, mass in ((self.budgeted, 1.0 - group), (self.endless, group)):
@@ -122,18 +122,54 @@ def _room(need, low, high, weight, left) -> float:
     return max(room, 0.0)
 
 
-def check(low, high, budgets, samples) -> None:
-    """ValueError when no weights in [low, high], f64[K] each, serve the budgets in the run's samples."""
-    K = len(budgets)
+def limits(budgets, samples, K: int, retired: int) -> tuple[tuple[int | None, ...], int | None]:
+    """Budgets and the run's total, checked. `retired`: samples served by domains that left before."""
+    budgets = [None] * K if budgets is None else list(budgets)
+    if len(budgets) != K:
+        raise ValueError(f"{len(budgets)} budgets for {K} weights: give one budget (or None) for each domain")
+    for d, budget in enumerate(budgets):
+        if budget is not None and (budget != int(budget) or budget < 0):
+            raise ValueError(f"budget {budget} of domain {d}: give a whole number of samples >= 0, or None")
+    if samples is not None and (samples != int(samples) or samples < 0):
+        raise ValueError(f"a run of {samples} samples: give a whole number >= 0, or None")
+    budgets = tuple(None if budget is None else int(budget) for budget in budgets)
+    total = sum(budget for budget in budgets if budget is not None) + retired
+    if samples is None:
+        return budgets, None if None in budgets else total
+    if samples < total:
+        raise ValueError(f"budgets of {total} samples in a run of {samples}: lower them or train longer")
+    if samples > total and None not in budgets:
+        problem = f"budgets of {total} samples in a run of {samples}"
+        raise ValueError(f"{problem}: raise them, or give one domain the budget null")
+    return budgets, int(samples)
+
+
+def remaining(budgets, served) -> list[int | None]:
+    """Samples left of each budget; ValueError when more are served already."""
+    for d, (budget, count) in enumerate(zip(budgets, served, strict=True)):
+        if budget is not None and count > budget:
+            raise ValueError(
+                f"domain {d} has served {count} of a budget of {budget}: raise it to at least {count}"
+            )
+    return [
+        None if budget is None else budget - int(count) for budget, count in zip(budgets, served, strict=True)
+    ]
+
+
+def check(low, high, owed, samples, index) -> None:
+    """ValueError when no weights in [low, high], f64[K] each, can serve what is `owed` from sample `index`
+    on.
+
+    owed: samples left of each budget, None for endless domains. samples: the run's total, or None.
+    """
+    K = len(owed)
     if low.shape != (K,) or high.shape != (K,):
         raise ValueError(f"minimum {low.shape} and maximum {high.shape}: give {K} numbers each, or None")
     if not ((low >= 0) & (low <= high) & (high <= 1)).all():
         raise ValueError("minimum and maximum: 0 <= minimum <= maximum <= 1 must hold for every domain")
     if math.fsum(low) > 1 + 1e-9 or math.fsum(high) < 1 - 1e-9:
-        raise ValueError(
-            "minimum must sum to at most 1, maximum to at least 1: lower or raise them"
-        )
-    endless = np.array([budget is None for budget in budgets])
+        raise ValueError("minimum must sum to at most 1 and maximum to at least 1: lower or raise them")
+    endless = np.array([budget is None for budget in owed])
     if samples is None:
         if low[~endless].any() or math.fsum(high[endless]) < 1 - 1e-9:
             raise ValueError(
@@ -141,13 +177,19 @@ def check(low, high, budgets, samples) -> None:
                 "the minimum of the budgeted domains and the maximum of the endless ones"
             )
         return
-    rows = [(f"domain {d}", budgets[d], low[d], high[d]) for d in np.flatnonzero(~endless)]
+    left, slack = samples - index, K if index else 0
+    rows = [(f"domain {d}", owed[d], low[d], high[d]) for d in np.flatnonzero(~endless)]
     if endless.any():
-        spare = samples - sum(budget for budget in budgets if budget is not None)
-        rows.append(("the endless domains", spare, math.fsum(low[endless]), math.fsum(high[endless])))
-    for name, budget, floor, ceiling in rows:
-        if not floor * samples - 1 <= budget <= ceiling * samples + 1:
+        spare = left - sum(budget for budget in owed if budget is not None)
+        if spare < 0:
             raise ValueError(
-                f"{name}: {budget} of {samples} samples is outside the weight bounds "
+                f"budgets ask for {left - spare} of the {left} samples left: lower them or train longer"
+            )
+        rows.append(("the endless domains", spare, math.fsum(low[endless]), math.fsum(high[endless])))
+    for name, need, floor, ceiling in rows:
+        least, most = math.floor(floor * left + 1e-6) - slack, math.ceil(ceiling * left - 1e-6) + slack
+        if not least <= need <= most or (need > 0 and ceiling == 0):
+            raise ValueError(
+                f"{name}: {need} of the {left} samples left is outside the weight bounds "
                 f"[{floor:g}, {ceiling:g}] to the end: change the budget or the bounds"
             )

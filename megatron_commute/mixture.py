@@ -91,29 +91,46 @@ class Mixture:
     weights f64[K]: shares of the samples, any scale. budgets: samples each domain serves in the whole run, or
     None for an endless domain (None for all: no budgets). samples: the run's total; default the sum of the
     budgets when every domain has one. minimum, maximum f64[K]: bounds of each weight. ValueError when these
-    contradict.
+    contradict. served i64[K], credit f64[K] (target minus served) and retired (samples of domains that are
+    gone) say where a run that is taken over stands.
     """
 
-    def __init__(self, weights, budgets=None, *, samples=None, minimum=None, maximum=None):
+    def __init__(
+        self,
+        weights,
+        budgets=None,
+        *,
+        samples=None,
+        minimum=None,
+        maximum=None,
+        served=None,
+        credit=None,
+        retired=0,
+    ):
         self._wish = normalised(weights)
         K = self._wish.size
-        self.budgets = _budgets(budgets, K)
-        self.samples = _total(self.budgets, samples)
+        self._limits(budgets, samples, minimum, maximum, retired)
+        self._served = np.zeros(K, dtype=np.int64) if served is None else np.array(served, dtype=np.int64)
+        self._credit = np.zeros(K) if credit is None else np.array(credit, dtype=np.float64)
+        if self._served.shape != (K,) or self._credit.shape != (K,) or (self._served < 0).any():
+            raise ValueError(f"served and credit: give {K} numbers each, served none below 0, or None")
+        self.index = int(self._served.sum()) + self.retired
+        owed = feasible.remaining(self.budgets, self._served)
+        feasible.check(self.minimum, self.maximum, owed, self.samples, self.index)
+        self._start, self._origin, self._weights = self.index, self._served.copy(), np.zeros(K)
+        self._pending: list[tuple[int, np.ndarray]] = []
+        self.projections: list[Projection] = []
+        self._settle()
+
+    def _limits(self, budgets, samples, minimum, maximum, retired) -> None:
+        """What stays the same for the whole run."""
+        K = self._wish.size
+        self.retired = int(retired)
+        self.budgets, self.samples = feasible.limits(budgets, samples, K, self.retired)
         self.minimum = np.zeros(K) if minimum is None else np.array(minimum, dtype=np.float64)
         self.maximum = np.ones(K) if maximum is None else np.array(maximum, dtype=np.float64)
         self._endless = np.array([b is None for b in self.budgets])
         self._limit = np.array([0 if b is None else b for b in self.budgets], dtype=np.int64)
-        feasible.check(self.minimum, self.maximum, self.budgets, self.samples)
-        self.index = 0
-        self.projections: list[Projection] = []
-        self._served = np.zeros(K, dtype=np.int64)
-        self._origin = np.zeros(K, dtype=np.int64)
-        self._credit = np.zeros(K)
-        self._weights = np.zeros(K)
-        self._start = 0
-        self._until = None
-        self._pending: list[tuple[int, np.ndarray]] = []
-        self._settle()
 
     @property
     def served(self) -> np.ndarray:
@@ -129,6 +146,12 @@ class Mixture:
     def target(self) -> np.ndarray:
         """The integrated target T, f64[K]: the sum of the weights in force over the samples so far."""
         return self._credit + self._weights * (self.index - self._start) + self._origin
+
+    @property
+    def credit(self) -> np.ndarray:
+        """Target minus served, f64[K]: what the bound at the top of this file is about."""
+        earned = self._credit + self._weights * (self.index - self._start)
+        return earned - (self._served - self._origin)
 
     def schedule(self, weights, at_sample: int) -> None:
         """Use `weights` f64[K] from sample `at_sample` on; drops what was scheduled for that sample or later.
@@ -194,7 +217,7 @@ class Mixture:
         """Samples the endless domains may still serve, together."""
         if self.samples is None:
             return UNLIMITED
-        return int(self.samples - self._limit.sum() - self._served[self._endless].sum())
+        return int(self.samples - self.retired - self._limit.sum() - self._served[self._endless].sum())
 
     def _alive(self) -> np.ndarray:
         return np.where(self._endless, self._spare() > 0, self._served < self._limit)
@@ -202,8 +225,7 @@ class Mixture:
     def _settle(self) -> None:
         """An event: close the stretch at the present sample and open the next one with weights that are
         feasible."""
-        earned = self._weights * (self.index - self._start)
-        self._credit = (self._credit + earned) - (self._served - self._origin)
+        self._credit = self.credit
         self._start, self._origin = self.index, self._served.copy()
         while self._pending and self._pending[0][0] <= self.index:
             self._wish = self._pending.pop(0)[1]
@@ -243,6 +265,7 @@ class Mixture:
         return {
             "version": VERSION,
             "index": self.index,
+            "retired": self.retired,
             "served": self._served.tolist(),
             "start": self._start,
             "origin": self._origin.tolist(),
@@ -262,62 +285,56 @@ class Mixture:
         """The mixture that `state_dict` described. ValueError when the state is of another version or
         damaged."""
         _check_state(state)
-        bounds = {key: state[key] for key in ("samples", "minimum", "maximum")}
-        mixture = cls(state["wish"], state["budgets"], **bounds)
+        mixture = object.__new__(cls)
+        mixture._wish = np.array(state["wish"], dtype=np.float64)
+        mixture._limits(*(state[key] for key in ("budgets", "samples", "minimum", "maximum", "retired")))
         mixture._served = np.array(state["served"], dtype=np.int64)
         mixture._origin = np.array(state["origin"], dtype=np.int64)
-        for name in ("credit", "wish", "weights"):
-            setattr(mixture, f"_{name}", np.array(state[name], dtype=np.float64))
+        mixture._credit = np.array(state["credit"], dtype=np.float64)
+        mixture._weights = np.array(state["weights"], dtype=np.float64)
         mixture.index, mixture._start, mixture._until = state["index"], state["start"], state["until"]
         mixture._pending = [(sample, np.array(wish, dtype=np.float64)) for sample, wish in state["pending"]]
         mixture.projections = []
         return mixture
 
 
-def _budgets(budgets, K) -> tuple[int | None, ...]:
-    budgets = [None] * K if budgets is None else list(budgets)
-    if len(budgets) != K:
-        raise ValueError(f"{len(budgets)} budgets for {K} weights: give one budget (or None) for each domain")
-    for d, budget in enumerate(budgets):
-        if budget is not None and (budget != int(budget) or budget < 0):
-            raise ValueError(f"budget {budget} of domain {d}: give a whole number of samples >= 0, or None")
-    return tuple(None if budget is None else int(budget) for budget in budgets)
-
-
-def _total(budgets, samples) -> int | None:
-    total = sum(budget for budget in budgets if budget is not None)
-    if None in budgets:
-        if samples is not None and samples < total:
-            raise ValueError(f"budgets of {total} samples in a run of {samples}: lower them or train longer")
-        return None if samples is None else int(samples)
-    if samples is not None and samples != total:
-        raise ValueError(
-            f"budgets of {total} samples in a run of {samples}: make them equal or set one domain to null"
-        )
-    return total
+KEYS = {
+    "version",
+    "index",
+    "retired",
+    "served",
+    "start",
+    "origin",
+    "credit",
+    "wish",
+    "weights",
+    "until",
+    "pending",
+}
+KEYS |= {"budgets", "samples", "minimum", "maximum"}
 
 
 def _check_state(state) -> None:
     cure = "load an intact checkpoint, or start a new mixture"
     if state.get("version") != VERSION:
         raise ValueError(f"mixture state of version {state.get('version')}, this is {VERSION}: {cure}")
-    missing = {"index", "served", "start", "origin", "credit", "wish", "weights", "until", "pending"} - set(
-        state
-    )
-    missing |= {"budgets", "samples", "minimum", "maximum"} - set(state)
+    missing = KEYS - set(state)
     if missing:
         raise ValueError(f"mixture state without {', '.join(sorted(missing))}: {cure}")
     K = len(state["wish"])
     for name in ("served", "origin", "credit", "weights", "budgets", "minimum", "maximum"):
         if len(state[name]) != K:
             raise ValueError(f"mixture state: {len(state[name])} entries of {name} for {K} domains: {cure}")
-    if sum(state["served"]) != state["index"] or sum(state["origin"]) != state["start"]:
+    counted = sum(state["served"]) + state["retired"], sum(state["origin"]) + state["retired"]
+    if counted != (state["index"], state["start"]) or min(state["origin"]) < 0:
         raise ValueError(f"mixture state: the samples served do not sum to the index: {cure}")
     if not np.isfinite(state["credit"] + state["weights"] + state["wish"]).all():
         raise ValueError(f"mixture state holds a number that is not finite: {cure}")
     for d, (served, budget) in enumerate(zip(state["served"], state["budgets"], strict=True)):
-        if budget is not None and served > budget:
+        if served < state["origin"][d] or (budget is not None and served > budget):
             raise ValueError(f"mixture state: domain {d} served {served} of a budget of {budget}: {cure}")
     samples = [sample for sample, _ in state["pending"]]
-    if samples != sorted(samples) or any(sample < state["index"] for sample in samples):
+    if samples != sorted(set(samples)) or any(sample <= state["index"] for sample in samples):
         raise ValueError(f"mixture state: pending changes out of order or in the past: {cure}")
+    if any(len(wish) != K for _, wish in state["pending"]):
+        raise ValueError(f"mixture state: a pending change is not for {K} domains: {cure}")

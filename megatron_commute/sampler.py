@@ -168,11 +168,12 @@ class MixedDataset:
     on with the next epoch, in a fresh order.
     """
 
-    def __init__(self, domains: list, seed: int):
+    def __init__(self, domains: list, seed: int, keys=None):
         for d, domain in enumerate(domains):
             if len(domain) == 0:
                 raise ValueError(f"domain {d} has no samples: give it data or take it out of the mixture")
         self.domains, self.seed = list(domains), int(seed)
+        self.keys = list(range(len(self.domains)) if keys is None else keys)
 
     def __len__(self) -> int:
         """Samples in one epoch of every domain, together."""
@@ -185,7 +186,7 @@ class MixedDataset:
                 f"(domain, position) = {key}: {len(self.domains)} domains, positions count from 0"
             )
         source = self.domains[d]
-        sample = source[item(position, len(source), self.seed, d)]
+        sample = source[item(position, len(source), self.seed, self.keys[d])]
         if not isinstance(sample, dict):
             raise TypeError(
                 f"domain {d} gave a {type(sample).__name__}: wrap its items as dicts, {{'text': ...}}"

@@ -1,0 +1,296 @@
+"""Series of numbers out of the lines of a decision log: what report, tables and CSV files are made of.
+
+Shapes: K domains, T targets (1, or K where the target is `each`), n samples at which something was recorded.
+What a line lacks is NaN. Nothing here draws, reads a file or knows HTML.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from megatron_commute import controller
+
+SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The lines of one record by event, in order; `start` and `end` are single lines, `end` may be None."""
+
+    start: dict
+    probes: list
+    skips: list
+    losses: list
+    readings: list  # every line with a validation loss: `valid` events and `loss` lines at evaluation steps
+    end: dict | None
+    samples: int  # largest sample any line speaks of
+
+    @property
+    def names(self):
+        return tuple(self.start["names"])
+
+    @property
+    def budgets(self):
+        return self.start.get("budgets") or [None] * len(self.names)
+
+    @property
+    def splits(self):
+        """Splits of a probe's samples that its standard errors come from."""
+        return (self.start.get("probe") or {}).get("splits") or 4
+
+    @property
+    def confidence(self):
+        """Confidence of the two-sided interval outside which the law lets a score count."""
+        return (self.start.get("controller") or {}).get("confidence") or 0.95
+
+    @property
+    def targets(self):
+        """Name of each of the T targets: the domains where the target is `each`, else the one mixture."""
+        if self.probes and np.ndim(self.probes[-1]["P"]) == 3:
+            return self.names
+        return ("the mixture",)
+
+
+def by_event(records, source="the record"):
+    """Sort the dicts of `record.read` into a Run. source: what an error calls them.
+
+    ValueError where there is no start line: nothing else says which domains the numbers belong to.
+    """
+    groups = {"start": [], "probe": [], "skip": [], "loss": [], "valid": [], "end": []}
+    for line in records:
+        groups.setdefault(line["event"], []).append(line)
+    if not groups["start"]:
+        raise ValueError(
+            f"{source}: no start line in it; name the record of a run that began with --commute FILE"
+        )
+    return Run(
+        start=groups["start"][0],
+        probes=groups["probe"],
+        skips=groups["skip"],
+        losses=groups["loss"],
+        readings=[r for r in records if r["event"] in ("loss", "valid") and _any_number(r.get("valid"))],
+        end=groups["end"][-1] if groups["end"] else None,
+        samples=max([0, *(line["sample"] for line in records if line.get("sample") is not None)]),
+    )
+
+
+def _any_number(by_name):
+    return any(value is not None for value in (by_name or {}).values())
+
+
+def _numbers(value):
+    """float64 array of nested lists in which null stands for NaN."""
+    return np.array(value, dtype=np.float64)
+
+
+def _by_domain(run, lines, key):
+    """Samples i64[n] and values f64[n, K] of the {name: number} objects under `key`."""
+    rows = [[(line.get(key) or {}).get(name) for name in run.names] for line in lines]
+    return _samples_of(lines), _numbers(rows).reshape(len(lines), len(run.names))
+
+
+def _samples_of(lines):
+    return np.array([line["sample"] for line in lines], dtype=np.int64)
+
+
+def losses(run, kind):
+    """Samples i64[n], loss f64[n, K] in nats per token; kind is "train" or "valid"."""
+    return _by_domain(run, run.losses if kind == "train" else run.readings, kind)
+
+
+def served(run):
+    """Samples i64[n], samples served of each domain f64[n, K], from zero on."""
+    lines = [line for line in [*run.losses, *([run.end] if run.end else [])] if line.get("served")]
+    sample, values = _by_domain(run, lines, "served")
+    return np.insert(sample, 0, 0), np.vstack([np.zeros(len(run.names)), values])
+
+
+def weights(run):
+    """Samples i64[n] at which weights f64[n, K] came into force or were seen in force, in order.
+
+    Planned changes (`effective_sample` of the probes that were reached) fix where a step lies; loss lines add
+    what the mixture made of them when a budget ran short.
+    """
+    knots = {0: run.start["weights"]}
+    for probe in moves(run):
+        if probe["effective_sample"] <= run.samples:
+            knots[probe["effective_sample"]] = probe["weights_next"]
+    seen, values = _by_domain(run, [line for line in run.losses if line.get("weights")], "weights")
+    knots |= dict(zip(seen.tolist(), values.tolist(), strict=True))
+    sample = sorted(knots)
+    return np.array(sample, dtype=np.int64), _numbers([knots[n] for n in sample])
+
+
+def moves(run):
+    """Probes after which the weights were to change."""
+    return [probe for probe in run.probes if probe.get("effective_sample") is not None]
+
+
+def measured(run, key):
+    """Samples i64[n], value and standard error f64[n, T, ...] of P, s or score; n = 0 where there is none."""
+    lines = [probe for probe in run.probes if probe.get(key) is not None]
+    rank = 2 if key == "P" else 1
+    pair = [_numbers([probe.get(name) or np.full(np.shape(probe[key]), np.nan) for probe in lines])
+            for name in (key, f"{key}_se")]  # fmt: skip
+    if not lines:
+        return _samples_of(lines), *(np.zeros((0, 1) + (len(run.names),) * rank) for _ in pair)
+    return _samples_of(lines), *(a if a.ndim == rank + 2 else a[:, None] for a in pair)
+
+
+def mean_with_error(value, error):
+    """Mean over axis 0 and its standard error, the probes taken as independent. NaN entries stay out."""
+    known = np.isfinite(value)
+    count = np.where(known.any(0), known.sum(0), np.nan)
+    mean = np.where(known, value, 0.0).sum(0) / count
+    return mean, np.sqrt((np.where(known, error, 0.0) ** 2).sum(0)) / count
+
+
+def certain(run, value, error, probes=1):
+    """Where zero lies outside the interval of a value (mean over `probes`), by the rule of the decisions."""
+    return controller.significant(value, error, max(1, probes * (run.splits - 1)), run.confidence)
+
+
+def power_of_ten(*arrays):
+    """Factor 10^n that brings the largest finite number to 1..10, and its name for a header, '10⁻³'."""
+    largest = max([0.0, *(np.abs(a[np.isfinite(a)]).max(initial=0.0) for a in arrays)])
+    power = int(np.floor(np.log10(largest))) if largest else 0
+    return 10.0**power, "10" + str(power).translate(SUPERSCRIPTS) if power else ""
+
+
+def with_error(value, error):
+    """'+1.23 ± 0.40' with a true minus sign; 'not measured' for NaN."""
+    if not np.isfinite(value):
+        return "not measured"
+    shown = f"{value:+.2f}".replace("-", "−")
+    return f"{shown} ± {error:.2f}" if np.isfinite(error) else f"{shown}, error unknown"
+
+
+def summary_rows(records):
+    """Closing table of a run: (headers, rows), one row of strings per domain.
+
+    Losses in nats per token at the first and last reading, weights at start and end, samples used of the
+    budget, and of the last probe the score, the bracket sum s, and the largest |P| with its partner, each ±
+    standard error. With target `each` a domain's row shows the numbers for itself as the target.
+    """
+    run = records if isinstance(records, Run) else by_event(records)
+    ends = [_first_last(losses(run, kind)[1], "{:.3f}") for kind in ("train", "valid")]
+    weight = _first_last(weights(run)[1], "{:.3f}")
+    used = zip(served(run)[1][-1], run.budgets, strict=True)
+    share = [f"{int(n):,} / {'no budget' if budget is None else f'{budget:,}'}" for n, budget in used]
+    factor, power = power_of_ten(*(a[-1:] for key in ("score", "s", "P") for a in measured(run, key)[1:]))
+    headers = ["domain", "training loss", "validation loss", "weight", "samples used / budget"]
+    headers += [f"{word} ({power})" if power else word for word in ("score", "s", "largest P")]
+    scores = [_last_probe(run, key, factor) for key in ("score", "s")]
+    largest = [_largest_bracket(run, k, factor) for k in range(len(run.names))]
+    return headers, [list(row) for row in zip(run.names, *ends, weight, share, *scores, largest, strict=True)]
+
+
+def _first_last(values, form):
+    """'first → last' of each column of values[n, K], unknown entries left out."""
+    cells = []
+    for column in values.T:
+        known = column[np.isfinite(column)]
+        cells.append(f"{form} → {form}".format(known[0], known[-1]) if len(known) else "not recorded")
+    return cells
+
+
+def own(array, k):
+    """The [K, ...] block of array[T, K, ...] for the mixture, or for domain k where each is a target."""
+    return array[k if len(array) > 1 else 0]
+
+
+def _last_probe(run, key, factor):
+    _, value, error = measured(run, key)
+    if not len(value):
+        return ["not measured"] * len(run.names)
+    last = [array[-1] / factor for array in (value, error)]
+    return [with_error(*(own(array, k)[k] for array in last)) for k in range(len(run.names))]
+
+
+def _largest_bracket(run, k, factor):
+    _, P, error = measured(run, "P")
+    if not len(P) or len(run.names) < 2:
+        return "not measured"
+    row = np.where(np.arange(len(run.names)) == k, 0.0, np.nan_to_num(own(P[-1], k)[k]))
+    j = int(np.argmax(np.abs(row) - (np.arange(len(row)) == k)))
+    return f"{with_error(*(own(array[-1], k)[k, j] / factor for array in (P, error)))} with {run.names[j]}"
+
+
+def lacks(run, torn=0):
+    """What the record cannot show, one plain sentence each. torn: lines at the end that could not be read."""
+    notes = []
+    if torn:
+        notes.append("The last line is torn: the run was ended while writing it. It is left out.")
+    if run.end is None:
+        notes.append(
+            f"There is no end line: the run goes on or was stopped. Its lines reach sample {run.samples:,}."
+        )
+    if not run.probes:
+        notes.append("There is no finished probe, so there are no scores, no P and no decisions.")
+    for kind, word in (("train", "training"), ("valid", "validation")):
+        known = np.isfinite(losses(run, kind)[1]).any(0)
+        unknown = [name for name, seen in zip(run.names, known, strict=True) if not seen]
+        if unknown:
+            notes.append(f"No {word} loss of {', '.join(unknown)} was recorded.")
+    if run.probes and not len(measured(run, "score")[0]):
+        notes.append("No probe has a full score; decisions cannot be compared with what the law acted on.")
+    for key in ("P", "score"):
+        _, value, error = measured(run, key)
+        if (np.isfinite(value) & ~np.isfinite(error)).any():
+            notes.append(
+                f"Some {key} have no standard error; they are drawn without bars and marked as uncertain."
+            )
+    if all(budget is None for budget in run.budgets):
+        notes.append("No domain has a budget, so there is no burn-down.")
+    if run.probes and not len(overhead(run)[0]):
+        notes.append("No probe has a timing, so the overhead is unknown.")
+    return notes
+
+
+def overhead(run):
+    """Samples i64[n], probe time as a fraction of training time f64[n], seconds of each probe f64[n]."""
+    lines = [probe for probe in run.probes if (probe.get("timing") or {}).get("overhead") is not None]
+    pairs = [[probe["timing"]["overhead"], probe["timing"].get("probe_seconds")] for probe in lines]
+    return _samples_of(lines), *_numbers(pairs).reshape(len(lines), 2).T
+
+
+def uncalibrated(run):
+    """Whether the run acts on scores whose predictions nobody has compared with measured effects."""
+    return run.start.get("mode") == "act" and not (run.start.get("controller") or {}).get("calibrated")
+
+
+def tables(run):
+    """Every series as {file name: (headers, rows)}, numbers unrounded, for CSV files."""
+    names = list(run.names)
+    plain = {
+        "train_loss": losses(run, "train"),
+        "valid_loss": losses(run, "valid"),
+        "weights": weights(run),
+        "served": served(run),
+    }
+    result = {key: (["sample", *names], _joined(*pair)) for key, pair in plain.items()}
+    result["overhead"] = (["sample", "fraction_of_training_time", "probe_seconds"], _joined(*overhead(run)))
+    for key in ("score", "s"):
+        sample, value, error = measured(run, key)
+        result[key] = (["sample", "target", "domain", "value", "standard_error"],
+                       [[sample[n], run.targets[t], names[k], value[n, t, k], error[n, t, k]]
+                        for n, t, k in np.ndindex(value.shape)])  # fmt: skip
+    sample, P, error = measured(run, "P")
+    result["P"] = (["sample", "target", "first", "second", "value", "standard_error"],
+                   [[sample[n], run.targets[t], names[i], names[j], P[n, t, i, j], error[n, t, i, j]]
+                    for n, t, i, j in np.ndindex(P.shape) if i != j])  # fmt: skip
+    decisions = [
+        [p.get(key) for key in ("step", "sample", "lr", "effective_sample", "reason")] for p in run.probes
+    ]
+    result["decisions"] = (["step", "sample", "learning_rate", "effective_sample", "reason"], decisions)
+    result["skips"] = (["step", "sample", "reason", "failures", "off"],
+                       [[line.get(key) for key in ("step", "sample", "reason", "failures", "off")]
+                        for line in run.skips])  # fmt: skip
+    result["summary"] = summary_rows(run)
+    return result
+
+
+def _joined(sample, *columns):
+    return [[n, *row] for n, row in zip(sample.tolist(), np.column_stack(columns).tolist(), strict=True)]

@@ -28,7 +28,7 @@ class Quadratic:
 
     def gradients(self, theta):
         """g[..., K, n] at theta[..., n]."""
-        return np.einsum("kij,...kj->...ki", self.A, theta[..., None, :] - self.b)
+        return np.stack([(theta - b) @ A for A, b in zip(self.A, self.b, strict=True)], -2)
 
     def losses(self, theta):
         """L[..., K] at theta[..., n]."""
@@ -70,7 +70,7 @@ def quadratic(A, b):
 def sample(seed, n=100, domains=2, base=0.7, scale=1.0):
     """The paper's random problem (appendix B): (Quadratic, theta0[n]).
 
-    A_k = C_k' diag(scale * base^j) C_k with C_k uniform over the orthogonal matrices; b_k, theta0 standard normal.
+    A_k = C_k' diag(scale * base^j) C_k, C_k uniform on the orthogonal matrices; b_k, theta0 standard normal.
     """
     rng = np.random.default_rng(seed)
     spectrum = scale * base ** np.arange(n)
@@ -122,7 +122,7 @@ def run(A, b, theta0, budgets, time, steps, target, schedule):
 
 
 def study(out_dir, seeds=300):
-    """Everything `megatron-commute quadratic` shows: CSV and PNG go to out_dir, and the dict returned has it all.
+    """Everything `megatron-commute quadratic` shows: CSV and PNG go to out_dir, the dict returned has it all.
 
     Keys: table1, readings, one_problem, errata, full_loss, corollary (each a list of flat dicts, one a CSV
     row), text (the same for reading), files, seeds, seconds. `seeds` random problems; JSON-able. About a
@@ -134,6 +134,7 @@ def study(out_dir, seeds=300):
         quadratic_readings,
         quadratic_search,
         quadratic_tables,
+        quadratic_text,
     )
 
     started = clock.perf_counter()
@@ -149,7 +150,7 @@ def study(out_dir, seeds=300):
     }
     files = [quadratic_tables.write_csv(out_dir / f"{name}.csv", rows) for name, rows in tables.items()]
     files += quadratic_figures.draw(out_dir, tables)
-    text = quadratic_tables.text(tables, seeds)
+    text = quadratic_text.report(tables, seeds)
     seconds = clock.perf_counter() - started
     return {**tables, "text": text, "files": [str(f) for f in files], "seeds": seeds, "seconds": seconds}
 

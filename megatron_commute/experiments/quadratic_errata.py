@@ -34,7 +34,7 @@ TABLE_4 = (0.0195, -0.002, 0.0014, 0.0049, 0.0225, 0.0053, 0.0027, 0.002, -0.145
 
 
 def errata(seeds):
-    """One row a printed formula: place, printed, median, lowest and highest measured / printed, what holds."""
+    """One row a printed formula: place, printed, median, lowest, highest measured / printed, what holds."""
     ratios = [_ratios(seed) for seed in range(seeds)]
     rows = []
     for (place, printed, holds), cells in zip(FORMULAS, np.array(ratios).T, strict=True):

@@ -1,7 +1,7 @@
 """Searching over whole schedules with budgets, and Corollary 3.2(b) on what the search finds.
 
-The loss at the end is differentiated through the exact flow: with the adjoint lambda (lambda' = H_w lambda, from
-the target's gradient at the end), dL/dw_k in a step is -int lambda . g_k dt.
+The loss at the end is differentiated through the exact flow: with the adjoint lambda (lambda' = H_w lambda,
+from the target's gradient at the end), dL/dw_k in a step is -int lambda . g_k dt.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ SILENT = 0.05  # a gap below this part of the constant mixture's median gap coun
 def corollary(seeds):
     """Corollary 3.2(b) before and after the search, one row for 2 and 3 domains and each of `seeds` problems.
 
-    gain_percent: of the constant mixture's final loss. mixed_*: share of (step, next step, pair of domains)
-    with both domains mixed in both steps. gap_constant: median |s_i - s_j| over those, direction pulled back
-    from the end; gap_found: the same for the found schedule, as a part of gap_constant. improvable_*: share of
-    all where besides `bracket.improvable` holds. switches: turns from one pure domain to another; allowed,
+    gain_percent: of the constant mixture's final loss. mixed_*: share of (step, next step, pair) where both
+    domains are mixed in both steps. gap_constant: median |s_i - s_j| over those, direction pulled back from
+    the end; gap_found: the same for the found schedule, as a part of gap_constant. improvable_*: share of all
+    where besides `bracket.improvable` holds. switches: turns from one pure domain to another; allowed and
     allowed_local: those that pass `bracket.may_switch` with the direction pulled back from the end (what the
     corollary is about here), and with the local gradient (what a checkpoint can see).
     """
@@ -58,10 +58,10 @@ def _row(seed, problem, theta0, budgets):
 
 
 def search(problem, theta0, budgets, time, steps, target, iterations=500):
-    """A schedule f64[steps, K] within the budgets whose final loss no small change lowers, and that loss.
+    """A schedule f64[steps, K] within the budgets whose end no small change lowers, and its final loss.
 
-    Sequential quadratic programming (scipy's SLSQP) on the exact gradient, from the constant mixture: dense in
-    steps * K, so for up to a few hundred weights. A local optimum; other starts found the same one throughout.
+    Sequential quadratic programming (scipy's SLSQP) on the exact gradient, from the constant mixture: a local
+    optimum. Dense in steps * K, so for up to a few hundred weights. RuntimeError where it does not converge.
     """
     from scipy.optimize import minimize
 
@@ -134,7 +134,7 @@ def trajectory(problem, theta0, weights, time, target):
 
 
 def mixed_gaps(brackets, weights):
-    """|s_i - s_j| for [step and its next, pair i > j], NaN where a domain of the pair is not mixed in both steps.
+    """|s_i - s_j| for [step and its next, pair i > j]; NaN where a domain is not mixed in both steps.
 
     brackets: P[K, K] at each inner boundary of the steps; weights: f64[steps, K].
     """

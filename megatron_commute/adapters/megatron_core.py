@@ -142,7 +142,8 @@ def probe_model(engine, micro_batch):
     params = [p for p in module.parameters() if p.requires_grad]
     first = reduce.rank_in(here.model) == 0
     owned = [first or getattr(p, "tensor_model_parallel", False) for p in params]
-    decay = {id(p): bool(group.get("weight_decay")) for group, members in _groups_of(engine) for p in members}
+    both = zip(_partitions(engine), engine.optimizer.param_groups, strict=True)
+    decay = {id(p): bool(group.get("weight_decay")) for (members, _), group in both for p in members}
     return torch_loop.probe_model(
         module,
         mean_loss,
@@ -155,29 +156,38 @@ def probe_model(engine, micro_batch):
     )
 
 
-def _groups_of(engine):
-    """(optimiser group, its model parameters): ZeRO replaces a group's parameters by flat partitions."""
-    flat = getattr(engine.optimizer, "bit16_groups", None)
-    groups_ = engine.optimizer.param_groups
-    return zip(groups_, flat if flat is not None else [g["params"] for g in groups_], strict=True)
+def _partitions(engine):
+    """(model parameters, this rank's flat float32 partition of them) per optimiser group; partition None without ZeRO."""
+    optimizer = engine.optimizer
+    for members, flat in (
+        ("bit16_groups", "single_partition_of_fp32_groups"),  # ZeRO 1 and 2
+        ("bf16_groups", "fp32_groups_flat_partition"),  # DeepSpeed's BF16_Optimizer
+    ):
+        if hasattr(optimizer, members):
+            return list(zip(getattr(optimizer, members), getattr(optimizer, flat), strict=True))
+    return [(group["params"], None) for group in optimizer.param_groups]
 
 
 def second_moments(engine, params):
-    """Bias-corrected second moments of Adam for every parameter, gathered from ZeRO shards; None before the first step.
+    """Bias-corrected second moments of Adam for every parameter; None before its first step.
 
-    Collective over the data-parallel group.
+    Gathered from the ZeRO shards with one vector of model size: collective over the data-parallel group.
     """
-    from deepspeed.utils import safe_get_full_optimizer_state
-
     inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
-    steps = [float(state["step"]) for state in inner.state.values() if "step" in state]
-    beta = inner.param_groups[0].get("betas", (None, None))[1]
-    if not steps or beta is None or max(steps) == 0:
-        return None
-    if engine.zero_optimization_stage() == 0 and not hasattr(params[0], "_hp_mapping"):
+    if all(flat is None for _, flat in _partitions(engine)):
         return torch_loop.second_moments(inner, params)
-    correction = 1 - beta ** max(steps)
-    return [safe_get_full_optimizer_state(p, "exp_avg_sq") / correction for p in params]
+    found = {id(p): torch.zeros_like(p, dtype=torch.float32) for p in params}
+    for (members, flat), group in zip(_partitions(engine), inner.param_groups, strict=True):
+        state = inner.state.get(flat, {})
+        if "exp_avg_sq" not in state:
+            return None
+        corrected = state["exp_avg_sq"] / (1 - group["betas"][1] ** float(state["step"]))
+        for p in members:
+            if p._hp_mapping is not None:
+                here, there = p._hp_mapping.lp_fragment_address, p._hp_mapping.hp_fragment_address
+                piece = corrected.narrow(0, there.start, there.numel)
+                found[id(p)].view(-1).narrow(0, here.start, here.numel).copy_(piece)
+    return reduce.sum_of_vectors([found[id(p)] for p in params], groups().data)
 
 
 def stock_dataset(blend, samples, seq_length, vocab_size, seed, cache):

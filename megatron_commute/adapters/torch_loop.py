@@ -200,15 +200,15 @@ class Plugin:
         """Write the report of the run and return its closing table as text."""
         from tabulate import tabulate
 
-        from megatron_commute import report
+        from megatron_commute import plots, series
 
         lines = record.read(run_dir)
-        headers, rows = report.summary_rows(lines)
+        headers, rows = series.summary_rows(lines)
         table = tabulate(rows, headers, floatfmt=".4g")
         end = next(line for line in reversed(lines) if line["event"] in ("end", "loss"))
         spent, total = end["timing"]["probe_seconds"], end["timing"]["seconds"]
         share = f"probes took {spent:.0f} s of {total:.0f} s, {spent / max(total - spent, 1e-9):.1%} on top of training"
-        return f"{table}\n{share}\nreport: {report.report(run_dir)}"
+        return f"{table}\n{share}\nreport: {plots.report(run_dir)}"
 
 
 def check_blend(config, plan, paths):

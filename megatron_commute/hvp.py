@@ -26,7 +26,7 @@ METHODS = ("difference", "exact")
 # allow ten times more.
 _LENGTH = 7e-4
 _FRACTION = (1e-6, 1e-3)  # of |params|: not lost in the spacing of float32, and small against the weights
-_REACH = 8.0  # a tuned step moves at most this far from where it was fitted
+_DOUBLINGS = 8  # of a step that is tuned, either way
 
 
 class Product(NamedTuple):
@@ -84,12 +84,13 @@ def gradient_and_product(
     (megatron models need adapters.twice_differentiable); attention kernels of torch are switched to their
     MATH form, and custom autograd functions are refused by name unless they are known. step: eps; None takes
     difference_step, or tuned_step with check. check (difference): also estimate the error, for two more
-    gradients at a given step, six to eighteen more when the step is tuned. Raises ValueError for an unknown
+    gradients at a given step, eight or more when the step is tuned. Raises ValueError for an unknown
     method, v = 0, no parameters, shapes that differ, half-precision params, or a function that cannot be
     differentiated twice; FloatingPointError when a gradient is not finite.
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
+    _leaves(params)
     check_shapes(params, v, "params and v")
     if method == "exact":
         _nonzero(square(v) if step is None else 1.0)
@@ -151,26 +152,36 @@ def tuned_step(
     *,
     square: Callable[[Vector], float] = _square,
 ) -> tuple[float, float]:
-    """The eps with the least error on this batch and the estimated |error of H v| there.
+    """The eps with about the least error on this batch, and the estimated |error of H v| there.
 
-    Products at eps, 2 eps and 4 eps separate the truncation a eps^2 from the rounding b/eps; the sum of
-    squares is least at eps^6 = b^2 / (2 a^2). start: first eps, difference_step by default. Costs 6
-    gradients a round, at most three rounds when the best step is far from the start. Raises as
-    difference_step and gradient.
+    Rounding makes products at eps and 2 eps differ less as eps grows, truncation makes them differ more: eps
+    is doubled or halved until the difference is least. There two differences (eps to 2 eps, 2 eps to 4 eps)
+    give the truncation, which grows as eps^2, and the rounding, which falls as 1/eps. start: first eps,
+    within a factor of thirty or so of the best; difference_step by default. Costs 8 gradients from a good
+    start, two more per doubling. Raises as difference_step and gradient.
     """
+
+    def at(scale):
+        return _central(loss, params, v, scale * eps)[1]
+
     eps = start or difference_step(params, v, params_square=square(params), v_square=square(v))
-    for _ in range(3):
-        one, two, four = (_central(loss, params, v, scale * eps)[1] for scale in (1, 2, 4))
-        near, far = square(_minus(one, two)), square(_minus(two, four))
-        # near = 9 t + 5/4 r and far = 144 t + 5/16 r, with t and r the squared truncation and rounding at eps
-        t = max(0.0, (far - near / 4) / 141.75)
-        r = max(0.0, (near - 9 * t) / 1.25)
-        ideal = (r / (2 * t)) ** (1 / 6) if t > 0 else (math.inf if r > 0 else 1.0)
-        scale = min(max(ideal, 1 / _REACH), _REACH)
-        eps *= scale
-        if scale == ideal:
+    one, two, four = (at(scale) for scale in (1, 2, 4))
+    near, far = square(_minus(one, two)), square(_minus(two, four))
+    grow = far < near
+    for _ in range(_DOUBLINGS):
+        if grow and far >= near:
             break
-    return eps, math.sqrt(t * scale**4 + r / scale**2)
+        following = at(8 if grow else 0.5)
+        gap = square(_minus(four if grow else one, following))
+        if not grow and gap >= near:
+            break
+        one, two, four = (two, four, following) if grow else (following, one, two)
+        near, far, eps = (far, gap, 2 * eps) if grow else (gap, near, eps / 2)
+    # near = 9 t + 5/4 r and far = 144 t + 5/16 r, with t and r the squared truncation and rounding at eps
+    t = max(0.0, (far - near / 4) / 141.75)
+    r = max(0.0, (near - 9 * t) / 1.25)
+    square_error, eps = min((t + r, eps), (16 * t + r / 4, 2 * eps))
+    return eps, math.sqrt(square_error)
 
 
 def asymmetry(
@@ -237,8 +248,8 @@ def _refuse_unknown(value: torch.Tensor) -> None:
             names.add(node.name())
     if names:
         raise ValueError(
-            f"not known to be twice differentiable: {', '.join(sorted(names))}. Use method: difference, or, if "
-            "the backward consists of differentiable operations, set twice_differentiable = True on it"
+            f"not known to be twice differentiable: {', '.join(sorted(names))}. Use method: difference, or "
+            "set twice_differentiable = True on the class if its backward consists of differentiable operations"
         )
 
 

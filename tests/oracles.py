@@ -124,8 +124,15 @@ def cross_entropy(logits, labels):
 
 
 def batch(vocabulary=32, samples=4, length=8, seed=0):
-    """Random tokens and labels, int64 [samples, length] each; label = the next token."""
-    text = torch.randint(vocabulary, (samples, length + 1), generator=torch.Generator().manual_seed(seed))
+    """Tokens and labels (the next token), int64 [samples, length] each, of a language in which every token
+    has four possible successors: a model that has learned it from one batch knows something about the
+    next."""
+    successors = torch.randint(vocabulary, (vocabulary, 4), generator=torch.Generator().manual_seed(-1))
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.randint(vocabulary, (samples, length + 1), generator=generator)
+    choice = torch.randint(4, (samples, length + 1), generator=generator)
+    for t in range(length):
+        text[:, t + 1] = successors[text[:, t], choice[:, t]]
     return text[:, :-1], text[:, 1:]
 
 
@@ -154,10 +161,12 @@ def product(loss, params, v):
     return list(torch.autograd.grad(inner, leaves))
 
 
-def train(model, tokens, labels, steps=60, rate=3e-3):
-    """Fit the model to one batch with Adam, in place; a model that has left its initialisation."""
+def train(model, vocabulary=32, samples=16, length=8, steps=80, rate=3e-3):
+    """Train the model in place with Adam, each step on a new batch; a model that has left its
+    initialisation."""
     optimiser = torch.optim.Adam(model.parameters(), lr=rate)
-    for _ in range(steps):
+    for step in range(steps):
+        tokens, labels = batch(vocabulary, samples, length, seed=10_000 + step)
         optimiser.zero_grad()
         cross_entropy(model(tokens), labels).backward()
         optimiser.step()

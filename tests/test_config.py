@@ -113,6 +113,7 @@ ADDED = [
     ("probe: {sample: 8}", "4: probe.sample: unknown key; known here: samples, splits, method, metric, direction, time_limit (did you mean samples?)"),
     ("controller: {law: receding}", "4: controller.law: got receding; write one of hold, tilt"),
     ("controller: {strength: 0}", "4: controller.strength: got 0; write a positive number"),
+    ("controller: {strength: .inf}", "4: controller.strength: got Infinity; write a positive number"),
     ("controller: {rate: 1.5}", "4: controller.rate: got 1.5; write the largest change of a weight in one decision, such as 0.05"),
     ("controller: {confidence: 1}", "4: controller.confidence: got 1; write a probability from 0.5 to below 1, such as 0.95"),
     ("controller: {floors: 2}", "4: controller.floors: got 2; write a share between 0 and 1"),
@@ -142,6 +143,7 @@ DOMAIN = [
     ("weight: 0.5", "path: missing; write the prefix of a .bin/.idx pair"),
     ("path: ru", "path: ru is read by domain ru already; name every prefix once"),
     ("path: en, weight: -0.1", f"weight: got -0.1; {SHARE}"),
+    ("path: en, weight: true", f"weight: got true; {SHARE}"),
     ("path: en, weight: 9/10", f"weight: got 9/10; {SHARE}"),
     ("path: en, budget: 0", f"budget: got 0; {BUDGET}"),
     ("path: en, budget: 3.1", f"budget: got 3.1; {BUDGET}"),
@@ -161,6 +163,23 @@ DOMAIN = [
 def test_bad_domain(tmp_path, body, message):
     content = f"domains:\n  ru: {{path: ru}}\n  en: {{{body}}}\n"
     assert refusal(tmp_path, content) == f"mixture.yaml:3: domains.en.{message}"
+
+
+@pytest.mark.parametrize(
+    ("budget", "tokens"),
+    [
+        ("7tok", 7),
+        ("7tokens", 7),
+        ("1.5ktok", 1_500),
+        ("3.1Mtok", 3_100_000),
+        ("2 Gtok", 2 * 10**9),
+        ("0.7Btok", 7 * 10**8),
+        ("1.2Ttok", 12 * 10**11),
+    ],
+)
+def test_token_budgets_are_exact(tmp_path, budget, tokens):
+    config = load(written(tmp_path, f"domains: {{en: {{path: en, budget: {budget}}}}}"))
+    assert (config.domains[0].budget.sequences(1), config.domains[0].budget.unit) == (tokens, "tokens")
 
 
 def test_every_key_has_a_refusal():

@@ -82,7 +82,7 @@ else
     say "Training $iters steps on $ranks ranks (500 take about 6 minutes on 2 CPU cores)"
 fi
 port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
-exec deepspeed --log_level warning --num_gpus "$ranks" --master_addr 127.0.0.1 --master_port "$port" \
+exec deepspeed --log_level error --num_gpus "$ranks" --master_addr 127.0.0.1 --master_port "$port" \
     "$root/launch/pretrain_gpt.py" \
     --num-layers 4 --hidden-size 128 --num-attention-heads 4 --seq-length 256 --max-position-embeddings 256 \
     --vocab-size 4096 --hidden-dropout 0 --attention-dropout 0 \

@@ -133,6 +133,7 @@ def legend(figure, names, which=None):
     shorts = [label(name) for name in names]
     handles = [Line2D([], [], **line(k), linewidth=2) for k in which or range(len(names))]
     columns = max(1, min(len(names), 62 // (7 + max(map(len, shorts)))))
+    figure.set_figheight(figure.get_figheight() + 0.19 * ((len(names) - 1) // columns))
     figure.legend(
         handles, shorts, loc="outside upper left", ncols=columns, handlelength=2.2, columnspacing=1.4
     )

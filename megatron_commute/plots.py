@@ -30,6 +30,8 @@ from megatron_commute.series import summary_rows
 
 __all__ = ["export", "pictures", "report", "summary_rows"]
 
+MANY = 40  # more points than this are drawn small or without markers
+
 
 def report(run, out=None):
     """Write the report of a run as one self-contained HTML file and return its path.
@@ -89,11 +91,12 @@ def _weights(run):
         (changed, {"color": "black", "marker": "^"}),
         (stayed, {"color": GREY, "marker": "|"}),
     ):
-        on_axis = {"transform": axes.get_xaxis_transform(), "linestyle": "none", "markersize": 6}
+        size = 6 if len(points) <= MANY else 3
+        on_axis = {"transform": axes.get_xaxis_transform(), "linestyle": "none", "markersize": size}
         axes.plot(np.array(points) / unit, np.full(len(points), 0.03), **on_axis, **style)
     axes.set_ylim(0, None)
     axes.yaxis.set_major_formatter(percent)
-    axes.set_ylabel("weight in force (% of samples)")
+    axes.set_ylabel("weight (% of samples)")
     legend(figure, run.names)
     caption = (
         f"Share of each domain among the samples drawn. Triangles: where a decision took "
@@ -115,7 +118,7 @@ def _losses(run):
     for axes, (kind, (sample, value)) in zip(panels, pair.items(), strict=True):
         for k in range(len(run.names)):
             known = np.isfinite(value[:, k])
-            dots = {"marker": MARKERS[k % len(MARKERS)]} if known.sum() <= 25 else {}
+            dots = {"marker": MARKERS[k % len(MARKERS)]} if known.sum() <= MANY else {}
             axes.plot(sample[known] / sample_unit(run)[0], value[known, k], **line(k), **dots)
         axes.set_ylabel(f"{words[kind]} loss\n(nats per token)")
     legend(figure, run.names)
@@ -286,7 +289,7 @@ def _overhead(run):
     series_of = ((100 * share, "probes so far (% of\ntraining time)"), (seconds, "one probe\n(seconds)"))
     for axes, (value, words) in zip(panels, series_of, strict=True):
         axes.plot(
-            sample / sample_unit(run)[0], value, color=COLOURS[0], marker="o" if len(sample) <= 60 else None
+            sample / sample_unit(run)[0], value, color=COLOURS[0], marker="o" if len(sample) <= MANY else None
         )
         axes.set_ylim(0, 1.15 * np.nanmax(value, initial=0.0) or 1.0)
         axes.set_ylabel(words)

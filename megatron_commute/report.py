@@ -17,7 +17,7 @@ STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 2.5rem 1.25rem 4rem; max-width: 70rem; color: var(--ink); background: #fff;
   overflow-wrap: anywhere;
-  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
+  font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .25rem; }
 h2 { font-size: 1.15rem; margin: 3rem 0 .75rem; }
 p { margin: .5rem 0; max-width: 44rem; }
@@ -29,9 +29,11 @@ dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)
   margin: 1.5rem 0; }
 dt { color: var(--soft); font-size: .85rem; }
 dd { margin: 0; }
+.wide { grid-column: 1 / -1; }
 table { border-collapse: collapse; width: 100%; font-size: .88rem; font-variant-numeric: tabular-nums; }
 th { text-align: left; font-weight: 600; color: var(--soft); border-bottom: 1px solid var(--soft); }
 th, td { padding: .45rem .9rem .45rem 0; vertical-align: top; overflow-wrap: break-word; }
+#summary td:first-child { min-width: 6.5rem; }
 .name, td:last-child { overflow-wrap: anywhere; }
 td { border-bottom: 1px solid var(--line); }
 .pictures { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 2.5rem 3rem;
@@ -45,7 +47,7 @@ figure svg { display: block; width: 100%; height: auto; }
 input { font: inherit; width: 14rem; max-width: 100%; padding: .35rem .6rem; border: 1px solid var(--soft);
   border-radius: .3rem; }
 input:focus-visible { outline: 2px solid var(--accent); }
-@media (max-width: 48rem) {
+@media screen and (max-width: 48rem) {
   body { padding: 1.5rem 1rem 3rem; }
   .pictures { grid-template-columns: minmax(0, 1fr); }
   .tall { grid-row: auto; }
@@ -59,7 +61,12 @@ input:focus-visible { outline: 2px solid var(--accent); }
   td > * { grid-column: 2; }
 }
 @media print {
-  body { padding: 0; max-width: none; font-size: 10pt; }
+  @page { margin: 14mm; }
+  html { font-size: 11px; }
+  body { padding: 0; max-width: none; }
+  h2 { margin-top: 1.5rem; break-after: avoid; }
+  th, td { padding: .25rem .5rem .25rem 0; }
+  .pictures { gap: 1.2rem 1.5rem; }
   .find { display: none !important; }
   tr[hidden] { display: table-row; }
   tr, .loud { break-inside: avoid; }
@@ -162,10 +169,13 @@ def header(run):
         "mixture file (sha256)": (start.get("config") or "")[:12] or None,
     }
     notes = "".join(f"<p>Note: {text(warning)}</p>\n" for warning in start.get("warnings") or [])
-    items = "".join(
-        f"<div><dt>{text(k)}</dt><dd>{text(v)}</dd></div>" for k, v in facts.items() if v is not None
-    )
+    items = "".join(fact(name, value) for name, value in facts.items() if value is not None)
     return f"<header>\n<h1>{text(title(run))}</h1>\n<dl>{items}</dl>\n{notes}</header>\n"
+
+
+def fact(name, value):
+    wide = ' class="wide"' if len(str(value)) > 48 else ""
+    return f"<div{wide}><dt>{text(name)}</dt><dd>{text(value)}</dd></div>"
 
 
 def loud(run):

@@ -32,8 +32,8 @@ def nearest(wish, low, high, mass=1.0, spread=None) -> np.ndarray:
         return wish.copy()
     if highs <= mass or lows >= mass:
         corner, total = (high, highs) if highs <= mass else (low, lows)
-        return corner * (mass / total) if total > 0 else corner.copy()
-    wished = wish > 0
+        return corner / total * mass if total > 0 else corner.copy()
+    wished = wish > 1e-200  # smaller ones would overflow below
     ceiling = math.fsum(np.where(wished, high, low))
     if ceiling < mass:
         rest = np.ones_like(wish) if spread is None else spread

@@ -195,7 +195,7 @@ def test_harmonic_bound_while_all_weights_are_positive(K, data):
 
 
 def test_the_harmonic_bound_is_reached():
-    """The adversary of the cup game: each time all weight goes to the domains in play but the one about to win."""
+    """The adversary of the cup game: all weight goes to the domains in play but the one about to win."""
     K = 8
     stream = Mixture(np.ones(K))
     stream.take(K)

@@ -8,6 +8,7 @@ import click
 
 from megatron_commute import __version__
 from megatron_commute.config import ConfigError, Plan, Run, load, probe_cost, resolve
+from megatron_commute.schedule import drawing
 
 PREFETCH_FACTOR = 2  # micro-batches that each worker of a torch DataLoader holds ready
 
@@ -94,6 +95,7 @@ def plan(
                 "lead": planned.lead,
                 "domains": rows,
                 "targets": planned.targets.tolist(),
+                "schedule": [[at, weights.tolist()] for at, weights in planned.schedule],
                 "probes": {**cost._asdict(), "measure_budget": config.measure_budget},
                 "warnings": list(planned.warnings),
             }
@@ -102,6 +104,10 @@ def plan(
     click.echo(_table([[_shown(value) for value in row.values()] for row in rows], list(rows[0])))
     law = f", law {config.controller.law}" if config.mode == "act" else ""
     click.echo(f"\nmode: {config.mode}{law}; {planned.samples} samples in {run.train_iters} steps")
+    if planned.schedule:
+        click.echo("schedule:")
+        for line in drawing(planned.names, planned.weights, planned.schedule, planned.samples):
+            click.echo(f"  {line}")
     click.echo(f"lead: {planned.lead} samples from a decision to its effect")
     click.echo(
         f"probes: {cost.probes} of {cost.gradients:g} sequence-gradients each ({config.probe.method}, "

@@ -14,8 +14,10 @@ from megatron_commute.mixture_file import (
     Probe,
     load,
 )
+from megatron_commute.schedule import planned_counts
 from megatron_commute.shares import (
     Run,
+    check_changes,
     exact_budgets,
     initial_weights,
     planned_changes,
@@ -129,9 +131,12 @@ def resolve(
     """
     _check_run(run)
     budgets = exact_budgets(config, run)
-    weights = initial_weights(config, run, budgets)
-    shares = planned_shares(run, budgets, weights)
+    changes = planned_changes(config, run)
+    weights = initial_weights(config, run, budgets, changes)
+    average = planned_counts(weights, changes, run.samples) / run.samples
+    shares = planned_shares(run, budgets, average)
     minimum, maximum = share_bounds(config, weights, shares)
+    check_changes(config, run, weights, changes, budgets, minimum, maximum)
     held = _holdouts(config, sequences, holdouts or [None] * len(sequences))
     taken = [
         0 if config.mode == "shadow" or isinstance(d.holdout, str) else n
@@ -149,9 +154,9 @@ def resolve(
         maximum=maximum,
         samples=run.samples,
         lead=_lead(config, run),
-        warnings=tuple(_warnings(config, run, weights, shares, sizes)),
+        warnings=tuple(_warnings(config, run, average, shares, sizes)),
         shares=shares,
-        schedule=planned_changes(config),
+        schedule=changes,
     )
 
 

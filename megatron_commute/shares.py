@@ -3,12 +3,11 @@
 K domains; every function raises ConfigError naming the key and the cure.
 """
 
-import csv
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
+from megatron_commute import schedule
 from megatron_commute.mixture_file import SHARE_TOLERANCE, Config
 
 
@@ -56,9 +55,14 @@ def exact_budgets(config: Config, run: Run) -> list[int | None]:
     return budgets
 
 
-def initial_weights(config: Config, run: Run, budgets: list[int | None]) -> np.ndarray:
-    """Given weights stay; the omitted ones share what is left by budget (so all omitted: budget shares)."""
+def initial_weights(config: Config, run: Run, budgets: list[int | None], changes=()) -> np.ndarray:
+    """Given weights stay; the omitted ones share what is left by budget (so all omitted: budget shares).
+
+    A schedule that begins at sample 0 gives them where the file gives none.
+    """
     given = [domain.weight for domain in config.domains]
+    if changes and changes[0][0] == 0 and given.count(None) == len(given):
+        return changes[0][1]
     omitted = [k for k, weight in enumerate(given) if weight is None]
     total = sum(weight for weight in given if weight is not None)
     rest = 1 - total
@@ -131,33 +135,23 @@ def share_bounds(config: Config, weights: np.ndarray, shares: np.ndarray) -> tup
     return np.array([bound for bound, _ in lower]), np.array([bound for bound, _ in upper])
 
 
-def planned_changes(config: Config) -> tuple[tuple[int, np.ndarray], ...]:
-    """Rows of the CSV file of mode fixed: a column `sample`, then one column of weights per domain."""
+def planned_changes(config: Config, run: Run) -> tuple[tuple[int, np.ndarray], ...]:
+    """Changes (at_sample, weights f64[K]) of the schedule's file, none without one."""
     if config.schedule is None:
         return ()
-    columns = ["sample", *config.names]
     try:
-        with Path(config.schedule).open(newline="", encoding="utf-8") as file:
-            table = csv.DictReader(file)
-            rows = [(table.line_num, row) for row in table]
-            header = table.fieldnames or []
-    except OSError as error:
-        raise config.error("schedule", f"{config.schedule}: {error.strerror}", "name a CSV file") from error
-    if sorted(header) != sorted(columns):
-        problem = f"{config.schedule}:1: the columns are {','.join(header) or 'missing'}"
-        raise config.error("schedule", problem, f"write the header {','.join(columns)}")
-    changes: list[tuple[int, np.ndarray]] = []
-    for line, row in rows:
-        problem = f"{config.schedule}:{line}: "
-        try:
-            sample, weights = int(row["sample"]), np.array([float(row[name]) for name in config.names])
-        except (TypeError, ValueError) as error:
-            raise config.error("schedule", f"{problem}{error}", "write numbers in every column") from error
-        if sample < 0 or (changes and sample <= changes[-1][0]):
-            raise config.error("schedule", f"{problem}sample {sample}", "write samples that rise from 0")
-        if not (weights >= 0).all() or abs(weights.sum() - 1) > SHARE_TOLERANCE:
-            raise config.error(
-                "schedule", f"{problem}the weights are no shares", "write weights that sum to 1"
-            )
-        changes.append((sample, weights / weights.sum()))
-    return tuple(changes)
+        points = schedule.read(config.schedule, config.names, run.samples, run.seq_length)
+    except ValueError as error:
+        raise config.error("schedule", *str(error).rsplit("; ", 1)) from error
+    return schedule.changes(points, run.global_batch)
+
+
+def check_changes(config: Config, run: Run, weights, changes, budgets, minimum, maximum) -> None:
+    """Refuses a schedule that passes a bound or misses a budget."""
+    if not changes:
+        return
+    facts = (config.names, budgets, run.samples, minimum, maximum)
+    try:
+        schedule.refuse_impossible(weights, changes, *facts)
+    except ValueError as error:
+        raise config.error("schedule", *str(error).rsplit("; ", 1)) from error

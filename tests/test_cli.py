@@ -101,6 +101,18 @@ def test_plan_with_each_target(mixture):
     assert shown["targets"] == [[1, 0], [0, 1]] and shown["domains"][0]["target"] is None
 
 
+def test_plan_with_a_schedule(mixture):
+    (mixture.parent / "s.csv").write_text("at,en,ru\n0,1,0\n50%,0.5,0.5\n")
+    mixture.write_text(MIXTURE.replace("mode: act", "mode: fixed\nschedule: s.csv").replace(", min: 0.2", ""))
+    assert json.loads(invoke("plan", mixture, *RUN.split(), "--json").output)["schedule"] == [
+        [0, [1, 0]],
+        [200, [0.5, 0.5]],
+    ]
+    lines = invoke("plan", mixture, *RUN.split()).output.splitlines()
+    drawn = lines[lines.index("schedule:") + 1]
+    assert drawn.startswith("  en |█") and drawn.endswith("| 300 samples")
+
+
 @pytest.mark.parametrize(
     ("written", "instead", "run", "message"),
     [

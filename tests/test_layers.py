@@ -13,10 +13,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "megatron_commute"
 # From the bottom up: a module may import from its own line and from those above it.
 LAYERS = [
-    ["yaml_checks", "feasible", "_mixture", "bracket", "record"],
-    ["mixture_file", "mixture", "series"],
-    ["shares", "controller", "sampler", "drawing", "report"],
-    ["config", "plots"],
+    ["yaml_checks", "schedule", "mixture_file", "shares", "config"],
+    ["_mixture", "feasible", "mixture", "takeover", "sampler", "bracket", "controller", "record"],
+    ["series", "drawing", "report", "plots"],
     ["ops", "reduce"],
     ["hvp", "rop", "direction", "account"],
     ["probe", "response"],
@@ -25,7 +24,7 @@ LAYERS = [
     ["experiments.*"],
     ["cli", "doctor", "__main__"],
 ]
-PURE = [name for line in LAYERS[:4] for name in line if name != "_mixture"]
+PURE = LAYERS[0] + LAYERS[1][1:] + LAYERS[2]
 HEAVY = ["matplotlib", "scipy", "deepspeed", "megatron", "tokenizers", "tabulate", "tqdm"]
 
 

@@ -204,25 +204,45 @@ def test_cost_of_probes(tmp_path):
 
 
 SCHEDULE = [
-    ("sample,en\n0,1", ":1: the columns are sample,en; write the header sample,en,ru"),
-    ("", ":1: the columns are missing; write the header sample,en,ru"),
-    ("sample,en,ru\n0,0.5,x", ":2: could not convert string to float: 'x'; write numbers in every column"),
-    ("sample,en,ru\n0,0.5,0.6", ":2: the weights are no shares; write weights that sum to 1"),
-    ("sample,en,ru\n0,1.5,-0.5", ":2: the weights are no shares; write weights that sum to 1"),
-    ("sample,en,ru\n8,0.5,0.5\n8,0.6,0.4", ":3: sample 8; write samples that rise from 0"),
+    ("at,en\n0,1", "s.csv:1: the columns are at,en; write at,then,en,ru"),
+    ("", "s.csv:1: the columns are missing; write at,then,en,ru"),
+    ("at,en,ru\n0,0.5,x", "s.csv:2: could not convert string to float: 'x'; write a number for each domain"),
+    ("at,en,ru\n8,0.5,0.5\n8,0.6,0.4", "s.csv:3: 8 is sample 8; write points that rise"),
+    (
+        "at,en,ru\n50%,0,1",
+        "sample 400: weight 1 of ru is outside min 0, max 0.9; change the point or the bounds",
+    ),
+    (
+        "at,en,ru\n0,0.5,0.5",
+        "the schedule asks for 400 samples of en, its budget is 600; write points that add up to it, budget: 400, or budget: null",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("table", "message"), SCHEDULE)
 def test_bad_schedule(tmp_path, table, message):
     (tmp_path / "s.csv").write_text(table)
-    got = refusal(tmp_path, EQUAL + "mode: fixed\nschedule: s.csv\n")
-    assert got == f"mixture.yaml:5: schedule: s.csv{message}"
+    content = domains("weight: 0.5, budget: 600", "weight: 0.5, max: 0.9", "mode: fixed\nschedule: s.csv\n")
+    assert refusal(tmp_path, content) == f"mixture.yaml:5: schedule: {message}"
 
 
 def test_schedule(tmp_path):
-    content = EQUAL + "mode: fixed\nschedule: s.csv\n"
-    assert refusal(tmp_path, content).endswith("s.csv: No such file or directory; name a CSV file")
-    (tmp_path / "s.csv").write_text("sample,ru,en\n0,0.25,0.75\n400,0.75,0.25\n")
-    changes = plan(tmp_path, content).schedule
-    assert [(at, list(weights)) for at, weights in changes] == [(0, [0.75, 0.25]), (400, [0.25, 0.75])]
+    content = TWO + "mode: fixed\nschedule: s.csv\n"
+    with pytest.raises(ConfigError, match=r"s\.csv: No such file or directory; name a CSV file"):
+        plan(tmp_path, content)
+    (tmp_path / "s.csv").write_text("at,ru,en\n0,0.25,0.75\n75%,0.75,0.25\n")
+    planned = plan(tmp_path, content)
+    assert [(at, list(weights)) for at, weights in planned.schedule] == [
+        (0, [0.75, 0.25]),
+        (600, [0.25, 0.75]),
+    ]
+    assert list(planned.weights) == [0.75, 0.25], "the schedule gives the weights that the file does not"
+    assert list(planned.shares) == [0.625, 0.375] and list(planned.targets[0]) == [0.625, 0.375]
+    assert not [warning for warning in planned.warnings if "weight" in warning]
+
+
+def test_schedule_that_begins_later_needs_weights(tmp_path):
+    (tmp_path / "s.csv").write_text("sample,ru,en\n400,0.75,0.25\n")
+    assert "domains.en.weight: missing" in refusal(tmp_path, TWO + "mode: fixed\nschedule: s.csv\n")
+    planned = plan(tmp_path, EQUAL + "mode: fixed\nschedule: s.csv\n")
+    assert list(planned.weights) == [0.5, 0.5] and list(planned.shares) == [0.375, 0.625]

@@ -12,6 +12,10 @@ import io
 import re
 import warnings
 
+import numpy as np
+
+from megatron_commute import series
+
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
 MARKERS = "osD^vPX*"
 DASHES = ("-", "--", "-.", ":")
@@ -108,6 +112,25 @@ def sample_unit(run):
         if run.samples >= 2 * factor:
             return factor, f"samples ({word})"
     return 1, "samples"
+
+
+def scale(panels, *values):
+    """Factor and name of the power of ten to draw in, and a note if the axis becomes logarithmic.
+
+    Brackets change by orders of magnitude over a run: then the axis is linear up to the power of ten of
+    the median size, logarithmic beyond.
+    """
+    sizes = np.abs(np.concatenate([value[np.isfinite(value)] for value in values]))
+    median = np.median(sizes) if len(sizes) else 0.0
+    if not median or sizes.max() < 30 * median:
+        return *series.power_of_ten(sizes), ""
+    factor, power = series.power_of_ten(np.array([median]))
+    for axes in panels:
+        axes.set_yscale("symlog", linthresh=1.0, linscale=1.0)
+        axes.yaxis.get_major_locator().set_params(numticks=4)
+        axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}".replace("-", "−"))
+        axes.minorticks_off()
+    return factor, power, " The axis is linear from −1 to 1 and logarithmic beyond."
 
 
 def percent(value, _position):

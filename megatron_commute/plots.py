@@ -24,6 +24,7 @@ from megatron_commute.drawing import (
     line,
     percent,
     sample_unit,
+    scale,
 )
 from megatron_commute.report import page
 from megatron_commute.series import summary_rows
@@ -137,7 +138,7 @@ def _scores(run):
 
 def _scores_of(run, known, t, target):
     figure, panels = canvas(run, len(run.names), height=1.25, sharey=True)
-    factor, power = series.power_of_ten(*(a[:, t] for arrays in known.values() for a in arrays[1:]))
+    factor, power, wide = scale(panels, *(arrays[1][:, t] for arrays in known.values()))
     aside = {"score": 0.0, "s": 0.012 * max(run.samples, 1)}
     for k, axes in enumerate(panels):
         axes.axhline(0, color="black", linewidth=0.8)
@@ -147,17 +148,16 @@ def _scores_of(run, known, t, target):
             y, bar = value[:, t, k] / factor, np.nan_to_num(error[:, t, k]) / factor
             colour, marker = (COLOURS[k % len(COLOURS)], "o") if key == "score" else (GREY, "s")
             axes.errorbar(x, y, yerr=bar, fmt="none", ecolor=colour, elinewidth=0.9)
-            axes.plot(x[sure], y[sure], linestyle="none", marker=marker, color=colour)
-            axes.plot(
-                x[~sure], y[~sure], linestyle="none", marker=marker, color=colour, markerfacecolor="white"
-            )
+            dots = {"linestyle": "none", "marker": marker, "markersize": 4 if len(x) <= MANY else 2}
+            axes.plot(x[sure], y[sure], color=colour, **dots)
+            axes.plot(x[~sure], y[~sure], color=colour, markerfacecolor="white", **dots)
         axes.set_title(label(run.names[k]))
     figure.supylabel(f"score ({_bracket_unit(power)})", fontsize=STYLE["font.size"])
     caption = (
         "Above zero: delaying the domain lowers the target loss. Circles: the full score, what a law acts on "
         "(with the terms of a changing learning rate and of weight decay, relative to the mixture's). Grey "
         f"squares, a little to the right: s = P w alone. {_bars(run)} Filled: zero lies outside the "
-        f"{100 * run.confidence:g} % interval."
+        f"{100 * run.confidence:g} % interval.{wide}"
     )
     single = len(run.targets) == 1
     title = "Scores" if single else f"Scores, target {target}"
@@ -186,7 +186,7 @@ def _brackets(run):
 def _course(run, sample, value, error):
     """P_12 of two domains at every probe; value, error: [n, T]."""
     figure, (axes,) = canvas(run, 1)
-    factor, power = series.power_of_ten(value, error)
+    factor, power, wide = scale([axes], value)
     axes.axhline(0, color="black", linewidth=0.8)
     for t in range(value.shape[1]):
         x = (sample + 0.012 * t * run.samples) / sample_unit(run)[0]
@@ -197,7 +197,7 @@ def _course(run, sample, value, error):
     if value.shape[1] > 1:
         legend(figure, [f"target {label(name)}" for name in run.targets])
     ends = f"{first} first and {second} second ends with a higher target loss than mixing the two"
-    return Picture("P", f"P of {first} and {second}", f"Above zero: {ends}. {_bars(run)}", figure)
+    return Picture("P", f"P of {first} and {second}", f"Above zero: {ends}. {_bars(run)}{wide}", figure)
 
 
 def _heat_map(run, name, title, P, error, probes=1):

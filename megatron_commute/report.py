@@ -132,8 +132,8 @@ def unbroken(value):
 
 
 def named(name):
-    """An escaped name that may be broken anywhere, however long it is."""
-    return f'<span class="name">{text(name)}</span>'
+    """An escaped name; a long one may be broken anywhere."""
+    return f'<span class="name">{text(name)}</span>' if len(name) > 20 else text(name)
 
 
 def title(run):
@@ -230,24 +230,25 @@ def decisions(run):
         return "<p>No probe was finished.</p>"
     key = "score" if len(series.measured(run, "score")[0]) == len(run.probes) else "s"
     _, value, error = series.measured(run, key)
-    factor, power = series.power_of_ten(value, error)
-    headers = ["step", "sample", f"{key} ({power})" if power else key, "weights", "in force from", "reason"]
+    headers = ["step", "sample", key, "weights", "in force from", "reason"]
     rows = []
     for n, probe in enumerate(run.probes):
         when = probe.get("effective_sample")
+        factor, power = series.power_of_ten(value[n], error[n])
         found = [series.with_error(*(series.own(a[n], k)[k] / factor for a in (value, error)))
                  for k in range(len(run.names))]  # fmt: skip
         step, sample = f"{probe['step']:,}", f"{probe['sample']:,}"
         force = "stay" if when is None else f"sample {when:,}"
         reason = text(probe.get("reason") or "not recorded")
-        rows.append([step, sample, _lines(run, found), _lines(run, _weights(probe)), force, reason])
+        rows.append([step, sample, _lines(run, found, power), _lines(run, _weights(probe)), force, reason])
     return f"{FIND}\n{table(headers, rows, 'decisions')}"
 
 
-def _lines(run, values):
-    """One line per domain."""
+def _lines(run, values, power=""):
+    """One line per domain, and one for their common power of ten."""
     pairs = zip(run.names, values, strict=True)
-    return "".join(f"<div>{named(name)} {unbroken(value)}</div>" for name, value in pairs)
+    common = f"<div>× {power}</div>" if power else ""
+    return "".join(f"<div>{named(name)}\u00a0{unbroken(value)}</div>" for name, value in pairs) + common
 
 
 def _weights(probe):

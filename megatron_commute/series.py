@@ -117,7 +117,9 @@ def weights(run):
     for probe in moves(run):
         if probe["effective_sample"] <= run.samples:
             knots[probe["effective_sample"]] = probe["weights_next"]
-    seen, values = _by_domain(run, [line for line in run.losses if line.get("weights")], "weights")
+    # once every budget is used up no weights are in force
+    in_force = [line for line in run.losses if any((line.get("weights") or {}).values())]
+    seen, values = _by_domain(run, in_force, "weights")
     knots |= dict(zip(seen.tolist(), values.tolist(), strict=True))
     sample = sorted(knots)
     return np.array(sample, dtype=np.int64), _numbers([knots[n] for n in sample])
@@ -179,12 +181,12 @@ def summary_rows(records):
     weight = _first_last(weights(run)[1], "{:.3f}")
     used = zip(served(run)[1][-1], run.budgets, strict=True)
     share = [f"{int(n):,} / {'no budget' if budget is None else f'{budget:,}'}" for n, budget in used]
-    factor, power = power_of_ten(*(a[-1:] for key in ("score", "s", "P") for a in measured(run, key)[1:]))
     headers = ["domain", "training loss", "validation loss", "weight", "samples used / budget"]
-    headers += [f"{word} ({power})" if power else word for word in ("score", "s", "largest P")]
-    scores = [_last_probe(run, key, factor) for key in ("score", "s")]
-    largest = [_largest_bracket(run, k, factor) for k in range(len(run.names))]
-    return headers, [list(row) for row in zip(run.names, *ends, weight, share, *scores, largest, strict=True)]
+    found = [_last_probe(run, key) for key in ("score", "s", "P")]
+    headers += [f"{word} ({power})" if power else word
+                for word, (power, _) in zip(("score", "s", "largest P"), found, strict=True)]  # fmt: skip
+    columns = *ends, weight, share, *(cells for _, cells in found)
+    return headers, [list(row) for row in zip(run.names, *columns, strict=True)]
 
 
 def _first_last(values, form):
@@ -201,21 +203,23 @@ def own(array, k):
     return array[k if len(array) > 1 else 0]
 
 
-def _last_probe(run, key, factor):
+def _last_probe(run, key):
+    """Power of ten, and for each domain its number at the last probe; for P the largest of its row."""
     _, value, error = measured(run, key)
-    if not len(value):
-        return ["not measured"] * len(run.names)
-    last = [array[-1] / factor for array in (value, error)]
-    return [with_error(*(own(array, k)[k] for array in last)) for k in range(len(run.names))]
-
-
-def _largest_bracket(run, k, factor):
-    _, P, error = measured(run, "P")
-    if not len(P) or len(run.names) < 2:
-        return "not measured"
-    row = np.where(np.arange(len(run.names)) == k, 0.0, np.nan_to_num(own(P[-1], k)[k]))
-    j = int(np.argmax(np.abs(row) - (np.arange(len(row)) == k)))
-    return f"{with_error(*(own(array[-1], k)[k, j] / factor for array in (P, error)))} with {run.names[j]}"
+    K = len(run.names)
+    if not len(value) or (key == "P" and K < 2):
+        return "", ["not measured"] * K
+    factor, power = power_of_ten(value[-1], error[-1])
+    cells = []
+    for k in range(K):
+        number, bar = (own(array[-1], k)[k] / factor for array in (value, error))
+        if key == "P":
+            others = np.where(np.arange(K) == k, -1.0, np.abs(np.nan_to_num(number)))
+            j = int(np.argmax(others))
+            cells.append(f"{with_error(number[j], bar[j])} with {run.names[j]}")
+        else:
+            cells.append(with_error(number, bar))
+    return power, cells
 
 
 def lacks(run, torn=0):

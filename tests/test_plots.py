@@ -124,6 +124,29 @@ def test_heat_map_prints_p_of_the_last_probe_with_first_in_rows():
     assert axes.yaxis_inverted() and axes.get_ylabel() == "first"
 
 
+def test_scores_over_many_orders_of_magnitude_stay_readable():
+    lines = records.lines(K=3)
+    for line in lines:
+        if line["event"] == "probe" and line["step"] > 300:
+            line["score"] = [1e4 * value for value in line["score"]]
+    drawn = {picture.name: picture for picture in plots.pictures(series.by_event(lines))}
+    axes = drawn["scores"].figure.get_axes()[0]
+    assert axes.get_yscale() == "symlog" and "logarithmic" in drawn["scores"].caption
+    drawn["scores"].svg()
+    shown = [tick for tick in axes.get_yticks() if np.prod(np.subtract(axes.get_ylim(), tick)) <= 0]
+    assert 3 <= len(shown) <= 9
+
+
+def test_when_all_is_served_the_last_weights_in_force_count():
+    lines = records.lines(K=3)
+    last = [line for line in lines if line["event"] == "loss"][-1]
+    before = dict(last["weights"])
+    last["weights"] = dict.fromkeys(before, 0.0)
+    headers, rows = plots.summary_rows(lines)
+    shown = [row[headers.index("weight")].split(" → ")[1] for row in rows]
+    assert shown == [f"{value:.3f}" for value in before.values()]
+
+
 def test_the_same_record_gives_the_same_bytes(tmp_path):
     record = records.write(tmp_path, records.lines(K=3))
     first = plots.report(record, tmp_path / "a.html").read_bytes()

@@ -83,7 +83,10 @@ def build_engine(args, data_parallel):
         groups, lr=args.lr, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_eps
     )
     engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, config=engine_config(args, data_parallel), mpu=megatron_core.deepspeed_mpu()
+        model=model,
+        optimizer=optimizer,
+        config=engine_config(args, data_parallel),
+        mpu=megatron_core.deepspeed_mpu(),
     )
     return engine
 
@@ -209,7 +212,9 @@ def resume(engine, args):
     _, kept = engine.load_checkpoint(args.load)
     state = json.loads(kept["commute"]) if kept.get("commute") else None
     if args.commute and state is None:
-        raise SystemExit(f"error: {args.load}: this run began without --commute; start a fresh --save and --load folder")
+        raise SystemExit(
+            f"error: {args.load}: this run began without --commute; start a fresh --save and --load folder"
+        )
     return kept["iteration"], state
 
 
@@ -227,7 +232,9 @@ def validation_sets(args, names):
         return [], []
     prefixes, _ = blend_of(args.valid_data_path)
     if names and len(names) != len(prefixes):
-        raise SystemExit(f"error: --valid-data-path names {len(prefixes)} domains, the mixture file {len(names)}")
+        raise SystemExit(
+            f"error: --valid-data-path names {len(prefixes)} domains, the mixture file {len(names)}"
+        )
     return names or [Path(p).name for p in prefixes], [TokenSequences([p], args.seq_length) for p in prefixes]
 
 
@@ -263,7 +270,7 @@ def train(args, engine, plugin):
     hook = batches = None
     if plugin is not None:
         hook = plugin.attach(
-            megatron_core.probe_model(engine, args.micro_batch_size),
+            megatron_core.probe_model(engine, args.micro_batch_size, plugin.config.probe.method),
             groups,
             args.save or ".",
             lambda step: learning_rate(args, step),
@@ -289,7 +296,9 @@ def train(args, engine, plugin):
         log(step + 1, args, engine, groups, hook, valid, losses, bar)
         if step + 1 == args.train_iters and hook is not None:
             hook.finish(step + 1)
-        if args.save and (step + 1 == args.train_iters or args.save_interval and (step + 1) % args.save_interval == 0):
+        if args.save and (
+            step + 1 == args.train_iters or args.save_interval and (step + 1) % args.save_interval == 0
+        ):
             save(engine, args, step + 1, hook)
     bar.close()
     if plugin is not None and first:
@@ -302,7 +311,9 @@ def account(hook, seen):
     losses = np.concatenate([loss for _, loss in seen])
     delivered = None
     if "position" in seen[0][0]:
-        delivered = tuple(np.concatenate([batch[key].numpy() for batch, _ in seen]) for key in ("domain", "position"))
+        delivered = tuple(
+            np.concatenate([batch[key].numpy() for batch, _ in seen]) for key in ("domain", "position")
+        )
     hook.end(losses, tokens, delivered)
 
 

@@ -16,7 +16,9 @@ class Account:
 
     def __init__(self, domains, global_batch, micro_batch, data_rank, data_size, group):
         chunks = np.arange(global_batch).reshape(-1, data_size, micro_batch)
-        self.mine = chunks[:, data_rank].reshape(-1)  # Megatron's slices: rank r takes the r-th of every micro chunk
+        self.mine = chunks[:, data_rank].reshape(
+            -1
+        )  # Megatron's slices: rank r takes the r-th of every micro chunk
         self.losses = np.zeros((domains, 2))
         self.fingerprint = 0
         self.group = group
@@ -28,10 +30,15 @@ class Account:
         """
         own = domains[self.mine]
         K = len(self.losses)
-        sums = np.concatenate([np.bincount(own, losses, K), np.bincount(own, minlength=K).astype(np.float64), [0.0, 0.0]])
+        sums = np.concatenate(
+            [np.bincount(own, losses, K), np.bincount(own, minlength=K).astype(np.float64), [0.0, 0.0]]
+        )
         rows = zip(first_sample + self.mine, own, positions[self.mine], tokens, strict=True)
         local = sum(sample_hash(*row) for row in rows) % 2**64
-        sums[-2:] = local & 0xFFFFFFFF, local >> 32  # halves stay exact in float64 for up to two million ranks
+        sums[-2:] = (
+            local & 0xFFFFFFFF,
+            local >> 32,
+        )  # halves stay exact in float64 for up to two million ranks
         total = reduce.sum_of_numbers(sums, self.group)
         self.losses += total[: 2 * K].reshape(2, K).T
         self.fingerprint = (self.fingerprint + int(total[-2]) + (int(total[-1]) << 32)) % 2**64

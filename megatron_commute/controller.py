@@ -10,7 +10,7 @@ import numpy as np
 
 from megatron_commute.mixture import nearest
 
-DEAD_BAND = 1e-3  # smaller moves are rounding of the budget shares, not decisions
+DEAD_BAND = 1e-3  # smaller moves are not worth a change
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,8 +126,12 @@ def decide(law, situation):
     low, high, relaxed = bounds(s)
     weights = nearest(wish, low, high)
     moved = float(np.abs(weights - s.weights).max())
-    if moved < DEAD_BAND:
-        why = "every score is inside its error bar" if not counts.any() else "the wish is within 0.001 of the weights"
+    if moved < max(
+        DEAD_BAND, 1.5 / s.samples_left
+    ):  # a sample more or less of a budget moves its share that much
+        why = (
+            "the wish is no further than rounding" if counts.any() else "every score is inside its error bar"
+        )
         return Decision(None, f"weights stay: {why}")
     if counts.any() and law != "hold":
         why = f"{int(counts.sum())} of {len(counts)} scores outside their error bars"

@@ -27,7 +27,9 @@ class Hook:
     decoupled weight decay. sampler: what feeds training, told of new weights (None in mode shadow). say: prints one line.
     """
 
-    def __init__(self, config, plan, run, mixture, model, groups, draw, record, learning_rate, decay, sampler, say):
+    def __init__(
+        self, config, plan, run, mixture, model, groups, draw, record, learning_rate, decay, sampler, say
+    ):
         self.config, self.plan, self.run, self.mixture, self.model = config, plan, run, mixture, model
         self.groups, self.draw, self.record, self.say = groups, draw, record, say
         self.learning_rate, self.decay, self.sampler = learning_rate, decay, sampler
@@ -48,7 +50,9 @@ class Hook:
     def start(self):
         """Open the record of a fresh run. An older record in its place is moved aside."""
         settings, plan, run = self.config, self.plan, self.run
-        here = sum(p.numel() for p, owned in zip(self.model.parameters(), self.model.owned, strict=True) if owned)
+        here = sum(
+            p.numel() for p, owned in zip(self.model.parameters(), self.model.owned, strict=True) if owned
+        )
         parameters = reduce.sum_of_numbers(np.array([float(here)]), self.groups.model)[0]
         if self.speaks:
             self.record.start_fresh()
@@ -99,7 +103,9 @@ class Hook:
         if delivered is not None:
             expected = self.domains[self.account.mine], self.positions[self.account.mine]
             if not all(np.array_equal(got, want) for got, want in zip(delivered, expected, strict=True)):
-                self.say(f"THE LOADER BROUGHT OTHER SAMPLES than the mixture drew for {first}..{self.mixture.index}")
+                self.say(
+                    f"THE LOADER BROUGHT OTHER SAMPLES than the mixture drew for {first}..{self.mixture.index}"
+                )
 
     def log_losses(self, step, valid=None):
         """Write the loss line of the steps since the last one, and start anew. Returns {name: mean training loss}."""
@@ -127,7 +133,13 @@ class Hook:
     def finish(self, step):
         """Write the closing line of a complete run."""
         timing = {"seconds": time.monotonic() - self.started, "probe_seconds": self.probe_seconds}
-        self._write("end", step=step, sample=self.mixture.index, served=self._named(self.mixture.served), timing=timing)
+        self._write(
+            "end",
+            step=step,
+            sample=self.mixture.index,
+            served=self._named(self.mixture.served),
+            timing=timing,
+        )
 
     def _write(self, event, **fields):
         if not self.speaks:
@@ -136,7 +148,9 @@ class Hook:
         try:
             self.record.append(event, **fields)
         except OSError as fault:
-            self.say(f"the decision log could not be written ({fault}); training goes on, this {event} line is lost")
+            self.say(
+                f"the decision log could not be written ({fault}); training goes on, this {event} line is lost"
+            )
 
     @property
     def _fault_file(self):
@@ -181,9 +195,9 @@ class Hook:
 
     def _windows(self, step):
         """Flow times (learning rate x steps) of the two windows that a decision weighs against each other."""
-        every = self.config.every
-        rates = [self.learning_rate(step + i) for i in range(2 * every)]
-        first, second = sum(rates[:every]), sum(rates[every:])
+        length = max(1, min(self.config.every, (self.run.train_iters - step) // 2))
+        rates = [self.learning_rate(step + i) for i in range(2 * length)]
+        first, second = sum(rates[:length]), sum(rates[length:])
         return max(first, 1e-30), max(second, 1e-30)
 
     def _decide(self, found):
@@ -191,7 +205,9 @@ class Hook:
         batch = self.run.global_batch
         effective = -(-(self.mixture.index + self.plan.lead) // batch) * batch
         if self.config.mode != "act":
-            return controller.Decision(None, f"mode {self.config.mode}: measured, weights not touched"), effective
+            return controller.Decision(
+                None, f"mode {self.config.mode}: measured, weights not touched"
+            ), effective
         if len(self.plan.targets) > 1:
             return controller.Decision(None, "target `each` is reported and never acted on"), effective
         situation = self._situation(found, effective)
@@ -262,12 +278,15 @@ class Hook:
 
     def _sentence(self, step, found, weights, decision, effective):
         scores = ", ".join(
-            f"{n} {s:+.3g}±{e:.2g}" for n, s, e in zip(self.plan.names, found.score[0], found.score_se[0], strict=True)
+            f"{n} {s:+.3g}±{e:.2g}"
+            for n, s, e in zip(self.plan.names, found.score[0], found.score_se[0], strict=True)
         )
         change = ""
         if decision.weights is not None:
             arrows = zip(self.plan.names, weights, decision.weights, strict=True)
-            change = " | " + ", ".join(f"{n} {a:.3f}→{b:.3f}" for n, a, b in arrows) + f" from sample {effective}"
+            change = (
+                " | " + ", ".join(f"{n} {a:.3f}→{b:.3f}" for n, a, b in arrows) + f" from sample {effective}"
+            )
         return f"probe at step {step}: scores {scores} | {decision.reason}{change}"
 
     def _skip(self, step, reason, begun):
@@ -322,7 +341,11 @@ class Hook:
             self.record.rewind(state["lines"])
         else:
             self.record.lines = state["lines"]
-        mine = json.loads(self._fault_file.read_text())["step"] if self.speaks and self._fault_file.exists() else -1
+        mine = (
+            json.loads(self._fault_file.read_text())["step"]
+            if self.speaks and self._fault_file.exists()
+            else -1
+        )
         self.fatal_step = int(reduce.broadcast_numbers(np.array([float(mine)]), self.groups)[0])
 
 
@@ -331,9 +354,13 @@ def check_state(state, plan):
     if state.get("version") != STATE_VERSION:
         raise ValueError(f"checkpoint: plug-in state version {state.get('version')!r} is not {STATE_VERSION}")
     if state["names"] != list(plan.names):
-        raise ValueError(f"checkpoint: its domains {state['names']} are not those of the mixture file {list(plan.names)}")
+        raise ValueError(
+            f"checkpoint: its domains {state['names']} are not those of the mixture file {list(plan.names)}"
+        )
     if state["lead"] != plan.lead:
-        raise ValueError(f"checkpoint: lead {state['lead']} is kept for a whole run; write `lead: {state['lead']}`")
+        raise ValueError(
+            f"checkpoint: lead {state['lead']} is kept for a whole run; write `lead: {state['lead']}`"
+        )
 
 
 def _write_json(path, content):

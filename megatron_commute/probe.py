@@ -29,6 +29,7 @@ class Model:
     metric: name -> diagonal D of the optimiser's flow as a list of tensors, or None for the identity; collective
     quiet: (method) -> context manager: dropout off, random state kept, and double backward possible where `exact` asks
     micro_batch: sequences of one forward pass
+    verify: (parameters, tokens) -> None, raises where the exact method is wrong on this model; cheap once it has passed
     """
 
     parameters: object
@@ -38,6 +39,7 @@ class Model:
     metric: object
     quiet: object
     micro_batch: int
+    verify: object = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,11 +85,16 @@ def measure(model, groups, team, draw, settings, targets, weights, flow, time_li
     deadline = None if time_limit is None else time.monotonic() + time_limit
     ballot = _Ballot(groups, deadline)
     numbers = np.zeros((settings.splits, len(targets), domains + 4, domains))
-    with model.quiet(settings.method):
-        with ballot.section("preparing"):
-            params = [p.detach() for p in model.parameters()]
-            memory = [_zeros(params) for _ in range(2 * domains)]
+    with ballot.section("preparing"):
+        params = [p.detach() for p in model.parameters()]
+        memory = [_zeros(params) for _ in range(2 * domains)]
+        sample = draw("gradient", 0, np.arange(1))
+    ballot.settle()
+    if settings.method == "exact" and model.verify is not None:
+        with model.quiet("difference"), ballot.section("self-verification of method exact"):
+            model.verify(params, sample)
         ballot.settle()
+    with model.quiet(settings.method):
         metric = model.metric(settings.metric)
         work = _Replicate(model, groups, team, draw, settings, params, metric, memory, ballot)
         for turn in range(team.rounds):
@@ -102,7 +109,12 @@ def measure(model, groups, team, draw, settings, targets, weights, flow, time_li
 def _summary(table, weights, flow):
     """Means and standard errors over replicates of the table [S, T, K + 4, K] that `_Replicate.run` fills."""
     K = table.shape[-1]
-    M, u_g, u_g_decayed, h_theta = table[..., :K, :], table[..., K, :], table[..., K + 1, :], table[..., K + 2, :]
+    M, u_g, u_g_decayed, h_theta = (
+        table[..., :K, :],
+        table[..., K, :],
+        table[..., K + 1, :],
+        table[..., K + 2, :],
+    )
     P = bracket.pairwise(M)
     s = bracket.scores(P, np.broadcast_to(weights, P.shape[:-1]))
     decay, times = flow

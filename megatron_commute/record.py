@@ -94,7 +94,9 @@ def find(run):
     path = pathlib.Path(run)
     file = path / NAME if path.is_dir() else path
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: no decision log here; name a folder written with --save, or a {NAME}")
+        raise FileNotFoundError(
+            f"{file}: no decision log here; name a folder written with --save, or a {NAME}"
+        )
     return file
 
 
@@ -114,7 +116,9 @@ def read(run):
         except ValueError:
             if number == len(lines):
                 break
-            raise ValueError(f"{file}:{number}: not a JSON line; restore the file or cut it before this line") from None
+            raise ValueError(
+                f"{file}:{number}: not a JSON line; restore the file or cut it before this line"
+            ) from None
         if event.get("schema") != SCHEMA:
             raise ValueError(
                 f"{file}:{number}: schema {event.get('schema')!r} is not {SCHEMA}; read it with the version that wrote it"

@@ -48,7 +48,11 @@ class Groups:
 
 def everyone():
     """The group of all ranks, or None in a single process."""
-    return dist.group.WORLD if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 else None
+    return (
+        dist.group.WORLD
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        else None
+    )
 
 
 def rank():
@@ -94,7 +98,9 @@ def sum_of_vectors(vectors, group, bucket=2**25):
         flat = torch.cat([v.reshape(-1) for v in vectors[start:stop]])
         traffic.add("vector", flat)
         dist.all_reduce(flat, group=group)
-        for vector, piece in zip(vectors[start:stop], flat.split([v.numel() for v in vectors[start:stop]]), strict=True):
+        for vector, piece in zip(
+            vectors[start:stop], flat.split([v.numel() for v in vectors[start:stop]]), strict=True
+        ):
             vector.copy_(piece.view_as(vector))
         start = stop
     return vectors
@@ -169,4 +175,8 @@ def team(groups, splits):
 
 
 def _device():
-    return "cuda" if torch.cuda.is_available() and dist.is_initialized() and dist.get_backend() == "nccl" else "cpu"
+    return (
+        "cuda"
+        if torch.cuda.is_available() and dist.is_initialized() and dist.get_backend() == "nccl"
+        else "cpu"
+    )

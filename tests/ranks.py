@@ -32,7 +32,7 @@ def run(function, world_size, *args, timeout=60.0):
             receiver, sender = context.Pipe(duplex=False)
             task = pickle.dumps((function, args))
             process = context.Process(
-                target=_rank, args=(sender, rank, world_size, port, folder, timeout, task), daemon=True
+                target=_rank, args=(sender, rank, world_size, port, folder, timeout, task)
             )
             process.start()
             sender.close()

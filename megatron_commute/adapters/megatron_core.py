@@ -64,8 +64,17 @@ def deepspeed_mpu():
     with quiet_import():
         from megatron.core import parallel_state as mpu
 
-    kinds = {"model": "tensor_model", "tensor_model": "tensor_model", "data": "data", "pipeline_model": "pipeline_model"}
-    names = {f"get_{old}_parallel_{what}": f"get_{new}_parallel_{what}" for old, new in kinds.items() for what in _MPU}
+    kinds = {
+        "model": "tensor_model",
+        "tensor_model": "tensor_model",
+        "data": "data",
+        "pipeline_model": "pipeline_model",
+    }
+    names = {
+        f"get_{old}_parallel_{what}": f"get_{new}_parallel_{what}"
+        for old, new in kinds.items()
+        for what in _MPU
+    }
     return types.SimpleNamespace(**{old: getattr(mpu, new) for old, new in names.items()})
 
 
@@ -129,16 +138,19 @@ def mean_loss(model, tokens):
     return token_losses(model, tokens[:, :-1], tokens[:, 1:]).mean()
 
 
-def probe_model(engine, micro_batch):
+def probe_model(engine, micro_batch, method):
     """The probe.Model of a GPTModel under a DeepSpeed engine with ZeRO stage 0 to 2.
 
-    Raises ValueError for ZeRO stage 3, whose parameters are partitioned.
+    Raises ValueError for ZeRO stage 3, whose parameters are partitioned, and for method exact where a part of the model
+    cannot be differentiated twice.
     """
-    from megatron_commute.adapters.twice_differentiable import twice_differentiable
+    from megatron_commute.adapters import twice_differentiable as twice
 
     if engine.zero_optimization_stage() > 2:
         raise ValueError("probes read whole parameters: set zero_optimization.stage to 0, 1 or 2")
     module, here = engine.module, groups()
+    if method == "exact":
+        twice.refuse(module)
     params = [p for p in module.parameters() if p.requires_grad]
     first = reduce.rank_in(here.model) == 0
     owned = [first or getattr(p, "tensor_model_parallel", False) for p in params]
@@ -152,7 +164,8 @@ def probe_model(engine, micro_batch):
         owned,
         [decay.get(id(p), False) for p in params],
         here,
-        twice_differentiable,
+        lambda: twice.twice_differentiable(module),
+        lambda *loss_params_square: twice.verify(module, *loss_params_square),
     )
 
 
@@ -205,7 +218,9 @@ def stock_dataset(blend, samples, seq_length, vocab_size, seed, cache):
         sequence_length=seq_length,
         blend_per_split=[get_blend_from_list(blend), None, None],
         path_to_cache=cache,
-        tokenizer=types.SimpleNamespace(vocab_size=vocab_size, eod=-2, pad=-1, unique_identifiers={"vocab": vocab_size}),
+        tokenizer=types.SimpleNamespace(
+            vocab_size=vocab_size, eod=-2, pad=-1, unique_identifiers={"vocab": vocab_size}
+        ),
         reset_position_ids=False,
         reset_attention_mask=False,
         eod_mask_loss=False,

@@ -7,6 +7,7 @@ so a probe that fails half-way leaves no trace.
 import contextlib
 import pathlib
 
+import numpy as np
 import torch
 
 from megatron_commute import config as mixture_file
@@ -22,7 +23,17 @@ from megatron_commute.sampler import MixedDataset, MixtureSampler
 METRIC_FLOOR = 0.1
 
 
-def probe_model(module, loss, micro_batch, second_moments=None, owned=None, decayed=None, groups=None, exact=None):
+def probe_model(
+    module,
+    loss,
+    micro_batch,
+    second_moments=None,
+    owned=None,
+    decayed=None,
+    groups=None,
+    exact=None,
+    verify=None,
+):
     """Build the probe.Model of an nn.Module.
 
     loss: (module, tokens i64[b, n]) -> mean loss, calling module(...) as training does. micro_batch: sequences a forward
@@ -37,15 +48,27 @@ def probe_model(module, loss, micro_batch, second_moments=None, owned=None, deca
     names = [name for name, _ in named]
 
     def at(params, tokens):
-        return torch.func.functional_call(_Loss(module, loss), {f"module.{n}": p for n, p in zip(names, params, strict=True)}, (tokens,))
+        swapped = {f"module.{name}": p for name, p in zip(names, params, strict=True)}
+        return torch.func.functional_call(_Loss(module, loss), swapped, (tokens,))
 
     def parameters():
-        return [p.detach() if p.dtype in (torch.float32, torch.float64) else p.detach().float() for _, p in named]
+        return [
+            p.detach() if p.dtype in (torch.float32, torch.float64) else p.detach().float() for _, p in named
+        ]
 
-    owned = tuple(owned or [True] * len(named))
+    owned, groups = tuple(owned or [True] * len(named)), groups or reduce.Groups()
 
     def metric(name):
-        return None if name == "identity" else adam_metric(second_moments, owned, groups or reduce.Groups())
+        return None if name == "identity" else adam_metric(second_moments, owned, groups)
+
+    passed = []
+
+    def verify_once(params, tokens):
+        if not passed:
+            verify(
+                lambda at_params: at(at_params, tokens), params, lambda v: squared_length(v, owned, groups)
+            )
+            passed.append(True)
 
     return Model(
         parameters,
@@ -55,6 +78,7 @@ def probe_model(module, loss, micro_batch, second_moments=None, owned=None, deca
         metric,
         lambda method: quiet(module, exact if method == "exact" else None),
         micro_batch,
+        verify_once if verify is not None else None,
     )
 
 
@@ -69,6 +93,12 @@ class _Loss(torch.nn.Module):
         return self.loss(self.module, tokens)
 
 
+def squared_length(vector, owned, groups):
+    """|vector|^2 over all parameters of the model, each counted once; a float."""
+    here = sum(float(v.double().square().sum()) for v, counts in zip(vector, owned, strict=True) if counts)
+    return float(reduce.sum_of_numbers(np.array([here]), groups.model)[0])
+
+
 def adam_metric(second_moments, owned, groups):
     """D = 1 / (sqrt(v) + METRIC_FLOOR * mean sqrt(v)) per parameter; the mean runs over all parameters of the model.
 
@@ -76,17 +106,13 @@ def adam_metric(second_moments, owned, groups):
     """
     moments = second_moments() if second_moments is not None else None
     if moments is None:
-        raise ValueError("probe.metric adam needs an Adam optimiser that has taken a step; write `metric: identity`")
+        raise ValueError(
+            "probe.metric adam needs an Adam optimiser that has taken a step; write `metric: identity`"
+        )
     roots = [v.float().sqrt() for v in moments]
-    total = torch.tensor(
-        [
-            sum(float(r.sum(dtype=torch.float64)) for r, o in zip(roots, owned, strict=True) if o),
-            float(sum(r.numel() for r, o in zip(roots, owned, strict=True) if o)),
-        ],
-        dtype=torch.float64,
-    )
-    total = reduce.sum_of_numbers(total.numpy(), groups.model)
-    floor = METRIC_FLOOR * total[0] / total[1]
+    counted = [(float(r.sum(dtype=torch.float64)), r.numel()) for r, o in zip(roots, owned, strict=True) if o]
+    total, count = reduce.sum_of_numbers(np.array(counted).sum(0), groups.model)
+    floor = METRIC_FLOOR * total / count
     if not floor > 0:
         raise ValueError("all second moments of the optimiser are zero: probe after its first step")
     return [1.0 / (r + floor) for r in roots]
@@ -113,7 +139,12 @@ def quiet(module, exact=None):
 
 def second_moments(optimizer, parameters):
     """Bias-corrected second moments of torch.optim.Adam or AdamW, one per parameter, or None before its first step."""
-    betas = {id(p): group["betas"][1] for group in optimizer.param_groups for p in group["params"] if "betas" in group}
+    betas = {
+        id(p): group["betas"][1]
+        for group in optimizer.param_groups
+        for p in group["params"]
+        if "betas" in group
+    }
     moments = []
     for p in parameters:
         state = optimizer.state.get(p, {})
@@ -171,7 +202,19 @@ class Plugin:
             stream.schedule(weights, at_sample)
         return stream
 
-    def attach(self, model, groups, run_dir, learning_rate, decay, *, vocab_size=None, state=None, listener=None, say=print):
+    def attach(
+        self,
+        model,
+        groups,
+        run_dir,
+        learning_rate,
+        decay,
+        *,
+        vocab_size=None,
+        state=None,
+        listener=None,
+        say=print,
+    ):
         """Build hook and, in the modes that feed training, dataset and sampler; start or rewind the record.
 
         model: probe.Model; groups: reduce.Groups; run_dir: folder of the record; learning_rate: step -> rate; state: of
@@ -217,11 +260,15 @@ def check_blend(config, plan, paths):
     wanted = [path for domain in config.domains for path in domain.path]
     if [str(pathlib.Path(p).resolve()) for p in prefixes] != [str(pathlib.Path(p).resolve()) for p in wanted]:
         raise config.error(
-            "domains", f"names {wanted}, --train-data-path names {prefixes}", "write the same files in the same order"
+            "domains",
+            f"names {wanted}, --train-data-path names {prefixes}",
+            "write the same files in the same order",
         )
     if max(abs(a - b) for a, b in zip(weights, plan.weights, strict=True)) > 1e-9:
         told = [round(float(w), 6) for w in plan.weights]
-        raise config.error("domains", f"weights {told}, --train-data-path says {weights}", "write the same weights in both")
+        raise config.error(
+            "domains", f"weights {told}, --train-data-path says {weights}", "write the same weights in both"
+        )
 
 
 def blend_of(paths):

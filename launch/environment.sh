@@ -28,7 +28,7 @@ use_environment() {
 install_extra() {
     local root=$1 extra=$2
     shift 2
-    if ! python - "$root" megatron-commute "$@" 2>/dev/null <<'PY'
+    if ! python -I - "$root" megatron-commute "$@" 2>/dev/null <<'PY'
 import importlib.metadata as metadata, json, pathlib, sys, urllib.parse
 for name in sys.argv[2:]:
     metadata.version(name)

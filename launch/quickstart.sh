@@ -69,7 +69,7 @@ fi
 say "Preparing text in $dir/data"
 python "$root/launch/prepare_data.py" --out "$dir/data" "${text[@]+"${text[@]}"}"
 table=$(python "$root/launch/quickstart_mixture.py" \
-    --data "$dir/data" --out "$dir/mixture.yaml" --samples $((iters * batch)))
+    --data "$dir/data" --out "$dir/mixture.yaml" --train-iters "$iters" --global-batch-size "$batch")
 train=() valid=()
 while IFS=$'\t' read -r name weight prefix; do
     train+=("$weight" "$prefix")

@@ -24,13 +24,16 @@ def uneven(count: int) -> list[float]:
 
 
 def budgets(weights: list[float], samples: int) -> list[int]:
-    """Sequences of each domain in proportion to its weight, `samples` in all; the first takes the rest."""
-    counts = [round(weight * samples) for weight in weights]
+    """Sequences of each domain by its weight, at least one, `samples` in all; the first takes the rest."""
+    counts = [max(1, round(weight * samples)) for weight in weights]
     return [samples - sum(counts[1:]), *counts[1:]]
 
 
-def fitted(names: list[str], data: str, samples: int) -> str:
-    """Text of the mixture file for these domains; the template's own keep their order and weights."""
+def fitted(names: list[str], data: str, iterations: int, samples: int) -> str:
+    """Text of the mixture file for these domains; the template's own keep their order and weights.
+
+    A run too short for six probes at the template's interval probes more often.
+    """
     yaml = YAML()
     yaml.width = 110
     content = yaml.load(TEMPLATE.read_text(encoding="utf-8"))
@@ -43,6 +46,7 @@ def fitted(names: list[str], data: str, samples: int) -> str:
     counts = budgets([domain["weight"] for domain in domains.values()], samples)
     for (name, domain), count in zip(domains.items(), counts, strict=True):
         domain["path"], domain["budget"] = f"{data}/{name}_train", count
+    content["every"] = max(1, min(content["every"], iterations // 6))
     stream = io.StringIO()
     yaml.dump(content, stream)
     return stream.getvalue()
@@ -54,13 +58,16 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--data", type=Path, required=True, help="folder that prepare_data.py wrote")
     parser.add_argument("--out", type=Path, required=True, help="mixture file to write")
-    parser.add_argument("--samples", type=int, required=True, help="sequences of the whole run")
+    parser.add_argument("--train-iters", type=int, required=True, help="steps of the run")
+    parser.add_argument("--global-batch-size", type=int, required=True, help="sequences in a step")
     arguments = parser.parse_args(argv)
     if not arguments.out.exists():
         names = list(json.loads((arguments.data / "data.json").read_text(encoding="utf-8"))["domains"])
         data = os.path.relpath(arguments.data, arguments.out.parent)
+        iterations = arguments.train_iters
+        samples = iterations * arguments.global_batch_size
         part = arguments.out.with_name(arguments.out.name + ".part")
-        part.write_text(fitted(names, data, arguments.samples), encoding="utf-8")
+        part.write_text(fitted(names, data, iterations, samples), encoding="utf-8")
         part.replace(arguments.out)
     try:
         config = load(arguments.out)

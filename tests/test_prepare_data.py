@@ -338,3 +338,53 @@ def test_dictionary_markup_goes(markup, plain):
 def test_docstrings_are_taken_out_by_line():
     source = '"""Doc."""\nimport os\n\n\ndef f():\n    """One\n    two.\n    """\n    return "kept"\n'
     assert text_sources.without_docstrings(source) == 'import os\n\n\ndef f():\n    return "kept"\n'
+
+
+def mixture(tmp_path, names, iterations, capsys):
+    import quickstart_mixture
+
+    put(tmp_path / "data/data.json", json.dumps({"domains": {name: {} for name in names}}))
+    flags = ["--train-iters", str(iterations), "--global-batch-size", "16"]
+    files = ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "mixture.yaml")]
+    assert quickstart_mixture.main([*files, *flags]) == 0
+    return [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+
+
+@pytest.mark.parametrize("names", [["english", "russian", "code"], ["a", "b"], [f"d{i}" for i in range(9)]])
+@pytest.mark.parametrize("iterations", [500, 7])
+def test_the_mixture_file_fits_domains_and_run(tmp_path, capsys, names, iterations):
+    from megatron_commute.config import load
+
+    rows = mixture(tmp_path, names, iterations, capsys)
+    config = load(tmp_path / "mixture.yaml")
+    assert sorted(config.names) == sorted(names) and [row[0] for row in rows] == list(config.names)
+    assert sum(domain.budget.amount for domain in config.domains) == 16 * iterations
+    assert sum(domain.weight for domain in config.domains) == pytest.approx(1, abs=1e-9)
+    assert [domain.path for domain in config.domains] == [
+        (str(tmp_path / f"data/{name}_train"),) for name in config.names
+    ]
+    assert config.every == (80 if iterations == 500 else 1) and config.mode == "act"
+
+
+def test_a_mixture_file_that_is_there_stays(tmp_path, capsys):
+    mixture(tmp_path, ["english", "russian", "code"], 500, capsys)
+    text = (tmp_path / "mixture.yaml").read_text(encoding="utf-8").replace("rate: 0.1", "rate: 0.2")
+    put(tmp_path / "mixture.yaml", text)
+    assert mixture(tmp_path, ["english", "russian", "code"], 40, capsys)[0][0] == "english"
+    assert (tmp_path / "mixture.yaml").read_text(encoding="utf-8") == text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "says"),
+    [
+        (["--foo"], {}, "only --text NAME=PATH"),
+        (["--text"], {}, "write --text NAME=PATH"),
+        ([], {"QUICKSTART_ITERS": "0"}, "positive number of training steps"),
+    ],
+)
+def test_the_quickstart_refuses_before_it_starts(tmp_path, arguments, settings, says):
+    command = ["bash", str(LAUNCH / "quickstart.sh"), *arguments]
+    place = {"QUICKSTART_DIR": str(tmp_path / "run")}
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **place, **settings})
+    assert done.returncode == 2 and says in done.stderr
+    assert list(tmp_path.iterdir()) == []

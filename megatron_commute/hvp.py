@@ -249,7 +249,7 @@ def _refuse_unknown(value: torch.Tensor) -> None:
     if names:
         raise ValueError(
             f"not known to be twice differentiable: {', '.join(sorted(names))}. Use method: difference, or "
-            "set twice_differentiable = True on the class if its backward consists of differentiable operations"
+            "set twice_differentiable = True on the class if its backward is all differentiable operations"
         )
 
 

@@ -3,10 +3,11 @@ megatron's models.
 
 Both take tokens int64 [b, t] and return logits [b, t, vocabulary]; every operation has native first and
 second derivatives. `language_loss` turns a model into a loss of a list of parameters; `gpt_from_megatron`
-reads the state of a megatron-core GPTModel (all tensor-parallel shards of it) into the plain GPT.
+reads the state of a megatron GPTModel (all tensor-parallel shards of it) into the plain GPT.
 """
 
 import math
+import re
 
 import torch
 from torch import nn
@@ -173,43 +174,58 @@ def train(model, vocabulary=32, samples=16, length=8, steps=80, rate=3e-3):
     return model
 
 
+# megatron-core's names, then Megatron-DeepSpeed's
 _MEGATRON = {
-    "input_layernorm": "norm1", "self_attention.linear_qkv": "qkv", "self_attention.linear_proj": "out",
-    "pre_mlp_layernorm": "norm2", "mlp.linear_fc1": "up", "mlp.linear_fc2": "down",
+    "embedding.word_embeddings": "words", "embedding.position_embeddings": "positions",
+    "final_layernorm": "norm",
+    "input_layernorm": "norm1", "pre_mlp_layernorm": "norm2", "post_attention_layernorm": "norm2",
+    "self_attention.linear_qkv": "qkv", "self_attention.linear_proj": "out",
+    "self_attention.query_key_value": "qkv", "self_attention.dense": "out",
+    "mlp.linear_fc1": "up", "mlp.linear_fc2": "down", "mlp.dense_h_to_4h": "up", "mlp.dense_4h_to_h": "down",
 }  # fmt: skip
-_SPLIT = {"linear_qkv.weight": 0, "linear_qkv.bias": 0, "linear_proj.weight": 1, "linear_fc1.weight": 0,
-          "linear_fc1.bias": 0, "linear_fc2.weight": 1, "word_embeddings.weight": 0}  # fmt: skip
+_SPLIT = {
+    "qkv_weight": 0,
+    "qkv_bias": 0,
+    "out_weight": 1,
+    "up_weight": 0,
+    "up_bias": 0,
+    "down_weight": 1,
+    "words": 0,
+}
 
 
 def plain_name(name):
-    """The plain GPT's name of a megatron-core parameter."""
-    fixed = {
-        "embedding.word_embeddings.weight": "words",
-        "embedding.position_embeddings.weight": "positions",
-        "decoder.final_layernorm.weight": "norm_weight",
-        "decoder.final_layernorm.bias": "norm_bias",
-    }
-    if name in fixed:
-        return fixed[name]
-    _, _, layer, *rest = name.split(".")
-    return f"blocks.{layer}.{_MEGATRON['.'.join(rest[:-1])]}_{rest[-1]}"
+    """The plain GPT's name of a parameter of a megatron GPTModel."""
+    _, layer, rest = re.fullmatch(r"(?:(.*?)layers\.(\d+)\.)?(.*)", name).groups()
+    part, kind = re.sub(r"^(language_model\.)?(encoder\.|decoder\.)?", "", rest).rsplit(".", 1)
+    plain = _MEGATRON[part]
+    if plain in ("words", "positions"):
+        return plain
+    return f"blocks.{layer}.{plain}_{kind}" if layer else f"{plain}_{kind}"
 
 
 def split_dimension(name):
-    """The dimension along which megatron-core splits a parameter over tensor-parallel ranks, None for a
+    """The dimension along which megatron splits a parameter over tensor-parallel ranks, None for a
     whole one."""
-    return next((dim for suffix, dim in _SPLIT.items() if name.endswith(suffix)), None)
+    return _SPLIT.get(plain_name(name).rsplit(".", 1)[-1])
 
 
-def merge(name, shards):
-    """One tensor from what the tensor-parallel ranks hold of the megatron-core parameter (or vector entry)
-    `name`."""
+def merge(name, shards, heads):
+    """One tensor, in the plain GPT's layout, from what the tensor-parallel ranks hold of a megatron
+    parameter.
+
+    Megatron-DeepSpeed keeps all queries of a rank, then all keys, then all values; the rest keeps them head
+    by head.
+    """
     dim = split_dimension(name)
+    if "query_key_value" in name:
+        own = heads // len(shards)
+        shards = [s.view(3, own, -1, *s.shape[1:]).transpose(0, 1).reshape(s.shape) for s in shards]
     return shards[0] if dim is None else torch.cat(list(shards), dim=dim)
 
 
 def gpt_from_megatron(states, heads, gelu="none"):
-    """The plain GPT in float64 with the weights of a megatron-core GPTModel.
+    """The plain GPT in float64 with the weights of a GPTModel of megatron-core or Megatron-DeepSpeed.
 
     states: the state dicts of its tensor-parallel ranks in rank order (one without tensor parallelism); only
     tensors of parameters are read. Layout: local layer spec, learned positions, biases, GELU, tied output,
@@ -218,7 +234,7 @@ def gpt_from_megatron(states, heads, gelu="none"):
     state = {}
     for name, tensor in states[0].items():
         if torch.is_tensor(tensor) and not name.endswith("_extra_state"):
-            state[plain_name(name)] = merge(name, [s[name].detach().double() for s in states])
+            state[plain_name(name)] = merge(name, [s[name].detach().double() for s in states], heads)
     vocabulary, width = state["words"].shape
     layers = 1 + max(int(n.split(".")[1]) for n in state if n.startswith("blocks."))
     model = GPT(vocabulary, width, heads, layers, state["positions"].shape[0], gelu).double()

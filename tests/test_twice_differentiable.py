@@ -183,7 +183,7 @@ def on_rank(rank):
 
 def whole(answers, key):
     """A vector of the model, merged from its shards, by name."""
-    return {n: oracles.merge(n, [a[key][n] for a in answers]) for n in answers[0][key]}
+    return {n: oracles.merge(n, [a[key][n] for a in answers], HEADS) for n in answers[0][key]}
 
 
 def gap(a, b):
@@ -194,10 +194,10 @@ def gap(a, b):
     )
 
 
-def truth(shards, gelu="none"):
+def truth(shards, gelu="none", samples=4):
     """H v of the plain GPT in float64 with the weights of the megatron model, under megatron's names."""
     plain = oracles.gpt_from_megatron([a["params"] for a in shards], HEADS, gelu)
-    loss = oracles.language_loss(plain, *oracles.batch(VOCABULARY, length=LENGTH))
+    loss = oracles.language_loss(plain, *oracles.batch(VOCABULARY, samples, LENGTH))
     names, params = oracles.parameters(plain)
     v = {oracles.plain_name(n): t for n, t in whole(shards, "v").items()}
     product = dict(zip(names, oracles.product(loss, params, [v[n] for n in names]), strict=True))

@@ -144,7 +144,7 @@ def line(k):
 
 
 def label(name, length=18):
-    """A name for a picture: shortened, and safe from matplotlib's rule that hides leading underscores."""
+    """A name for a picture: shortened, and not hidden by matplotlib before 3.10 for a leading underscore."""
     short = name if len(name) <= length else name[: length - 1] + "…"
     return " " + short if short.startswith("_") else short
 

@@ -52,7 +52,7 @@ build_communication() {
     say "Building DeepSpeed's CPU communication op, once: about 35 seconds"
     local build='from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder as op; op().load(verbose=False)'
     python -W ignore -c "$build" >"$dir/build.log" 2>&1 ||
-        fail "the build failed, see $dir/build.log; it needs a C++17 compiler and ninja"
+        fail "the build failed, see $dir/build.log; it needs a C++ compiler and ninja"
 }
 
 use_environment "$root"

@@ -81,6 +81,7 @@ if [[ -e $dir/run/latest ]]; then
 else
     say "Training $iters steps on $ranks ranks (500 take about 6 minutes on 2 CPU cores)"
 fi
+fifth=$(((iters + 4) / 5))
 port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 exec deepspeed --log_level error --num_gpus "$ranks" --master_addr 127.0.0.1 --master_port "$port" \
     "$root/launch/pretrain_gpt.py" \
@@ -89,6 +90,6 @@ exec deepspeed --log_level error --num_gpus "$ranks" --master_addr 127.0.0.1 --m
     --micro-batch-size 4 --global-batch-size "$batch" --train-iters "$iters" --num-workers 1 \
     --lr 1e-3 --min-lr 1e-4 --lr-warmup-iters $((iters / 10)) --weight-decay 0.01 \
     --train-data-path "${train[@]}" --valid-data-path "${valid[@]}" \
-    --log-interval 20 --eval-interval 100 --eval-iters 2 \
-    --save "$dir/run" --load "$dir/run" --save-interval 100 --tensorboard-dir "$dir/tensorboard" \
+    --log-interval $(((iters + 24) / 25)) --eval-interval "$fifth" --eval-iters 2 \
+    --save "$dir/run" --load "$dir/run" --save-interval "$fifth" --tensorboard-dir "$dir/tensorboard" \
     --commute "$dir/mixture.yaml"

@@ -71,6 +71,7 @@ def build_engine(args, data_parallel):
     """GPTModel, AdamW (no decay on biases and norms, as in Megatron) and the DeepSpeed engine around them."""
     import deepspeed
     import torch
+
     from megatron_commute.adapters import megatron_core
 
     multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
@@ -251,7 +252,7 @@ def log(done, args, engine, groups, hook, valid, losses, bar):
     shown = {"loss": f"{mean:.3f}"} if mean else {}
     if hook is not None:
         hook.log_losses(done, found)
-        shown["weights"] = "/".join(f"{w:.2f}" for w in hook.mixture.weights)
+        shown["weights"] = "/".join(f"{w:.2f}" for w in hook.weights)
     bar.set_postfix(shown)
     if hook is None and found and not bar.disable:
         bar.write(f"step {done}: validation " + ", ".join(f"{n} {x:.4f}" for n, x in found.items()))
@@ -297,7 +298,7 @@ def train(args, engine, plugin):
         if step + 1 == args.train_iters and hook is not None:
             hook.finish(step + 1)
         if args.save and (
-            step + 1 == args.train_iters or args.save_interval and (step + 1) % args.save_interval == 0
+            step + 1 == args.train_iters or (args.save_interval and (step + 1) % args.save_interval == 0)
         ):
             save(engine, args, step + 1, hook)
     bar.close()

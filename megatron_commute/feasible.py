@@ -61,7 +61,7 @@ def _scale(q, low, high, mass) -> float:
     if not free.any():
         return float(steps[left])
     fixed = math.fsum(np.clip(inside * q, low, high)[~free])
-    return (mass - fixed) / math.fsum(q[free])
+    return min(max((mass - fixed) / math.fsum(q[free]), steps[left]), steps[right])
 
 
 class Bounds(NamedTuple):

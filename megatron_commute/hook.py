@@ -38,6 +38,9 @@ class Hook:
         place = (reduce.rank_in(groups.data), reduce.size(groups.data), groups.data)
         self.account = Account(len(plan.names), run.global_batch, run.micro_batch, *place)
         self.domains = self.positions = np.zeros(0, dtype=np.int64)
+        self.weights = np.asarray(
+            mixture.weights, dtype=np.float64
+        )  # those of the last step, once it has begun
         self.fatal_step = None
         self.probe_seconds, self.started, self.step_started = 0.0, time.monotonic(), None
         self.step_seconds = []
@@ -92,6 +95,7 @@ class Hook:
         if step % self.config.every == 0 and step and not self.off:
             self._probe(step)
         self.step_started = time.monotonic()
+        self.weights = np.asarray(self.mixture.weights, dtype=np.float64)
         self.domains, self.positions = self.mixture.take(self.run.global_batch)
 
     def end(self, losses, tokens, delivered=None):
@@ -119,7 +123,7 @@ class Hook:
             train=means,
             **fields,
             served=self._named(self.mixture.served),
-            weights=self._named(self.mixture.weights),
+            weights=self._named(self.weights),
             fingerprint=f"{self.account.fingerprint:016x}",
             timing={
                 "step_seconds": float(np.median(self.step_seconds)) if self.step_seconds else None,
@@ -158,7 +162,7 @@ class Hook:
         return self.record.path.with_suffix(".fault")
 
     def _named(self, values):
-        return {name: value for name, value in zip(self.plan.names, np.asarray(values).tolist(), strict=True)}
+        return dict(zip(self.plan.names, np.asarray(values).tolist(), strict=True))
 
     def _probe(self, step):
         begun = time.monotonic()

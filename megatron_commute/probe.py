@@ -47,8 +47,8 @@ class Measurement:
     """Criterion under T targets and K domains, float64. Errors are standard errors over the S replicates.
 
     M [T, K, K], P [T, K, K], P_se, s [T, K], s_se, u_g [T, K], h_theta [T, K]; score [T, K]: s with the weight-decay and
-    learning-rate terms, relative to the mixture's own (sum_k w_k score_k = 0); score_se. replicates: M of each, [S, T, K, K].
-    step: median eps of the difference method, else None.
+    learning-rate terms, relative to the mixture's own (sum_k w_k score_k = 0); score_se.
+    replicates: M of each, [S, T, K, K]. step: median eps of the difference method, else None.
     """
 
     M: np.ndarray

@@ -5,6 +5,7 @@ Vectors of model size travel only through `mean_of_vectors`; all else is a few n
 payload is counted in `traffic`, so that a test can state what a probe costs the network.
 """
 
+import itertools
 from dataclasses import dataclass, field
 
 import torch
@@ -167,7 +168,7 @@ def team(groups, splits):
     dist.all_gather_object(lines, dist.get_process_group_ranks(groups.data))
     group = None
     for line in sorted({tuple(line) for line in lines}):
-        for start, stop in zip(cuts, cuts[1:], strict=False):
+        for start, stop in itertools.pairwise(cuts):
             members = list(line[start:stop])
             made = dist.new_group(members) if len(members) > 1 else None
             group = made if dist.get_rank() in members else group

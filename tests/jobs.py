@@ -59,13 +59,12 @@ def flags(folder, *more, iters=40, batch=8):
         split: [part for name, share in DOMAINS.items() for part in (str(share), f"{folder}/{name}_{split}")]
         for split in ("train", "valid")
     }
-    return [
-        *f"--num-layers 2 --hidden-size 32 --num-attention-heads {HEADS} --seq-length {SEQUENCE}".split(),
-        *f"--vocab-size {VOCABULARY} --micro-batch-size 2 --global-batch-size {batch} --train-iters {iters}".split(),
-        *"--lr 3e-3 --lr-warmup-iters 4 --log-interval 5 --eval-interval 20 --eval-iters 1 --num-workers 0".split(),
-        *("--train-data-path", *blends["train"], "--valid-data-path", *blends["valid"]),
-        *(str(word) for word in more),
-    ]
+    fixed = f"""
+        --num-layers 2 --hidden-size 32 --num-attention-heads {HEADS} --seq-length {SEQUENCE} --vocab-size {VOCABULARY}
+        --micro-batch-size 2 --global-batch-size {batch} --train-iters {iters} --lr 3e-3 --lr-warmup-iters 4
+        --log-interval 5 --eval-interval 20 --eval-iters 1 --num-workers 0"""
+    data = ["--train-data-path", *blends["train"], "--valid-data-path", *blends["valid"]]
+    return [*fixed.split(), *data, *(str(word) for word in more)]
 
 
 def trainer():

@@ -1,5 +1,5 @@
 """The command line: what it prints, in words and in JSON, and how it refuses."""
-# ruff: noqa: E501  (messages stand in one piece, so that they can be searched)
+
 
 import json
 import subprocess

@@ -66,6 +66,11 @@ def test_zero_wishes_wait_until_the_others_are_full():
     assert nearest(np.array([0.5, 0.5, 0.0, 0.0]), low, np.ones(4)).tolist() == [0.5, 0.5, 0.0, 0.0]
 
 
+def test_wishes_of_any_size_keep_the_mass():
+    wish, high = np.array([1.0, 7e-161, 0.0]), np.array([0.5, 1.0, 0.0])
+    assert nearest(wish, np.zeros(3), high, 0.5) == pytest.approx([0.5, 0.0, 0.0])
+
+
 def test_an_empty_box_gives_its_nearer_corner_at_the_right_mass():
     wish = np.array([0.5, 0.5])
     assert nearest(wish, np.zeros(2), np.array([0.2, 0.6])) == pytest.approx([0.25, 0.75])

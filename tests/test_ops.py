@@ -88,5 +88,8 @@ def test_displace_leaves_its_arguments_alone():
 def test_displace_keeps_the_precision_of_the_parameters_and_refuses_other_shapes():
     params, v = vectors(1, 6, torch.float64)[0], vectors(1, 7)[0]
     assert all(m.dtype is torch.float64 for m in ops.displace(params, v, 1e-9))
+    fine = [p / 3 for p in params]  # needs float64
+    moved = ops.displace(params, fine, 0.5)
+    assert all(torch.equal(m, p + 0.5 * u) for m, p, u in zip(moved, params, fine, strict=True))
     with pytest.raises(ValueError, match="params and v have 3 and 2 tensors"):
         ops.displace(params, v[:2], 1.0)

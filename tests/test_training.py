@@ -11,8 +11,8 @@ import ranks
 import torch
 
 from megatron_commute import record
-from megatron_commute.adapters.indexed_data import domain_datasets
 from megatron_commute.account import sample_hash
+from megatron_commute.adapters.indexed_data import domain_datasets
 from megatron_commute.config import Run, load, resolve
 from megatron_commute.mixture import Mixture
 from megatron_commute.sampler import MixedDataset

@@ -58,7 +58,12 @@ def megatron_gpt(tensor_parallel=1, dtype=torch.float64, **options):
             **(dict.fromkeys(plain, False) | options),
         )
         model = GPTModel(
-            config, get_gpt_layer_local_spec(), VOCABULARY, LENGTH, share_embeddings_and_output_weights=True
+            config,
+            get_gpt_layer_local_spec(normalization=config.normalization),
+            VOCABULARY,
+            LENGTH,
+            share_embeddings_and_output_weights=True,
+            position_embedding_type="rope" if config.gated_linear_unit else "learned_absolute",
         )
     return model.to(dtype)
 
@@ -137,13 +142,34 @@ def half_cured(missing):
         del stock.twice_differentiable
 
 
+def llama(tensor_parallel):
+    """Errors of the exact product of a Llama on megatron-core: (asymmetry, distance from a difference)."""
+    model = megatron_gpt(tensor_parallel, torch.float64, **LLAMA)
+    loss = megatron_loss(model, *oracles.batch(VOCABULARY, length=LENGTH))
+    params, size = oracles.parameters(model)[1], square(model, tensor_parallel)
+    verify(model, loss, params, size)
+    a, b = direction(model, seed=5), direction(model, seed=6)
+    with twice_differentiable(model):
+        ha, hb = (hvp.hessian_vector_product(loss, params, v, "exact", step=1.0) for v in (a, b))
+        difference = hvp.hessian_vector_product(loss, params, a, step=1e-5)
+    gap_ab = inner(size, a, hb) - inner(size, b, ha)
+    away = size([x - y for x, y in zip(difference, ha, strict=True)]) / size(ha)
+    return abs(gap_ab) / math.sqrt(size(a) * size(hb)), math.sqrt(away)
+
+
+def inner(size, a, b):
+    """a.b from squared lengths."""
+    plus, minus = ([x + sign * y for x, y in zip(a, b, strict=True)] for sign in (1, -1))
+    return (size(plus) - size(minus)) / 4
+
+
 def layout(tensor_parallel):
     """What this rank finds at one tensor-parallel size; see the tests for what each answer means."""
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_parallel)
-    answers = {}
+    answers = {"llama": llama(tensor_parallel)}
     for dtype in (torch.float64, torch.float32):
         model = megatron_gpt(tensor_parallel, dtype)
         loss = megatron_loss(model, *oracles.batch(VOCABULARY, length=LENGTH))
@@ -171,6 +197,13 @@ def layout(tensor_parallel):
     return answers
 
 
+LLAMA = {
+    "normalization": "RMSNorm",
+    "gated_linear_unit": True,
+    "activation_func": torch.nn.functional.silu,
+    "add_bias_linear": False,
+    "num_query_groups": 2,
+}
 FUSED = {"bias_activation_fusion": True, "bias_dropout_fusion": True, "cross_entropy_loss_fusion": True}
 RECOMPUTED = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
@@ -221,7 +254,7 @@ def optional(options, gelu):
 @pytest.fixture(scope="module")
 def found():
     """{tensor-parallel size: answers of its ranks}; one start of two ranks serves every test of this file."""
-    answers = ranks.run(on_rank, 2, timeout=150)
+    answers = ranks.run(on_rank, 2, timeout=300)
     single = {key: answers[0][key] for key in ("fused", "recomputed")}
     return single | {size: [a[size] for a in answers[:size]] for size in (1, 2)}
 
@@ -254,6 +287,14 @@ def test_stock_megatron_is_wrong_and_a_silent_fallback_would_be_seen(found, size
 def test_verification_notices_each_missing_stand_in(found, size, name):
     for answers in found[size]:
         assert "exact Hessian-vector product is" in answers[name]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_exact_on_a_llama_is_symmetric_and_equals_a_difference(found, size):
+    for answers in found[size]:
+        asymmetry, away = answers["llama"]
+        assert asymmetry < 1e-12
+        assert away < 1e-6
 
 
 def test_both_layouts_hold_the_same_model(found):

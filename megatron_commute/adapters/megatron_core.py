@@ -12,7 +12,6 @@ import torch
 from megatron_commute import reduce
 from megatron_commute.adapters import torch_loop
 
-
 _MPU = ("rank", "world_size", "group")
 
 
@@ -40,7 +39,8 @@ def initialise(tensor_parallel, seed):
     """Set up megatron-core's process groups and random states; torch.distributed is initialised already."""
     on_cpu()
     with quiet_import():
-        from megatron.core import parallel_state, tensor_parallel as tp
+        from megatron.core import parallel_state
+        from megatron.core import tensor_parallel as tp
 
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_parallel)
     if torch.cuda.is_available():

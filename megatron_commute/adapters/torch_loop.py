@@ -18,8 +18,8 @@ from megatron_commute.mixture import Mixture
 from megatron_commute.probe import Model
 from megatron_commute.sampler import MixedDataset, MixtureSampler
 
-# D = 1/(sqrt(v) + floor): rows that are hardly ever visited have tiny v and would dominate every inner product
-# (a learning rate times preconditioned curvature of 246 was seen); a tenth of the mean sqrt(v) bounds D at 10x its usual size.
+# D = 1/(sqrt(v) + floor): rows that are hardly ever visited have tiny v and would dominate every inner product;
+# a floor of a tenth of the mean sqrt(v) bounds D at ten times its usual size.
 METRIC_FLOOR = 0.1
 
 
@@ -178,7 +178,8 @@ def drawer(config, plan, seq_length, vocab_size=None):
 class Plugin:
     """The plug-in in one training run: mixture file and data checked at once, attached when the model stands.
 
-    file: the mixture file; run: config.Run; host_blend: the host's own data flag, which mode shadow must agree with. Raises ConfigError, before anything is written, where they do not fit.
+    file: the mixture file; run: config.Run; host_blend: the host's own data flag, which mode shadow must agree with.
+    Raises ConfigError, before anything is written, where they do not fit.
     """
 
     def __init__(self, file, run, host_blend=()):

@@ -277,9 +277,10 @@ def test_switching_test_tells_which_swap_of_neighbours_lowers_the_final_loss():
         swapped = order.copy()
         swapped[[m, m + 1]] = order[[m + 1, m]]
         change = quadratic_search.gradient(problem, theta0, swapped, time, target)[0] - before
-        predicted = -((time / steps) ** 2) * P[i, j]
-        assert change == pytest.approx(predicted, rel=0.15, abs=5e-6)
-        if abs(predicted) > 5e-6:
+        after = quadratic_search.trajectory(problem, theta0, swapped, time, target)[m][0]
+        predicted = -((time / steps) ** 2) * (P[i, j] + after[i, j]) / 2  # midway: right to second order
+        assert change == pytest.approx(predicted, rel=0.02, abs=1e-7)
+        if abs(change) > 2e-5:
             assert bracket.may_switch(P)[i, j] == (change > 0)
             turns += 1
     assert turns > 20

@@ -4,14 +4,13 @@ The hook stands at the samples consumed by training; the sampler's own copy of t
 loader. Both are the same pure stream, so the hook knows the domain of every sample without asking anybody.
 """
 
-import dataclasses
 import json
 import os
 import time
 
 import numpy as np
 
-from megatron_commute import controller, probe, reduce
+from megatron_commute import controller, events, probe, reduce
 from megatron_commute.account import Account
 
 STATE_VERSION = 1
@@ -60,28 +59,7 @@ class Hook:
         if self.speaks:
             self.record.start_fresh()
             self._fault_file.unlink(missing_ok=True)
-        self._write(
-            "start",
-            names=plan.names,
-            weights=plan.weights,
-            budgets=plan.budgets,
-            sizes=plan.sizes,
-            holdouts=plan.holdouts,
-            samples=plan.samples,
-            global_batch=run.global_batch,
-            seq_length=run.seq_length,
-            train_iters=run.train_iters,
-            mode=settings.mode,
-            every=settings.every,
-            lead=plan.lead,
-            seed=settings.seed,
-            target=plan.targets[0] if len(plan.targets) == 1 else "each",
-            config=settings.digest,
-            probe=dataclasses.asdict(settings.probe),
-            controller=dataclasses.asdict(settings.controller),
-            warnings=plan.warnings,
-            parameters=int(parameters),
-        )
+        self._write("start", **events.start(settings, plan, run, int(parameters)))
         for warning in plan.warnings:
             self.say(f"note: {warning}")
         if settings.mode == "act":
@@ -253,45 +231,12 @@ class Hook:
         )
 
     def _measured(self, step, begun, found, weights, decision, effective):
-        one = len(self.plan.targets) == 1
-        names = ("P", "P_se", "s", "s_se", "M", "u_g", "h_theta", "score", "score_se")
-        values = {name: getattr(found, name)[0] if one else getattr(found, name) for name in names}
-        settings, moved = self.config.probe, decision.weights is not None
-        first, second = self._windows(step)
+        rates = {"lr": self.learning_rate(step), "decay": self.decay, "windows": self._windows(step)}
+        fields = events.probe(self.config, self.plan, found, weights, decision, effective)
         self._write(
-            "probe",
-            step=step,
-            sample=self.mixture.index,
-            lr=self.learning_rate(step),
-            decay=self.decay,
-            windows=[first, second],
-            **values,
-            weights=weights,
-            weights_next=decision.weights if moved else weights,
-            effective_sample=effective if moved else None,
-            reason=decision.reason,
-            target=self.plan.targets[0] if one else "each",
-            metric=settings.metric,
-            direction=settings.direction,
-            method=settings.method,
-            difference_step=found.step,
-            samples=settings.samples,
-            timing=self._timed(begun),
+            "probe", step=step, sample=self.mixture.index, **rates, **fields, timing=self._timed(begun)
         )
-        self.say(self._sentence(step, found, weights, decision, effective))
-
-    def _sentence(self, step, found, weights, decision, effective):
-        scores = ", ".join(
-            f"{n} {s:+.3g}±{e:.2g}"
-            for n, s, e in zip(self.plan.names, found.score[0], found.score_se[0], strict=True)
-        )
-        change = ""
-        if decision.weights is not None:
-            arrows = zip(self.plan.names, weights, decision.weights, strict=True)
-            change = (
-                " | " + ", ".join(f"{n} {a:.3f}→{b:.3f}" for n, a, b in arrows) + f" from sample {effective}"
-            )
-        return f"probe at step {step}: scores {scores} | {decision.reason}{change}"
+        self.say(events.sentence(step, self.plan.names, found, weights, decision, effective))
 
     def _skip(self, step, reason, begun):
         self.failures += 1

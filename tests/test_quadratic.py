@@ -12,6 +12,7 @@ from scipy.linalg import expm
 from megatron_commute import bracket
 from megatron_commute.experiments import (
     quadratic,
+    quadratic_domains,
     quadratic_errata,
     quadratic_readings,
     quadratic_search,
@@ -33,20 +34,20 @@ def flow_by_expm(problem, theta, weights, time, decay=0.0):
 @pytest.mark.parametrize("decay", [0.0, 0.2])
 @pytest.mark.parametrize("time", [0.01, 1.0, 20.0])
 def test_flow_is_the_matrix_exponential(time, decay):
-    problem, theta = quadratic.sample(0, n=30, domains=3)  # 0.7^29: rates of almost zero
+    problem, theta = quadratic_domains.sample(0, n=30, domains=3)  # 0.7^29: rates of almost zero
     weights = np.array([0.2, 0.5, 0.3])
     expected = flow_by_expm(problem, theta, weights, time, decay)
     assert np.abs(problem.flow(weights, decay)(theta, time) - expected).max() < 1e-11
 
 
 def test_flow_with_rates_of_exactly_zero_and_many_starts():
-    problem = quadratic.quadratic(np.array([np.diag([1.0, 0.0])]), np.array([[1.0, 5.0]]))
+    problem = quadratic_domains.quadratic(np.array([np.diag([1.0, 0.0])]), np.array([[1.0, 5.0]]))
     ends = problem.flow([1.0])(np.array([[0.0, 0.0], [2.0, 3.0]]), 1.0)
     np.testing.assert_allclose(ends, [[1 - np.exp(-1), 0.0], [1 + np.exp(-1), 3.0]], atol=1e-15)
 
 
 def test_pull_back_is_the_transposed_derivative_of_the_flow():
-    problem, theta = quadratic.sample(1, n=6)
+    problem, theta = quadratic_domains.sample(1, n=6)
     weights, time, after = np.array([0.3, 0.7]), 0.8, np.arange(6.0)
     flow = problem.flow(weights, 0.1)
     columns = [(flow(theta + e, time) - flow(theta - e, time)) @ after / 2 for e in np.eye(6)]
@@ -56,7 +57,7 @@ def test_pull_back_is_the_transposed_derivative_of_the_flow():
 def test_measure_gives_the_closed_form_of_section_4_1():
     """P_12 = u . (A2 A1 (theta - b1) - A1 A2 (theta - b2)): the sign of equation 6."""
     for seed in range(5):
-        problem, theta = quadratic.sample(seed)
+        problem, theta = quadratic_domains.sample(seed)
         (A1, A2), (b1, b2) = problem.A, problem.b
         u = (A1 @ (theta - b1) + A2 @ (theta - b2)) / 2
         M, u_g = problem.measure(theta, u)
@@ -67,7 +68,7 @@ def test_measure_gives_the_closed_form_of_section_4_1():
 
 
 def arguments(seed=0, domains=2, n=8, steps=6, time=3.0):
-    problem, theta0 = quadratic.sample(seed, n=n, domains=domains, base=0.8)
+    problem, theta0 = quadratic_domains.sample(seed, n=n, domains=domains, base=0.8)
     share = np.full(domains, 1 / domains)
     names = ("A", "b", "theta0", "budgets", "time", "steps", "target")
     return dict(zip(names, (problem.A, problem.b, theta0, share, time, steps, share), strict=True))
@@ -76,7 +77,7 @@ def arguments(seed=0, domains=2, n=8, steps=6, time=3.0):
 def test_run_under_constant_weights_is_one_flow():
     given = arguments() | {"budgets": [0.25, 0.75]}
     found = quadratic.run(**given, schedule="constant")
-    problem = quadratic.quadratic(given["A"], given["b"])
+    problem = quadratic_domains.quadratic(given["A"], given["b"])
     end = flow_by_expm(problem, given["theta0"], np.array([0.25, 0.75]), 3.0)
     offset = end - problem.b
     losses = [x @ A @ x / 2 for x, A in zip(offset, problem.A, strict=True)]
@@ -89,7 +90,7 @@ def test_run_under_constant_weights_is_one_flow():
 def test_run_follows_a_schedule_step_by_step():
     given = arguments(domains=3)
     order = np.eye(3)[[2, 0, 1, 1, 2, 0]]
-    theta, problem = given["theta0"], quadratic.quadratic(given["A"], given["b"])
+    theta, problem = given["theta0"], quadratic_domains.quadratic(given["A"], given["b"])
     for weights in order:
         theta = flow_by_expm(problem, theta, weights, 0.5)
     found = quadratic.run(**given, schedule=order)
@@ -104,7 +105,7 @@ def test_tilt_keeps_every_budget_and_leans_against_the_scores(budgets):
     np.testing.assert_allclose(found.weights.sum(1), 1)
     np.testing.assert_allclose(found.weights.sum(0), np.multiply(budgets, 20), atol=1e-9)
     assert found.weights.min() >= 0
-    problem = quadratic.quadratic(given["A"], given["b"])
+    problem = quadratic_domains.quadratic(given["A"], given["b"])
     u = problem.gradients(given["theta0"]).mean(0)
     s = bracket.scores(bracket.pairwise(problem.measure(given["theta0"], u)[0]), budgets)
     lean = np.log(found.weights[0, :2] / budgets[:2]) if budgets[1] else np.zeros(2)
@@ -152,7 +153,7 @@ def test_run_refuses_what_does_not_fit(change, message):
 def test_sampled_matrices_have_the_paper_spectrum_and_no_preferred_direction():
     tops = []
     for seed in range(200):
-        problem, _ = quadratic.sample(seed, n=4)
+        problem, _ = quadratic_domains.sample(seed, n=4)
         values, vectors = np.linalg.eigh(problem.A[0])
         assert values[::-1] == pytest.approx(0.7 ** np.arange(4))
         tops.append(np.outer(vectors[:, -1], vectors[:, -1]))
@@ -160,7 +161,7 @@ def test_sampled_matrices_have_the_paper_spectrum_and_no_preferred_direction():
 
 
 def test_table1_agrees_with_flows_by_matrix_exponentials():
-    problem, theta0 = quadratic.sample(0, n=12)
+    problem, theta0 = quadratic_domains.sample(0, n=12)
     swap = quadratic_tables.Swap(problem)
     half, one, two = np.array([0.5, 0.5]), np.array([1.0, 0.0]), np.array([0.0, 1.0])
 
@@ -231,7 +232,7 @@ def test_full_prediction_for_more_than_two_domains():
 
 
 def test_search_gradient_against_differences():
-    problem, theta0 = quadratic.sample(2, n=5, domains=3, base=0.8)
+    problem, theta0 = quadratic_domains.sample(2, n=5, domains=3, base=0.8)
     target = np.array([0.2, 0.3, 0.5])
     weights = np.random.default_rng(0).dirichlet(np.ones(3), 4)
     loss, slope = quadratic_search.gradient(problem, theta0, weights, 2.0, target)
@@ -253,7 +254,7 @@ def test_search_gradient_against_differences():
 def test_search_is_no_worse_than_the_best_of_all_pure_orders():
     steps, time = 8, 3.0
     for seed in (6, 9):
-        problem, theta0 = quadratic.sample(seed, n=6, base=0.8)
+        problem, theta0 = quadratic_domains.sample(seed, n=6, base=0.8)
         share = np.array([0.5, 0.5])
         orders = [np.eye(2)[list(o)] for o in set(itertools.permutations([0] * 4 + [1] * 4))]
         losses = [quadratic_search.gradient(problem, theta0, o, time, share)[0] for o in orders]
@@ -264,7 +265,7 @@ def test_search_is_no_worse_than_the_best_of_all_pure_orders():
 
 
 def test_switching_test_tells_which_swap_of_neighbours_lowers_the_final_loss():
-    problem, theta0 = quadratic.sample(3, n=10, domains=3, base=0.8)
+    problem, theta0 = quadratic_domains.sample(3, n=10, domains=3, base=0.8)
     target, steps, time = np.array([0.5, 0.3, 0.2]), 60, 3.0
     order = np.eye(3)[np.random.default_rng(0).permutation(np.arange(steps) % 3)]
     brackets = quadratic_search.trajectory(problem, theta0, order, time, target)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from megatron_commute.experiments.quadratic import sample
+from megatron_commute.experiments.quadratic_domains import sample
 from megatron_commute.experiments.quadratic_tables import HALF, Swap
 
 WINDOW = 1e-4  # so short that a ratio is within 0.001 of its limit

@@ -7,7 +7,7 @@ import numpy as np
 from megatron_commute import bracket
 from megatron_commute.drawing import COLOURS, GREY, house_style
 from megatron_commute.experiments import quadratic_search
-from megatron_commute.experiments.quadratic import quadratic
+from megatron_commute.experiments.quadratic_domains import quadratic
 from megatron_commute.experiments.quadratic_tables import HALF, Swap
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from megatron_commute import bracket
-from megatron_commute.experiments.quadratic import sample
+from megatron_commute.experiments.quadratic_domains import sample
 from megatron_commute.experiments.quadratic_tables import HALF, PRINTED, STARTS, WINDOWS, Swap, summary
 
 READINGS = {

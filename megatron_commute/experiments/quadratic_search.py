@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from megatron_commute import bracket
-from megatron_commute.experiments.quadratic import growth, run, sample
+from megatron_commute.experiments.quadratic_domains import growth, sample
 
 NODES, NODE_WEIGHTS = (np.polynomial.legendre.leggauss(4)[k] for k in range(2))
 STEPS, TIME, DIMENSIONS = 24, 4.0, 12
@@ -39,7 +39,7 @@ def problem_of(seed, domains):
 def _row(seed, problem, theta0, budgets):
     constant = np.tile(budgets, (STEPS, 1))
     found, loss = search(problem, theta0, budgets, TIME, STEPS, budgets)
-    before = run(problem.A, problem.b, theta0, budgets, TIME, STEPS, budgets, "constant").loss
+    before, _ = gradient(problem, theta0, constant, TIME, budgets)
     gaps = {}
     for name, weights in (("constant", constant), ("found", found)):
         brackets = trajectory(problem, theta0, weights, TIME, budgets)

@@ -7,7 +7,7 @@ import csv
 import numpy as np
 
 from megatron_commute import bracket
-from megatron_commute.experiments.quadratic import Quadratic, sample
+from megatron_commute.experiments.quadratic_domains import Quadratic, sample
 
 STARTS, WINDOWS = (0.1, 0.3, 1.0, 3.0), (0.001, 0.01, 0.1)
 PRINTED = (  # the paper's Table 1: (ratio, +-) for every start (row) and window (column)

@@ -157,6 +157,36 @@ def llama(tensor_parallel):
     return abs(gap_ab) / math.sqrt(size(a) * size(hb)), math.sqrt(away)
 
 
+def squared_losses(tensor_parallel):
+    """H v of a loss that is not linear in the losses of the tokens, by the stand-ins alone: (whole, its
+    truth)."""
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_tensor_model_parallel_group()
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias, *v = (
+        torch.randn(shape, generator=generator, dtype=torch.float64) for shape in [(6, 5), (8, 5), (8,)] * 2
+    )
+    target = torch.randint(8, (6,), generator=generator)
+
+    def own(whole):
+        return [whole[0], *(t.chunk(tensor_parallel)[rank] for t in whole[1:])]
+
+    def loss(p):
+        logits = twice_differentiable_module.Linear.apply(*p, False, tensor_parallel > 1, False, group)
+        return twice_differentiable_module.CrossEntropy.apply(logits, target).square().mean()
+
+    def plain(p):
+        logits = p[0] @ p[1].T + p[2]
+        return (logits.logsumexp(-1) - logits.gather(-1, target[:, None])[:, 0]).square().mean()
+
+    found = hvp.gradient_and_product(loss, own([x, weight, bias]), own(v), "exact", step=1.0)
+    expected = hvp.gradient(plain, [x, weight, bias]), oracles.product(plain, [x, weight, bias], v)
+    return [(torch.cat([t.flatten() for t in a]), torch.cat([t.flatten() for t in own(b)]))
+            for a, b in zip(found[:2], expected, strict=True)]  # fmt: skip
+
+
 def inner(size, a, b):
     """a.b from squared lengths."""
     plus, minus = ([x + sign * y for x, y in zip(a, b, strict=True)] for sign in (1, -1))
@@ -169,7 +199,7 @@ def layout(tensor_parallel):
 
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_parallel)
-    answers = {"llama": llama(tensor_parallel)}
+    answers = {"llama": llama(tensor_parallel), "squared losses": squared_losses(tensor_parallel)}
     for dtype in (torch.float64, torch.float32):
         model = megatron_gpt(tensor_parallel, dtype)
         loss = megatron_loss(model, *oracles.batch(VOCABULARY, length=LENGTH))
@@ -295,6 +325,13 @@ def test_exact_on_a_llama_is_symmetric_and_equals_a_difference(found, size):
         asymmetry, away = answers["llama"]
         assert asymmetry < 1e-12
         assert away < 1e-6
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_stand_ins_alone_under_a_loss_that_is_not_linear_in_token_losses(found, size):
+    for answers in found[size]:
+        for product, expected in answers["squared losses"]:
+            assert torch.allclose(product, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_both_layouts_hold_the_same_model(found):

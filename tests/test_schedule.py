@@ -58,6 +58,12 @@ def test_a_ramp_serves_the_samples_under_its_curve(written, way, global_batch, s
     assert end[0] == pytest.approx(want, abs=1.001) and stream.index == 0
 
 
+def test_a_ramp_that_ends_inside_a_global_batch_stops_there(written):
+    planned = schedule.changes(written("at,then,en,de\n0,linear,0,1\n100,hold,1,0\n"), 64)
+    assert [at for at, _ in planned] == [0, 64, 128]
+    assert [weights[0] for _, weights in planned] == pytest.approx([0.32, 0.82, 1.0])
+
+
 def test_before_the_first_point_the_runs_own_weights_hold(written):
     planned = schedule.changes(written("at,en,de\n50%,1,0\n"), 10)
     assert schedule.planned_counts([0.2, 0.8], planned, 1000).tolist() == [600, 400]

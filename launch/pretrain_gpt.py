@@ -5,9 +5,12 @@ Megatron's names. Without --commute the data path is megatron-core's own blended
 """
 
 import argparse
+import contextlib
 import json
+import logging
 import math
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -37,6 +40,12 @@ def parse(argv):
     for flag in ("bf16", "swiglu", "group-query-attention", "untie-embeddings-and-output-weights", "disable-bias-linear",
                  "deepspeed"):  # fmt: skip
         parser.add_argument(f"--{flag}", action="store_true")
+    parser.add_argument(
+        "--commute-accept", action="store_true", help="a changed mixture file holds from the checkpoint on"
+    )
+    parser.add_argument(
+        "--commute-attach", action="store_true", help="take over a run that began without --commute"
+    )
     parser.add_argument("--train-data-path", nargs="+", default=[], help="WEIGHT PREFIX pairs, as Megatron's")
     parser.add_argument(
         "--valid-data-path", nargs="+", default=[], help="WEIGHT PREFIX pairs, one for each domain"
@@ -211,12 +220,7 @@ def resume(engine, args):
     if not args.load or not (Path(args.load) / "latest").exists():
         return 0, None
     _, kept = engine.load_checkpoint(args.load)
-    state = json.loads(kept["commute"]) if kept.get("commute") else None
-    if args.commute and state is None:
-        raise SystemExit(
-            f"error: {args.load}: this run began without --commute; start a fresh --save and --load folder"
-        )
-    return kept["iteration"], state
+    return kept["iteration"], json.loads(kept["commute"]) if kept.get("commute") else None
 
 
 def save(engine, args, iteration, hook):
@@ -270,22 +274,12 @@ def train(args, engine, plugin):
     bar = tqdm(total=args.train_iters, initial=start, disable=not first, unit="step", dynamic_ncols=True)
     hook = batches = None
     if plugin is not None:
-        hook = plugin.attach(
-            megatron_core.probe_model(engine, args.micro_batch_size, plugin.config.probe.method),
-            groups,
-            args.save or ".",
-            lambda step: learning_rate(args, step),
-            args.weight_decay,
-            vocab_size=args.vocab_size,
-            state=state,
-            listener=scalars(args.tensorboard_dir) if args.tensorboard_dir and first else None,
-            say=bar.write if first else lambda line: None,
-        )
+        hook = attach(args, engine, plugin, groups, start, state, bar)
     if start < args.train_iters:
         batches = loader(args, plugin, groups, start)
     losses = []
-    if start == 0:
-        log(0, args, engine, groups, hook, valid, losses, bar)
+    if start == 0 or (hook is not None and state is None):
+        log(start, args, engine, groups, hook, valid, losses, bar)
     for step in range(start, args.train_iters):
         if hook is not None:
             hook.begin(step)
@@ -306,6 +300,33 @@ def train(args, engine, plugin):
         print(plugin.summary(args.save or "."))
 
 
+def attach(args, engine, plugin, groups, start, state, bar):
+    """The hook of this run; a checkpoint that does not fit the mixture file ends it with exit status 2."""
+    from megatron_commute.adapters import megatron_core
+    from megatron_commute.config import ConfigError
+
+    try:
+        return plugin.attach(
+            megatron_core.probe_model(engine, args.micro_batch_size, plugin.config.probe.method),
+            groups,
+            args.save or ".",
+            lambda step: learning_rate(args, step),
+            args.weight_decay,
+            vocab_size=args.vocab_size,
+            state=state,
+            consumed=start * args.global_batch_size,
+            accept=args.commute_accept,
+            take_over=args.commute_attach,
+            listener=scalars(args.tensorboard_dir) if args.tensorboard_dir and not bar.disable else None,
+            say=bar.write if not bar.disable else lambda line: None,
+        )
+    except ValueError as error:
+        kind = "error" if isinstance(error, ConfigError) else f"error: {plugin.config.file}"
+        if not bar.disable:
+            print(f"{kind}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
 def account(hook, seen):
     """Tell the hook what this step trained on."""
     tokens = np.concatenate([batch["tokens"].numpy() for batch, _ in seen])
@@ -322,12 +343,19 @@ def main(argv=None):
     args = parse(argv)
     data_parallel = int(os.environ.get("WORLD_SIZE", "1")) // args.tensor_model_parallel_size
     plugin = prepare(args, data_parallel)  # refusals come before anything is imported, started or written
+    for name in ("torch.utils.cpp_extension", "megatron.core"):
+        logging.getLogger(name).setLevel(logging.ERROR)  # their notes about absent CUDA parts, once a rank
     import deepspeed
     import torch
 
     from megatron_commute.adapters import megatron_core
 
-    deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo")
+    if shutil.which(os.environ.get("CXX") or "c++") is None:
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
+            False  # it would die building it; gloo does the work
+        )
+    with contextlib.redirect_stdout(sys.stderr):
+        deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo")
     megatron_core.initialise(args.tensor_model_parallel_size, args.seed)
     train(args, build_engine(args, data_parallel), plugin)
 

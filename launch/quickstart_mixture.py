@@ -32,7 +32,7 @@ def budgets(weights: list[float], samples: int) -> list[int]:
 def fitted(names: list[str], data: str, iterations: int, samples: int) -> str:
     """Text of the mixture file for these domains; the template's own keep their order and weights.
 
-    A run too short for six probes at the template's interval probes more often.
+    A run too short for four probes at the template's interval probes more often.
     """
     yaml = YAML()
     yaml.width = 110
@@ -46,7 +46,7 @@ def fitted(names: list[str], data: str, iterations: int, samples: int) -> str:
     counts = budgets([domain["weight"] for domain in domains.values()], samples)
     for (name, domain), count in zip(domains.items(), counts, strict=True):
         domain["path"], domain["budget"] = f"{data}/{name}_train", count
-    content["every"] = max(1, min(content["every"], iterations // 6))
+    content["every"] = max(1, min(content["every"], iterations // 5))
     stream = io.StringIO()
     yaml.dump(content, stream)
     return stream.getvalue()

@@ -20,26 +20,37 @@ MOST_FAILURES = 3  # probes that may fail in a row before probing switches itsel
 class Hook:
     """Follows one training run. Call `begin` before every step and `end` after it; keep `state_dict` in the checkpoint.
 
-    config, plan: of config.load and config.resolve. mixture: a Mixture at the samples consumed. model: probe.Model.
+    config, plan: of config.load and config.resolve. mixture, ledger: at the samples consumed (adapters.resume). model: probe.Model.
     groups: reduce.Groups. draw: (part, domain, numbers i64[n]) -> tokens, numbers counted from 0 over the whole run and
     wrapped by the caller. record: record.Record (used on rank 0 only). learning_rate: step -> rate. decay: the optimiser's
     decoupled weight decay. sampler: what feeds training, told of new weights (None in mode shadow). say: prints one line.
     """
 
     def __init__(
-        self, config, plan, run, mixture, model, groups, draw, record, learning_rate, decay, sampler, say
+        self,
+        config,
+        plan,
+        run,
+        mixture,
+        ledger,
+        model,
+        groups,
+        draw,
+        record,
+        learning_rate,
+        decay,
+        sampler,
+        say,
     ):
         self.config, self.plan, self.run, self.mixture, self.model = config, plan, run, mixture, model
-        self.groups, self.draw, self.record, self.say = groups, draw, record, say
+        self.groups, self.draw, self.record, self.say, self.ledger = groups, draw, record, say, ledger
         self.learning_rate, self.decay, self.sampler = learning_rate, decay, sampler
         self.team = reduce.team(groups, config.probe.splits)
         self.probes, self.failures, self.off = 0, 0, False
         place = (reduce.rank_in(groups.data), reduce.size(groups.data), groups.data)
         self.account = Account(len(plan.names), run.global_batch, run.micro_batch, *place)
         self.domains = self.positions = np.zeros(0, dtype=np.int64)
-        self.weights = np.asarray(
-            mixture.weights, dtype=np.float64
-        )  # those of the last step, once it has begun
+        self.weights = np.asarray(mixture.weights, dtype=np.float64)  # once a step has begun, those it used
         self.fatal_step = None
         self.probe_seconds, self.started, self.step_started = 0.0, time.monotonic(), None
         self.step_seconds = []
@@ -49,8 +60,10 @@ class Hook:
         """Whether this rank keeps the record."""
         return reduce.rank() == 0
 
-    def start(self):
-        """Open the record of a fresh run. An older record in its place is moved aside."""
+    def start(self, news=()):
+        """Open a new record, of a fresh run or of one whose mixture changed by consent (news: what changed). An older record
+        in its place is moved aside.
+        """
         settings, plan, run = self.config, self.plan, self.run
         here = sum(
             p.numel() for p, owned in zip(self.model.parameters(), self.model.owned, strict=True) if owned
@@ -59,9 +72,14 @@ class Hook:
         if self.speaks:
             self.record.start_fresh()
             self._fault_file.unlink(missing_ok=True)
-        self._write("start", **events.start(settings, plan, run, int(parameters)))
-        for warning in plan.warnings:
-            self.say(f"note: {warning}")
+        self._write(
+            "start",
+            **events.start(settings, plan, run, int(parameters)),
+            sample=self.mixture.index,
+            news=news,
+        )
+        for note in (*news, *plan.warnings):
+            self.say(f"note: {note}")
         if settings.mode == "act":
             self.say(
                 f"ACTING ON AN UNCALIBRATED SIGNAL: mode act lets the law `{settings.controller.law}` move the weights; "
@@ -75,6 +93,9 @@ class Hook:
         self.step_started = time.monotonic()
         self.weights = np.asarray(self.mixture.weights, dtype=np.float64)
         self.domains, self.positions = self.mixture.take(self.run.global_batch)
+        for change in self.mixture.projections:
+            self._write("projection", step=step, **change._asdict())
+        self.mixture.projections.clear()
 
     def end(self, losses, tokens, delivered=None):
         """After the step: this rank's sequences in the order trained, losses f64[n] and tokens i64[n, s]. delivered:
@@ -271,7 +292,7 @@ class Hook:
         return {
             "version": STATE_VERSION,
             "config": self.config.digest,
-            "names": list(self.plan.names),
+            "ledger": self.ledger._asdict(),
             "mixture": self.mixture.state_dict(),
             "probes": self.probes,
             "failures": self.failures,
@@ -281,10 +302,18 @@ class Hook:
             "lead": self.plan.lead,
         }
 
-    def load_state_dict(self, state):
-        """Go on where `state` was taken; the mixture has been rebuilt from it already (see restored_mixture)."""
-        check_state(state, self.plan)
+    def load_state_dict(self, state, rewind=True):
+        """Go on where `state` was taken; the mixture stands there already (adapters.resume). rewind: in the same record.
+
+        Raises ValueError for a state of another version.
+        """
+        if state.get("version") != STATE_VERSION:
+            raise ValueError(
+                f"plug-in state of version {state.get('version')!r}: resume with the version that wrote it"
+            )
         self.probes, self.failures, self.off = state["probes"], state["failures"], state["off"]
+        if not rewind:
+            return
         self.account.load_state_dict(state["account"])
         if self.speaks:
             self.record.rewind(state["lines"])
@@ -296,20 +325,6 @@ class Hook:
             else -1
         )
         self.fatal_step = int(reduce.broadcast_numbers(np.array([float(mine)]), self.groups)[0])
-
-
-def check_state(state, plan):
-    """Raise ValueError naming the difference where a checkpoint's state does not fit this run's plan."""
-    if state.get("version") != STATE_VERSION:
-        raise ValueError(f"checkpoint: plug-in state version {state.get('version')!r} is not {STATE_VERSION}")
-    if state["names"] != list(plan.names):
-        raise ValueError(
-            f"checkpoint: its domains {state['names']} are not those of the mixture file {list(plan.names)}"
-        )
-    if state["lead"] != plan.lead:
-        raise ValueError(
-            f"checkpoint: lead {state['lead']} is kept for a whole run; write `lead: {state['lead']}`"
-        )
 
 
 def _write_json(path, content):

@@ -98,6 +98,34 @@ def train(rank, argvs, kill_at=None):
     return results
 
 
+def outcomes(rank, runs):
+    """Run the trainer for each (command line, step to stop before or None): "stopped", "finished" or the exit status."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    warnings.simplefilter("ignore")
+    told = []
+    for argv, stop in runs:
+        module = trainer()
+        step_of = module.train_step
+
+        def train_step(engine, batches, args, step, rank, step_of=step_of, stop=stop):
+            if step == stop:
+                raise KeyboardInterrupt
+            return step_of(engine, batches, args, step, rank)
+
+        module.train_step = train_step
+        try:
+            module.main(argv)
+            told.append("finished")
+        except KeyboardInterrupt:
+            told.append("stopped")
+        except SystemExit as end:
+            told.append(end.code)
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
+    return told
+
+
 class _watched:
     """Look over the trainer's shoulder: per-step losses, and the weights and metric that every probe saw."""
 

@@ -363,7 +363,7 @@ def test_the_mixture_file_fits_domains_and_run(tmp_path, capsys, names, iteratio
     assert [domain.path for domain in config.domains] == [
         (str(tmp_path / f"data/{name}_train"),) for name in config.names
     ]
-    assert config.every == (80 if iterations == 500 else 1) and config.mode == "act"
+    assert config.every == (100 if iterations == 500 else 1) and config.mode == "act"
 
 
 def test_a_mixture_file_that_is_there_stays(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import jobs
 import numpy as np
@@ -151,3 +152,38 @@ def test_killed_twice_and_started_again_the_log_is_that_of_an_uninterrupted_run(
         for line in file.read_text().splitlines()
     ]
     assert kept
+
+
+def test_a_run_without_the_plug_in_is_taken_over_and_a_changed_mixture_needs_consent(folder):
+    """Stock for 10 steps, attached for 10 more, then a budget moved from one domain to another with consent."""
+    plain = folder / "taken"
+    limits = {"iters": 30}
+    first = jobs.write_mixture(folder, "first.yaml", mode="fixed", **limits)
+    moved = jobs.write_mixture(folder, "moved.yaml", mode="fixed", **limits)
+    text = Path(moved).read_text()
+    assert "budget: 144" in text and "budget: 72" in text
+    Path(moved).write_text(text.replace("budget: 144", "budget: 136").replace("budget: 72", "budget: 80"))
+    saved = ["--save", plain, "--load", plain, "--save-interval", 10]
+    ends = {
+        "stock": (jobs.flags(folder, *saved, **limits), 11),
+        "refused": (jobs.flags(folder, *saved, "--commute", first, **limits), None),
+        "attached": (jobs.flags(folder, *saved, "--commute", first, "--commute-attach", **limits), 21),
+        "changed": (jobs.flags(folder, *saved, "--commute", moved, **limits), None),
+        "accepted": (jobs.flags(folder, *saved, "--commute", moved, "--commute-accept", **limits), None),
+    }
+    told = ranks.run(jobs.outcomes, 1, list(ends.values()), timeout=200)[0]
+    outcome = dict(zip(ends, told, strict=True))
+    assert outcome["stock"] == outcome["attached"] == "stopped"
+    assert outcome["refused"] == outcome["changed"] == 2 and outcome["accepted"] == "finished"
+    lines = record.read(plain)
+    assert lines[0]["sample"] == 160 and "136" in " ".join(lines[0]["news"])
+    assert list(lines[-1]["served"].values()) == [136, 24, 80]
+    (earlier,) = plain.glob("commute.jsonl.discarded-1")
+    before = json.loads(earlier.read_text().splitlines()[0])
+    stock = Mixture(list(jobs.DOMAINS.values()))
+    stock.skip(80)
+    assert (
+        before["sample"] == 80
+        and ", ".join(f"{n} {c}" for n, c in zip(jobs.DOMAINS, stock.served, strict=True))
+        in before["news"][0]
+    )

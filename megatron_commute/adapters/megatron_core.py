@@ -91,28 +91,29 @@ def gpt_model(args, vocab_size):
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
         from megatron.core.transformer import TransformerConfig
 
-    config = TransformerConfig(
-        num_layers=args.num_layers,
-        hidden_size=args.hidden_size,
-        num_attention_heads=args.num_attention_heads,
-        num_query_groups=args.num_query_groups if args.group_query_attention else None,
-        ffn_hidden_size=args.ffn_hidden_size,
-        tensor_model_parallel_size=args.tensor_model_parallel_size,
-        hidden_dropout=args.hidden_dropout,
-        attention_dropout=args.attention_dropout,
-        init_method_std=args.init_method_std,
-        normalization=args.normalization,
-        gated_linear_unit=args.swiglu,
-        activation_func=torch.nn.functional.silu if args.swiglu else torch.nn.functional.gelu,
-        add_bias_linear=not args.disable_bias_linear,
-        use_cpu_initialization=True,
-        gradient_accumulation_fusion=False,
-        masked_softmax_fusion=torch.cuda.is_available(),
-        bias_dropout_fusion=False,
-        bias_activation_fusion=False,
-        params_dtype=torch.float32,
-        bf16=args.bf16,
-    )
+    with quiet_import():
+        config = TransformerConfig(
+            num_layers=args.num_layers,
+            hidden_size=args.hidden_size,
+            num_attention_heads=args.num_attention_heads,
+            num_query_groups=args.num_query_groups if args.group_query_attention else None,
+            ffn_hidden_size=args.ffn_hidden_size,
+            tensor_model_parallel_size=args.tensor_model_parallel_size,
+            hidden_dropout=args.hidden_dropout,
+            attention_dropout=args.attention_dropout,
+            init_method_std=args.init_method_std,
+            normalization=args.normalization,
+            gated_linear_unit=args.swiglu,
+            activation_func=torch.nn.functional.silu if args.swiglu else torch.nn.functional.gelu,
+            add_bias_linear=not args.disable_bias_linear,
+            use_cpu_initialization=True,
+            gradient_accumulation_fusion=False,
+            masked_softmax_fusion=torch.cuda.is_available(),
+            bias_dropout_fusion=False,
+            bias_activation_fusion=False,
+            params_dtype=torch.float32,
+            bf16=args.bf16,
+        )
     model = GPTModel(
         config=config,
         transformer_layer_spec=get_gpt_layer_local_spec(normalization=args.normalization),

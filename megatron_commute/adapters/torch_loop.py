@@ -11,9 +11,10 @@ import numpy as np
 import torch
 
 from megatron_commute import config as mixture_file
-from megatron_commute import record, reduce
+from megatron_commute import record, reduce, takeover
+from megatron_commute.adapters import resume
 from megatron_commute.adapters.indexed_data import domain_datasets, inspect_data
-from megatron_commute.hook import Hook, check_state
+from megatron_commute.hook import Hook
 from megatron_commute.mixture import Mixture
 from megatron_commute.probe import Model
 from megatron_commute.sampler import MixedDataset, MixtureSampler
@@ -188,6 +189,9 @@ class Plugin:
         counted = inspect_data(self.config, run.seq_length)
         self.plan = mixture_file.resolve(self.config, run, *counted)
         self.feeds = self.config.mode != "shadow"
+        self.host_shares = (
+            [float(share) for share in host_blend[::2]] if len(host_blend) > 1 else [1.0] * len(host_blend)
+        )
         if not self.feeds and host_blend:
             check_blend(self.config, self.plan, host_blend)
         self.hook = self.sampler = self.dataset = None
@@ -204,40 +208,35 @@ class Plugin:
         return stream
 
     def attach(
-        self,
-        model,
-        groups,
-        run_dir,
-        learning_rate,
-        decay,
-        *,
-        vocab_size=None,
-        state=None,
-        listener=None,
-        say=print,
-    ):
+        self, model, groups, run_dir, learning_rate, decay, *, vocab_size=None, state=None, consumed=0, accept=False,
+        take_over=False, listener=None, say=print,
+    ):  # fmt: skip
         """Build hook and, in the modes that feed training, dataset and sampler; start or rewind the record.
 
         model: probe.Model; groups: reduce.Groups; run_dir: folder of the record; learning_rate: step -> rate; state: of
-        Hook.state_dict, from a checkpoint, or None. Raises ValueError where the state does not fit.
+        Hook.state_dict, from a checkpoint after `consumed` samples, or None; accept, take_over: see resume.stream; listener:
+        of record.Record. Raises ConfigError where the state does not fit the mixture file.
         """
-        if state is not None:
-            check_state(state, self.plan)
-        stream = self.mixture() if state is None else Mixture.from_state(state["mixture"])
+        stock = takeover.stock_weights(self.host_shares) if self.host_shares else None
+        mixture, ledger, news = resume.stream(
+            self.config, self.plan, self.mixture(), state, consumed, stock, accept=accept, attach=take_over
+        )
         if self.feeds:
             training, _ = domain_datasets(self.config, self.plan, self.run.seq_length)
-            self.dataset = MixedDataset(training, self.config.seed)
+            self.dataset = MixedDataset(training, self.config.seed, ledger.keys)
             place = (reduce.rank_in(groups.data), reduce.size(groups.data))
-            self.sampler = MixtureSampler(
-                stream.copy(), self.run.micro_batch, *place, self.run.global_batch, self.plan.samples
-            )
+            sizes = (self.run.global_batch, self.plan.samples)
+            self.sampler = MixtureSampler(mixture.copy(), self.run.micro_batch, *place, *sizes)
         log = record.Record(pathlib.Path(run_dir) / record.NAME, listener)
         draw = drawer(self.config, self.plan, self.run.seq_length, vocab_size)
         self.hook = Hook(
-            *(self.config, self.plan, self.run, stream, model, groups, draw, log),
+            *(self.config, self.plan, self.run, mixture, ledger, model, groups, draw, log),
             *(learning_rate, decay, self.sampler, say),
         )
-        self.hook.load_state_dict(state) if state is not None else self.hook.start()
+        if state is None or news:
+            self.hook.start(news)
+        if state is not None:
+            self.hook.load_state_dict(state, rewind=not news)
         return self.hook
 
     def summary(self, run_dir):

@@ -21,9 +21,8 @@ def run(function, world_size, *args, timeout=60.0):
     seconds for all ranks together. Raises RuntimeError with the rank's traceback, or with every rank's stack
     when time has run out.
     """
-    context = multiprocessing.get_context(
-        "forkserver"
-    )  # one import of torch serves every test; forks a clean process
+    # one import of torch serves every test, and what is forked is a process without threads
+    context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torch.distributed"])
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
@@ -57,22 +56,36 @@ def free_port():
 
 
 def _collect(pipes, folder, timeout):
-    results, waiting, end = {}, dict(enumerate(pipes)), time.monotonic() + timeout
+    for rank, pipe in enumerate(pipes):  # the clock starts when every rank has imported torch
+        if not pipe.poll(120.0) or _receive(pipe, rank) != "ready":
+            raise RuntimeError(f"rank {rank} has not started")
+    results, failures, waiting = {}, [], dict(enumerate(pipes))
+    end = time.monotonic() + timeout
     while waiting:
         ready = multiprocessing.connection.wait(list(waiting.values()), max(0.0, end - time.monotonic()))
-        if not ready:
-            stacks = "".join(f"\nrank {r}:\n{Path(folder, f'stack{r}').read_text()}" for r in sorted(waiting))
-            raise RuntimeError(f"ranks {sorted(waiting)} had not finished after {timeout} s{stacks}")
         for rank in [r for r, pipe in waiting.items() if pipe in ready]:
-            pipe = waiting.pop(rank)
-            try:
-                ok, value = pickle.loads(pipe.recv_bytes())
-            except EOFError:
-                raise RuntimeError(f"rank {rank} of {len(pipes)} died without a word (killed?)") from None
-            if not ok:
-                raise RuntimeError(f"rank {rank} of {len(pipes)} failed:\n{value}")
-            results[rank] = value
+            ok, moment, value = _receive(waiting.pop(rank), rank)
+            if ok:
+                results[rank] = value
+            else:
+                failures.append((moment, rank, value))
+                end = min(end, time.monotonic() + 2.0)  # the peers of a failed rank fail as well, or hang
+        if not ready:
+            break
+    if failures:
+        _, rank, text = min(failures)
+        raise RuntimeError(f"rank {rank} of {len(pipes)} failed:\n{text}")
+    if waiting:
+        stacks = "".join(f"\nrank {r}:\n{Path(folder, f'stack{r}').read_text()}" for r in sorted(waiting))
+        raise RuntimeError(f"ranks {sorted(waiting)} had not finished after {timeout} s{stacks}")
     return [results[r] for r in range(len(pipes))]
+
+
+def _receive(pipe, rank):
+    try:
+        return pickle.loads(pipe.recv_bytes())
+    except EOFError:
+        return False, 0.0, f"rank {rank} died without a word (killed?)"  # before its peers noticed
 
 
 def _rank(sender, rank, world_size, port, folder, timeout, task):
@@ -83,18 +96,18 @@ def _rank(sender, rank, world_size, port, folder, timeout, task):
     import torch
 
     torch.set_num_threads(1)
-    # the peers of a rank that fails see broken connections: only the first failure is worth a traceback
     stack = open(Path(folder, f"stack{rank}"), "w")  # noqa: SIM115  the handler below writes to it until the end
-    faulthandler.dump_traceback_later(max(0.1, timeout - 2.0), file=stack)
+    faulthandler.dump_traceback_later(0.7 * timeout, file=stack)
+    sender.send_bytes(pickle.dumps("ready"))
     try:
         torch.distributed.init_process_group(
             "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size
         )
         function, args = pickle.loads(task)
-        answer = (True, function(rank, *args))
+        answer = pickle.dumps((True, 0.0, function(rank, *args)))
         torch.distributed.barrier()
     except BaseException:
-        answer = (False, traceback.format_exc())
-    sender.send_bytes(pickle.dumps(answer))
+        answer = pickle.dumps((False, time.monotonic(), traceback.format_exc()))
+    sender.send_bytes(answer)
     sys.stdout.flush()
     os._exit(0)  # a rank that failed must not wait for its peers in a destructor

@@ -405,6 +405,8 @@ def test_everything_is_put_back_after_an_error(monkeypatch):
         assert changed == ["bias_dropout_fusion", "recompute_granularity"]
         assert vars(host.config) == {"bias_dropout_fusion": False, "recompute_granularity": None}
         assert all(getattr(sys.modules[m], n) is not s for (m, n), s in stock.items())
+        with pytest.raises(RuntimeError, match="outside twice_differentiable"):
+            verify(host, None, [], None)
         raise RuntimeError("a probe failed")
     assert vars(host.config) == {"bias_dropout_fusion": True, "recompute_granularity": "full"}
     assert all(getattr(sys.modules[m], n) is s for (m, n), s in stock.items())

@@ -256,14 +256,16 @@ def verify(
 
     The gradient inside the context must equal the stock gradient bit by bit (on devices where two stock
     gradients differ, about as closely as those; to 1e-3 when something was turned off). The product along
-    the gradient plus an equally long random vector must agree with a tuned difference of stock gradients,
-    within three times the estimated error of that. Costs about twelve gradients. square: squared length over
-    the ranks that share the model.
+    the gradient plus an equally long random vector must agree with a tuned difference of stock gradients
+    within three times the estimated error of that. square: squared length over the ranks that share the
+    model. Costs some 16 gradients and a dozen vectors of memory.
     """
-    stock, again = hvp.gradient(loss, params), hvp.gradient(loss, params)
+    if any(getattr(sys.modules.get(module), name, None) is new for (module, name), new in _FUNCTIONS.items()):
+        raise RuntimeError("verify compares with the stock functions: call it outside twice_differentiable")
+    stock = hvp.gradient(loss, params)
+    size, noise = square(stock), square(_minus(stock, hvp.gradient(loss, params)))
     with twice_differentiable(model) as changed:
-        inside = hvp.gradient(loss, params)
-    size, noise, gap = square(stock), square(_minus(stock, again)), square(_minus(stock, inside))
+        gap = square(_minus(stock, hvp.gradient(loss, params)))
     # megatron-core's cross-entropy rounds float64 to float32, the one here does not
     rounding = 1e-12 * size if params[0].dtype is torch.float64 else 0.0
     if gap > (1e-6 * size if changed else max(16 * noise, rounding)):

@@ -186,7 +186,7 @@ def draw(rows, path):
     axes.axhline(200, color="grey", linestyle=":", label="5 million samples a second")
     axes.set_xlabel("domains K")
     axes.set_ylabel("nanoseconds a sample, one core")
-    axes.legend(frameon=False)
+    figure.legend(loc="outside upper left", ncols=2, frameon=False)
     figure.savefig(path, dpi=150, metadata={"Software": None})
 
 

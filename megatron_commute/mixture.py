@@ -47,7 +47,10 @@ UNLIMITED = np.iinfo(np.int64).max
 
 
 class Projection(NamedTuple):
-    """Weights that could not be used as wished: from `sample` on `used` f64[K] stand for `wished` f64[K]."""
+    """Weights that could not be used as wished: from `sample` on `used` f64[K] stand for `wished` f64[K].
+
+    Told when that moves K samples or more in the rest of the run; less is the rounding with which runs end.
+    """
 
     sample: int
     wished: np.ndarray
@@ -230,7 +233,9 @@ class Mixture:
         while self._pending and self._pending[0][0] <= self.index:
             self._wish = self._pending.pop(0)[1]
         self._weights, self._until = self._feasible()
-        if not np.array_equal(self._wish, self._weights) and self._weights.any():
+        left = math.inf if self.samples is None else self.samples - self.index
+        moved = np.abs(self._wish - self._weights).sum() / 2
+        if moved > 0 and moved * left >= self._wish.size:
             self.projections.append(Projection(self.index, self._wish.copy(), self._weights.copy()))
 
     def _feasible(self) -> tuple[np.ndarray, int | None]:

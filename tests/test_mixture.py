@@ -234,6 +234,15 @@ def test_a_wish_that_would_break_a_budget_is_projected_and_told():
     assert told.wished.tolist() == [0.5, 0.5] and told.used.tolist() == [1.0, 0.0]
 
 
+def test_the_rounding_at_the_end_of_a_run_is_not_told():
+    stream = Mixture([0.5, 0.3, 0.2], [500, 300, 200])
+    stream.take(1000)
+    assert stream.served.tolist() == [500, 300, 200] and stream.projections == []
+    endless = Mixture([0.5, 0.5], [10, None])
+    endless.take(100)
+    assert [told.sample for told in endless.projections] == [19]
+
+
 def test_a_maximum_that_must_last_is_met_before_it_is_too_late():
     """Budget 600 of 1000 at most 0.75 a sample: with 0.5 wished, need / left reaches 0.75 at sample 600."""
     stream = Mixture([0.5, 0.5], [600, 400], maximum=[0.75, 1.0])

@@ -146,13 +146,21 @@ def _shown(value: Any) -> str:
 @main.command()
 @click.argument("run", type=click.Path(exists=True))
 @click.option("--out", type=click.Path(), help="The file to write; default report.html beside the record.")
+@click.option(
+    "--export",
+    "export_dir",
+    type=click.Path(file_okay=False),
+    help="Also write every picture as PNG and SVG and every series as CSV into this folder.",
+)
 @as_json
-def report(run: str, out: str | None, as_json: bool) -> None:
+def report(run: str, out: str | None, export_dir: str | None, as_json: bool) -> None:
     """Draw the report of a run from its record (a file or the folder that holds it)."""
     from megatron_commute import plots
 
     try:
         path = Path(plots.report(run, out))
+        if export_dir:
+            plots.export(run, export_dir)
     except (FileNotFoundError, ValueError) as error:
         raise _Refusal(str(error)) from error
     if as_json:

@@ -95,11 +95,15 @@ def measure(model, groups, team, draw, settings, targets, weights, flow, time_li
             model.verify(params, sample)
         ballot.settle()
     with model.quiet(settings.method):
-        metric = model.metric(settings.metric)
+        metric = None
+        with ballot.section("metric"):
+            metric = model.metric(settings.metric)
+        ballot.settle()
         work = _Replicate(model, groups, team, draw, settings, params, metric, memory, ballot)
         for turn in range(team.rounds):
             split = team.splits[turn] if turn < len(team.splits) else None
             work.run(split, targets, numbers)
+    ballot.settle()
     table = reduce.sum_of_numbers(numbers, groups.world)
     if not np.isfinite(table).all():
         raise ProbeFailed("the contractions are not finite; the weights stay as they are")
@@ -177,7 +181,8 @@ class _Replicate:
             if split is not None:
                 for vector in self.g:
                     reduce.sum_of_vectors(vector, self.team.group)
-                self._contract(u, step, numbers[split, t])
+                with self.ballot.section("contractions"):
+                    self._contract(u, step, numbers[split, t])
 
     def _direction(self, split, wanted):
         """Gradient of every wanted domain on this replicate's direction samples, summed over the team."""
@@ -185,7 +190,8 @@ class _Replicate:
         slopes = {}
         with self.ballot.section("direction"):
             for k in wanted if split is not None else ():
-                slopes[k] = _zeros(self.params)
+                with self._agreed():
+                    slopes[k] = _zeros(self.params)
                 for tokens, share in self._batches("direction", k, split, n):
                     _add(slopes[k], self._gradient(tokens, self.params), share)
         self.ballot.settle()
@@ -195,18 +201,21 @@ class _Replicate:
 
     def _displacement(self, split, slopes, target):
         """Direction u = D sum_k target_k g_k and the eps of the difference (global norms, equal on all model ranks)."""
-        if split is None:
-            return None, None
-        u = _zeros(self.params)
-        for k, slope in slopes.items():
-            _add(u, slope, float(target[k]))
-        if self.metric is not None:
-            torch._foreach_mul_(u, self.metric)
-        squares = np.array([_dot(v, v, self.once) for v in (u, self.params)])
+        u, step, squares = None, None, np.zeros(2)
+        with self.ballot.section("displacement"):
+            if split is not None:
+                u = _zeros(self.params)
+                for k, slope in slopes.items():
+                    _add(u, slope, float(target[k]))
+                if self.metric is not None:
+                    torch._foreach_mul_(u, self.metric)
+                squares = np.array([_dot(v, v, self.once) for v in (u, self.params)])
         squares = reduce.sum_of_numbers(squares, self.groups.model)
         with self.ballot.section("displacement"):
-            return u, hvp.difference_step(self.params, u, v_square=squares[0], params_square=squares[1])
-        return u, None
+            if u is not None:
+                step = hvp.difference_step(self.params, u, v_square=squares[0], params_square=squares[1])
+        self.ballot.settle()
+        return u, step
 
     def _vectors(self, split, u, step):
         """g_k and h_k = H_k u of every domain on this rank's share of the replicate."""
@@ -222,7 +231,8 @@ class _Replicate:
                     _add(self.h[k], product.product, share)
             return
         for sign in (1.0, -1.0):
-            displaced = ops.displace(self.params, u, sign * step)
+            with self._agreed():
+                displaced = ops.displace(self.params, u, sign * step)
             for k in range(len(self.g)):
                 for tokens, share in self._batches("gradient", k, split, n):
                     slope = self._gradient(tokens, displaced)
@@ -260,16 +270,9 @@ class _Replicate:
     def _loss(self, tokens):
         return lambda params: self.model.loss(params, tokens)
 
-    @contextlib.contextmanager
     def _agreed(self):
-        """A section that ends on all model-parallel ranks alike: they must leave the micro-batch loop together."""
-        fault = None
-        try:
-            yield
-        except Exception as raised:
-            fault = raised
-        if reduce.any_rank(fault is not None, self.groups.model):
-            raise fault or RuntimeError("another model-parallel rank failed in this micro-batch")
+        """Model-parallel ranks must leave the micro-batch loop together, or one waits in a forward pass alone."""
+        return reduce.agreed(self.groups.model)
 
 
 def _zeros(params):

@@ -1,10 +1,11 @@
 """Everything that travels between ranks: the only importer of torch.distributed.
 
 A group of None, or of one rank, is the identity, so the same code runs in one process without a process group.
-Vectors of model size travel only through `mean_of_vectors`; all else is a few numbers. Every collective and its
+Vectors of model size travel only through `sum_of_vectors`; all else is a few numbers. Every collective and its
 payload is counted in `traffic`, so that a test can state what a probe costs the network.
 """
 
+import contextlib
 import itertools
 from dataclasses import dataclass, field
 
@@ -112,6 +113,18 @@ def any_rank(flag, group):
     if size(group) == 1:
         return bool(flag)
     return bool(all_reduce_max(torch.tensor([float(bool(flag))], device=_device()), group).item() > 0)
+
+
+@contextlib.contextmanager
+def agreed(group):
+    """A section without collectives that all ranks of `group` leave alike: an exception on one ends it on all."""
+    fault = None
+    try:
+        yield
+    except Exception as raised:
+        fault = raised
+    if any_rank(fault is not None, group):
+        raise fault or RuntimeError("another rank of its group failed in this section")
 
 
 def sum_of_numbers(array, group):

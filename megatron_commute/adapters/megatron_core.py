@@ -185,11 +185,20 @@ def _partitions(engine):
 def second_moments(engine, params):
     """Bias-corrected second moments of Adam for every parameter; None before its first step.
 
-    Gathered from the ZeRO shards with one vector of model size: collective over the data-parallel group.
+    Gathered from the ZeRO shards with one vector of model size: collective over all ranks.
     """
-    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    inner, here, found = getattr(engine.optimizer, "optimizer", engine.optimizer), groups(), None
     if all(flat is None for _, flat in _partitions(engine)):
         return torch_loop.second_moments(inner, params)
+    with reduce.agreed(here.world):
+        found = _own_moments(engine, inner, params)
+    if reduce.any_rank(found is None, here.world):
+        return None
+    return reduce.sum_of_vectors(found, here.data)
+
+
+def _own_moments(engine, inner, params):
+    """What this rank's ZeRO shard holds of the second moments, zeros elsewhere; None before the first step."""
     found = {id(p): torch.zeros_like(p, dtype=torch.float32) for p in params}
     for (members, flat), group in zip(_partitions(engine), inner.param_groups, strict=True):
         state = inner.state.get(flat, {})
@@ -201,7 +210,7 @@ def second_moments(engine, params):
                 here, there = p._hp_mapping.lp_fragment_address, p._hp_mapping.hp_fragment_address
                 piece = corrected.narrow(0, there.start, there.numel)
                 found[id(p)].view(-1).narrow(0, here.start, here.numel).copy_(piece)
-    return reduce.sum_of_vectors([found[id(p)] for p in params], groups().data)
+    return [found[id(p)] for p in params]
 
 
 def stock_dataset(blend, samples, seq_length, vocab_size, seed, cache):

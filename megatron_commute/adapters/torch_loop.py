@@ -110,9 +110,12 @@ def adam_metric(second_moments, owned, groups):
         raise ValueError(
             "probe.metric adam needs an Adam optimiser that has taken a step; write `metric: identity`"
         )
-    roots = [v.float().sqrt() for v in moments]
-    counted = [(float(r.sum(dtype=torch.float64)), r.numel()) for r, o in zip(roots, owned, strict=True) if o]
-    total, count = reduce.sum_of_numbers(np.array(counted).sum(0), groups.model)
+    with reduce.agreed(groups.model):
+        roots = [v.float().sqrt() for v in moments]
+        counted = [
+            (float(r.sum(dtype=torch.float64)), r.numel()) for r, o in zip(roots, owned, strict=True) if o
+        ]
+    total, count = reduce.sum_of_numbers(np.array([(0.0, 0), *counted]).sum(0), groups.model)
     floor = METRIC_FLOOR * total / count
     if not floor > 0:
         raise ValueError("all second moments of the optimiser are zero: probe after its first step")

@@ -126,15 +126,12 @@ def loader(args, plugin, groups, start):
     return iter(torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=args.num_workers))
 
 
-def train_step(engine, batches, args, step, world_rank):
+def train_step(engine, batches, args, step, data_rank):
     """One optimiser step over gradient-accumulation micro-batches; returns them with their per-sequence losses."""
-    import torch
-
     from megatron_commute.adapters import megatron_core
 
-    torch.manual_seed(
-        args.seed + step * 65536 + world_rank
-    )  # dropout is a function of the step, so resume is exact
+    # dropout is a function of the step, so resume is exact, and alike on all ranks that share a replica's activations
+    megatron_core.seed_dropout(args.seed + step * 65536 + data_rank)
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate(args, step)
     seen = []
@@ -191,28 +188,52 @@ def scalars(directory):
     return listen
 
 
-def prepare(args, data_parallel):
-    """The plug-in, or None without --commute. Whatever does not fit ends here, with one line and exit status 2."""
+def prepare(args, world):
+    """Plug-in (None without --commute) and validation sets. What does not fit `world` ranks or the data ends here, with one
+    line and exit status 2."""
+    from megatron_commute.adapters.indexed_data import DataError
     from megatron_commute.adapters.torch_loop import Plugin
     from megatron_commute.config import ConfigError, Run
 
-    chunk = args.micro_batch_size * max(1, data_parallel)
     try:
-        if data_parallel < 1 or args.global_batch_size % chunk:
-            raise ConfigError(
-                f"--global-batch-size {args.global_batch_size}: not a multiple of --micro-batch-size x data-parallel "
-                f"ranks = {chunk}; change one of them or the number of ranks"
-            )
-        prefetched = 2 * args.num_workers
+        refuse(args, world)
         run = Run(
-            *(args.seq_length, args.global_batch_size, args.micro_batch_size, data_parallel),
-            *(args.train_iters, prefetched),
+            *(args.seq_length, args.global_batch_size, args.micro_batch_size),
+            *(world // args.tensor_model_parallel_size, args.train_iters, 2 * args.num_workers),
         )
-        return Plugin(args.commute, run, args.train_data_path) if args.commute else None
-    except ConfigError as error:
+        plugin = Plugin(args.commute, run, args.train_data_path) if args.commute else None
+        if not args.train_data_path and (plugin is None or not plugin.feeds):
+            raise ConfigError(
+                "--train-data-path: missing, and nothing else feeds training; write WEIGHT PREFIX pairs"
+            )
+        return plugin, validation_sets(args, plugin.plan.names if plugin else None)
+    except (ConfigError, DataError) as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def refuse(args, world):
+    """Raise ConfigError for flags that no run on `world` ranks can have."""
+    from megatron_commute.config import ConfigError
+
+    for flag in ("seq_length", "micro_batch_size", "global_batch_size", "train_iters", "tensor_model_parallel_size",
+                 "log_interval", "eval_interval", "eval_iters"):  # fmt: skip
+        if getattr(args, flag) < 1:
+            raise ConfigError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: write a positive number")
+    if args.num_workers < 0 or args.save_interval < 0:
+        raise ConfigError("--num-workers and --save-interval: write 0 or a positive number")
+    tensor = args.tensor_model_parallel_size
+    if world % tensor:
+        raise ConfigError(
+            f"--tensor-model-parallel-size {tensor}: does not divide the {world} ranks; change one of them"
+        )
+    chunk = args.micro_batch_size * (world // tensor)
+    if args.global_batch_size % chunk:
+        raise ConfigError(
+            f"--global-batch-size {args.global_batch_size}: not a multiple of --micro-batch-size x data-parallel "
+            f"ranks = {chunk}; change one of them or the number of ranks"
+        )
 
 
 def resume(engine, args):
@@ -232,15 +253,22 @@ def validation_sets(args, names):
     """(names, datasets) of --valid-data-path, one for each domain of the mixture file where there is one."""
     from megatron_commute.adapters.indexed_data import TokenSequences
     from megatron_commute.adapters.torch_loop import blend_of
+    from megatron_commute.config import ConfigError
 
     if not args.valid_data_path:
         return [], []
-    prefixes, _ = blend_of(args.valid_data_path)
+    prefixes, _ = blend_of(args.valid_data_path, "--valid-data-path")
     if names and len(names) != len(prefixes):
-        raise SystemExit(
-            f"error: --valid-data-path names {len(prefixes)} domains, the mixture file {len(names)}"
+        raise ConfigError(
+            f"--valid-data-path: {len(prefixes)} domains, the mixture file has {len(names)}; write one pair for each"
         )
-    return names or [Path(p).name for p in prefixes], [TokenSequences([p], args.seq_length) for p in prefixes]
+    datasets = [TokenSequences([prefix], args.seq_length) for prefix in prefixes]
+    for prefix, dataset in zip(prefixes, datasets, strict=True):
+        if not len(dataset):
+            raise ConfigError(
+                f"--valid-data-path: {prefix} holds no whole sequence; add text or shorten --seq-length"
+            )
+    return names or [Path(p).name for p in prefixes], datasets
 
 
 def log(done, args, engine, groups, hook, valid, losses, bar):
@@ -262,7 +290,7 @@ def log(done, args, engine, groups, hook, valid, losses, bar):
         bar.write(f"step {done}: validation " + ", ".join(f"{n} {x:.4f}" for n, x in found.items()))
 
 
-def train(args, engine, plugin):
+def train(args, engine, plugin, valid):
     from tqdm import tqdm
 
     from megatron_commute import reduce
@@ -270,7 +298,6 @@ def train(args, engine, plugin):
 
     groups, first = megatron_core.groups(), reduce.rank() == 0
     start, state = resume(engine, args)
-    valid = validation_sets(args, plugin.plan.names if plugin else None)
     bar = tqdm(total=args.train_iters, initial=start, disable=not first, unit="step", dynamic_ncols=True)
     hook = batches = None
     if plugin is not None:
@@ -283,7 +310,7 @@ def train(args, engine, plugin):
     for step in range(start, args.train_iters):
         if hook is not None:
             hook.begin(step)
-        seen = train_step(engine, batches, args, step, reduce.rank())
+        seen = train_step(engine, batches, args, step, groups.data_rank)
         losses.extend(loss.mean() for _, loss in seen)
         if hook is not None:
             account(hook, seen)
@@ -341,8 +368,8 @@ def account(hook, seen):
 
 def main(argv=None):
     args = parse(argv)
-    data_parallel = int(os.environ.get("WORLD_SIZE", "1")) // args.tensor_model_parallel_size
-    plugin = prepare(args, data_parallel)  # refusals come before anything is imported, started or written
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    plugin, valid = prepare(args, world)  # refusals come before anything is imported, started or written
     for name in ("torch.utils.cpp_extension", "megatron.core"):
         logging.getLogger(name).setLevel(logging.ERROR)  # their notes about absent CUDA parts, once a rank
     import deepspeed
@@ -357,7 +384,7 @@ def main(argv=None):
     with contextlib.redirect_stdout(sys.stderr):
         deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo")
     megatron_core.initialise(args.tensor_model_parallel_size, args.seed)
-    train(args, build_engine(args, data_parallel), plugin)
+    train(args, build_engine(args, world // args.tensor_model_parallel_size), plugin, valid)
 
 
 if __name__ == "__main__":

@@ -305,7 +305,7 @@ class Hook:
     def load_state_dict(self, state, rewind=True):
         """Go on where `state` was taken; the mixture stands there already (adapters.resume). rewind: in the same record.
 
-        Raises ValueError for a state of another version.
+        Raises ValueError, on every rank, for a state of another version and for a record that lacks lines.
         """
         if state.get("version") != STATE_VERSION:
             raise ValueError(
@@ -315,10 +315,17 @@ class Hook:
         if not rewind:
             return
         self.account.load_state_dict(state["account"])
+        problem = ""
         if self.speaks:
-            self.record.rewind(state["lines"])
+            try:
+                self.record.rewind(state["lines"])
+            except (OSError, ValueError) as fault:
+                problem = str(fault)
         else:
             self.record.lines = state["lines"]
+        problem = reduce.gather_text(problem, self.groups)[0]
+        if problem:  # said by every rank, so that none waits for the first
+            raise ValueError(problem)
         mine = (
             json.loads(self._fault_file.read_text())["step"]
             if self.speaks and self._fault_file.exists()

@@ -40,12 +40,22 @@ def initialise(tensor_parallel, seed):
     on_cpu()
     with quiet_import():
         from megatron.core import parallel_state
-        from megatron.core import tensor_parallel as tp
 
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_parallel)
-    if torch.cuda.is_available():
-        tp.model_parallel_cuda_manual_seed(seed)
+    seed_dropout(seed)
+
+
+def seed_dropout(seed):
+    """Seed all random states from here on; `seed` must be equal on ranks that share a replica.
+
+    They drop the same elements of what they hold in common; of what tensor parallelism splits, on GPUs, each drops its own.
+    """
     torch.manual_seed(seed)
+    if torch.cuda.is_available():
+        with quiet_import():
+            from megatron.core import tensor_parallel as tp
+
+        tp.model_parallel_cuda_manual_seed(seed)
 
 
 def groups():

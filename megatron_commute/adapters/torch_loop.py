@@ -192,9 +192,7 @@ class Plugin:
         counted = inspect_data(self.config, run.seq_length)
         self.plan = mixture_file.resolve(self.config, run, *counted)
         self.feeds = self.config.mode != "shadow"
-        self.host_shares = (
-            [float(share) for share in host_blend[::2]] if len(host_blend) > 1 else [1.0] * len(host_blend)
-        )
+        self.host_blend = tuple(host_blend)
         if not self.feeds and host_blend:
             check_blend(self.config, self.plan, host_blend)
         self.hook = self.sampler = self.dataset = None
@@ -220,7 +218,9 @@ class Plugin:
         Hook.state_dict, from a checkpoint after `consumed` samples, or None; accept, take_over: see resume.stream; listener:
         of record.Record. Raises ConfigError where the state does not fit the mixture file.
         """
-        stock = takeover.stock_weights(self.host_shares) if self.host_shares else None
+        stock = None
+        if take_over and self.host_blend:
+            stock = takeover.stock_weights(blend_of(self.host_blend)[1])
         mixture, ledger, news = resume.stream(
             self.config, self.plan, self.mixture(), state, consumed, stock, accept=accept, attach=take_over
         )
@@ -259,13 +259,18 @@ class Plugin:
 
 def check_blend(config, plan, paths):
     """In mode shadow the host feeds training: the mixture file must say what its blend says. Raises ConfigError."""
-    prefixes, weights = blend_of(paths)
+    prefixes, shares = blend_of(paths)
+    weights = [share / sum(shares) for share in shares]
     wanted = [path for domain in config.domains for path in domain.path]
     if [str(pathlib.Path(p).resolve()) for p in prefixes] != [str(pathlib.Path(p).resolve()) for p in wanted]:
         raise config.error(
             "domains",
             f"names {wanted}, --train-data-path names {prefixes}",
             "write the same files in the same order",
+        )
+    if len(wanted) != len(config.domains):
+        raise config.error(
+            "domains", "a domain of several files has no place in the host's blend", "write one path a domain"
         )
     if max(abs(a - b) for a, b in zip(weights, plan.weights, strict=True)) > 1e-9:
         told = [round(float(w), 6) for w in plan.weights]
@@ -274,11 +279,16 @@ def check_blend(config, plan, paths):
         )
 
 
-def blend_of(paths):
-    """(prefixes, normalised weights) of Megatron's data flag; ValueError where weights are missing."""
+def blend_of(paths, flag="--train-data-path"):
+    """(prefixes, weights as written) of Megatron's data flag; ConfigError where weights are missing or impossible."""
     if len(paths) == 1:
-        return paths, [1.0]
-    if len(paths) % 2:
-        raise ValueError("--train-data-path: write WEIGHT PREFIX pairs, one for each domain")
-    weights = [float(w) for w in paths[::2]]
-    return list(paths[1::2]), [w / sum(weights) for w in weights]
+        return list(paths), [1.0]
+    try:
+        weights = [float(word) for word in paths[::2]]
+    except ValueError:
+        weights = []
+    if len(paths) % 2 or not all(0 <= w < float("inf") for w in weights) or not sum(weights) > 0:
+        raise mixture_file.ConfigError(
+            f"{flag}: {' '.join(paths)}: write WEIGHT PREFIX pairs, one for each domain, weights not negative"
+        )
+    return list(paths[1::2]), weights

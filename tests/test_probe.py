@@ -1,0 +1,411 @@
+"""The measurement against a float64 oracle, in every layout; its traffic, its cost, its faults and its error bars."""
+
+import itertools
+import types
+
+import numpy as np
+import oracles
+import pytest
+import ranks
+import torch
+
+from megatron_commute import probe, reduce
+from megatron_commute.adapters import torch_loop
+
+K, VOCABULARY, LENGTH = 3, 16, 6
+WEIGHTS = np.array([0.5, 0.2, 0.3])
+MIXED, EACH = np.array([[0.6, 0.4, 0.0]]), np.eye(K)
+FLOW = (0.1, (0.02, 0.01))  # weight decay and the flow times of two windows
+
+
+def settings(samples=16, splits=4, method="difference", metric="identity"):
+    return types.SimpleNamespace(samples=samples, splits=splits, method=method, metric=metric)
+
+
+def small_gpt(dtype=torch.float64):
+    torch.manual_seed(3)
+    return oracles.GPT(VOCABULARY, 8, 2, 1, LENGTH, spread=0.3).to(dtype)
+
+
+def mean_loss(module, tokens):
+    return oracles.cross_entropy(module(tokens[:, :-1]), tokens[:, 1:])
+
+
+def text(part, domain, numbers):
+    """Sequences of a domain: what follows a token is a fixed permutation of its own, most of the time."""
+    rows = []
+    for number in numbers:
+        rng = np.random.default_rng([domain, int(number), part == "direction"])
+        follows = np.random.default_rng(domain).permutation(VOCABULARY)
+        row = rng.integers(VOCABULARY, size=LENGTH + 1)
+        for i in range(LENGTH):
+            row[i + 1] = follows[row[i]] if rng.random() < 0.7 else row[i + 1]
+        rows.append(row)
+    return torch.from_numpy(np.array(rows))
+
+
+def moments(module):
+    generator = torch.Generator().manual_seed(5)
+    return [
+        torch.rand(p.shape, generator=generator, dtype=torch.float64) ** 4 * 1e-3 for p in module.parameters()
+    ]
+
+
+def model_of(module, micro_batch=3, groups=None):
+    return torch_loop.probe_model(
+        module, mean_loss, micro_batch, lambda: moments(module), groups=groups or reduce.Groups()
+    )
+
+
+def measured(module, how, targets=MIXED, groups=None, team=None, draw=text, **more):
+    groups = groups or reduce.Groups()
+    model = model_of(module, groups=groups)
+    team = team or reduce.team(groups, how.splits)
+    return probe.measure(model, groups, team, draw, how, targets, WEIGHTS, FLOW, **more)
+
+
+def truth(module, how, targets):
+    """Every field of a Measurement from its definition: double backward in float64, one replicate at a time."""
+    names, params = oracles.parameters(module.double())
+    decayed = [p.dim() > 1 for p in params]
+    D = [torch.ones_like(p) for p in params]
+    if how.metric == "adam":
+        roots = [v.sqrt() for v in moments(module)]
+        floor = 0.1 * sum(float(r.sum()) for r in roots) / sum(r.numel() for r in roots)
+        D = [1 / (r + floor) for r in roots]
+
+    def loss(part, k, split, count):
+        tokens = text(part, k, np.arange(split * count, (split + 1) * count))
+        return oracles.language_loss(module, tokens[:, :-1], tokens[:, 1:])
+
+    def gradient(value):
+        leaves = [p.clone().requires_grad_(True) for p in params]
+        return torch.autograd.grad(value(leaves), leaves)
+
+    def dot(*vectors, only=None):
+        terms = zip(*vectors, only or [True] * len(params), strict=True)
+        return sum(float(torch.stack(t[:-1]).prod(0).sum()) for t in terms if t[-1])
+
+    n, m, T = how.samples // how.splits, max(1, how.samples // how.splits // 2), len(targets)
+    M, u_g, u_gd, h_theta = (np.zeros((how.splits, T, *shape)) for shape in ((K, K), (K,), (K,), (K,)))
+    for split in range(how.splits):
+        slopes = [gradient(loss("direction", k, split, m)) for k in range(K)]
+        losses = [loss("gradient", k, split, n) for k in range(K)]
+        g = [gradient(value) for value in losses]
+        for t, target in enumerate(targets):
+            u = [d * sum(target[k] * slopes[k][i] for k in range(K)) for i, d in enumerate(D)]
+            for k in range(K):
+                h = oracles.product(losses[k], params, u)
+                M[split, t, k] = [dot(h, D, other) for other in g]
+                u_g[split, t, k], u_gd[split, t, k] = dot(u, g[k]), dot(u, g[k], only=decayed)
+                h_theta[split, t, k] = dot(h, params, only=decayed)
+    P = M.swapaxes(-1, -2) - M
+    s = np.einsum("stij,j->sti", P, WEIGHTS)
+    decay, (e1, e2) = FLOW
+    score = s + decay * (u_gd - h_theta) - (e1 - e2) / ((e1**2 + e2**2) / 2) * u_g
+    score = score - np.einsum("stk,k->st", score, WEIGHTS)[..., None]
+    fields = {"M": M, "P": P, "s": s, "u_g": u_g, "h_theta": h_theta, "score": score}
+    spread = {f"{name}_se": _standard_error(fields[name]) for name in ("P", "s", "score")}
+    return {name: value.mean(0) for name, value in fields.items()} | spread | {"replicates": M}
+
+
+def _standard_error(values):
+    S = len(values)
+    return np.sqrt(((values - values.sum(0) / S) ** 2).sum(0) / (S - 1) / S)
+
+
+def assert_close(found, expected, tolerance):
+    """All fields, each against the size of what it is made of: P and s against max|M|."""
+    size = np.abs(expected["M"]).max()
+    for name, value in expected.items():
+        got = getattr(found, name)
+        assert got.shape == value.shape and got.dtype == np.float64, name
+        scale = size if name in ("M", "P", "P_se", "s", "s_se", "replicates") else np.abs(value).max()
+        assert np.abs(got - value).max() <= tolerance * scale, name
+
+
+CASES = list(itertools.product(("difference", "exact"), ("identity", "adam"), (MIXED, EACH)))
+
+
+@pytest.mark.parametrize(("method", "metric", "targets"), CASES)
+def test_every_field_equals_its_definition(method, metric, targets):
+    module, how = small_gpt(), settings(method=method, metric=metric)
+    assert_close(measured(module, how, targets), truth(small_gpt(), how, targets), 1e-6)
+
+
+def test_float32_stays_within_1e_3_of_max_M():
+    how = settings(metric="adam")
+    found, expected = measured(small_gpt(torch.float32), how), truth(small_gpt(), how, MIXED)
+    size = np.abs(expected["M"]).max()
+    assert np.abs(found.P - expected["P"]).max() <= 1e-3 * size
+    assert (
+        found.step == pytest.approx(np.median([found.step])) and measured(small_gpt(), how).step < found.step
+    )
+
+
+def test_scores_of_one_domain_are_zero_and_harmless():
+    how = settings(samples=4, splits=2)
+    model, team = model_of(small_gpt()), reduce.team(reduce.Groups(), 2)
+    found = probe.measure(model, reduce.Groups(), team, text, how, np.ones((1, 1)), np.ones(1), FLOW)
+    assert found.P.tolist() == [[[0.0]]] and found.s.tolist() == found.score.tolist() == [[0.0]]
+
+
+@pytest.mark.parametrize("method", ["difference", "exact"])
+def test_work_grows_linearly_with_the_number_of_domains(method):
+    """Loss evaluations, each of one micro-batch: K (direction) + 2 K or K (difference or exact), a split."""
+    counts = {}
+    for domains in (2, 8, 32):
+        calls = []
+        module = torch.nn.Linear(LENGTH + 1, 1).double()
+
+        def loss(module, tokens, calls=calls):
+            calls.append(len(tokens))
+            return module(tokens.double()).square().mean() * 1e-3
+
+        model = torch_loop.probe_model(module, loss, 4)
+        team, target = reduce.team(reduce.Groups(), 2), np.full((1, domains), 1 / domains)
+        how = settings(samples=16, splits=2, method=method)
+        probe.measure(model, reduce.Groups(), team, text, how, target, target[0], FLOW)
+        counts[domains] = (len(calls), sum(calls))
+    passes, products = (2, 2) if method == "difference" else (1, 1)
+    # a split has 8 sequences (2 micro-batches) for gradients, 4 (1 micro-batch) for the direction
+    assert counts == {k: (2 * k * (1 + 2 * passes), 2 * k * (4 + 8 * products)) for k in (2, 8, 32)}
+
+
+# --- several ranks --------------------------------------------------------------------------------------------------
+
+
+def layouts(rank):
+    """On 4 ranks: what 1, 2 and 4 data-parallel ranks measure, with fewer and more splits than ranks, and the traffic."""
+    pairs = [torch.distributed.new_group([0, 1]), torch.distributed.new_group([2, 3])]
+    pair, world = pairs[rank // 2], reduce.everyone()
+    groups = {1: reduce.Groups(), 2: reduce.Groups(pair, None, pair), 4: reduce.Groups(world, None, world)}
+    found, sent = {}, {}
+    for splits, size in itertools.product((2, 3, 4), groups):
+        how = settings(samples=12, splits=splits, metric="adam")
+        team = reduce.team(groups[size], splits)
+        for name, targets in (("mixed", MIXED), ("each", EACH)):
+            reduce.traffic.reset()
+            found[splits, size, name] = measured(small_gpt(), how, targets, groups[size], team)
+            sent[splits, size, name] = dict(reduce.traffic.by_kind)
+    return found, sent
+
+
+@pytest.fixture(scope="module")
+def laid_out():
+    return ranks.run(layouts, 4, timeout=200)
+
+
+@pytest.mark.parametrize("splits", [2, 3, 4])
+def test_any_number_of_ranks_measures_the_same(laid_out, splits):
+    how = settings(samples=12, splits=splits, metric="adam")
+    for (name, targets), (found, _) in itertools.product((("mixed", MIXED), ("each", EACH)), laid_out):
+        expected = truth(small_gpt(), how, targets)
+        for size in (1, 2, 4):
+            assert_close(found[splits, size, name], expected, 1e-6)
+
+
+def test_all_ranks_hold_the_same_bits(laid_out):
+    for key, one in laid_out[0][0].items():
+        for found, _ in laid_out[1:]:
+            if key[1] == 4:
+                np.testing.assert_array_equal(found[key].P, one.P)
+                np.testing.assert_array_equal(found[key].score_se, one.score_se)
+
+
+def test_traffic_is_votes_and_one_table_of_numbers_unless_a_team_shares_a_split(laid_out):
+    sent = [sent for _, sent in laid_out]
+    size = sum(p.numel() for p in small_gpt().parameters())
+    for (splits, ranks_, name), kinds in sent[0].items():
+        T = 1 if name == "mixed" else K
+        if ranks_ == 1:
+            assert kinds == {}
+            continue
+        rounds = -(-splits // ranks_)
+        votes = 3 + rounds * (
+            1 + 2 * T
+        )  # preparing, metric, end; a direction a round, a step and a product a target
+        assert kinds["max"] == (votes, 4 * votes)
+        assert kinds["sum"] == (1, 8 * splits * T * (K + 4) * K)
+        shared = ranks_ > splits
+        assert set(kinds) == ({"max", "sum", "vector"} if shared and splits == 2 else {"max", "sum"})
+        if shared and splits == 2:
+            wanted = 2 if name == "mixed" else K  # domains that the target asks for
+            vectors = wanted + K * T
+            assert kinds["vector"] == (vectors, 8 * size * vectors)
+    # three splits on four ranks: two ranks share the last split, the others send no vector
+    assert [("vector" in s[3, 4, "mixed"]) for s in sent] == [False, False, True, True]
+
+
+def shout(rank):
+    """On 2 ranks: each kind of fault on rank 1 alone; what was raised, and what of the module had changed."""
+    torch.manual_seed(0)
+    world = reduce.everyone()
+    groups, how = reduce.Groups(world, None, world), settings(samples=8, splits=2)
+    module = torch.nn.Sequential(small_gpt(torch.float32), torch.nn.Dropout(0.1))
+    module[1].train(False)  # frozen by its user: a probe must not switch it on
+    for p in module.parameters():
+        p.grad = torch.ones_like(p)
+    base = torch_loop.probe_model(module, mean_loss, 2, lambda: moments(module), groups=groups)
+
+    def with_fault(kind):
+        calls = itertools.count()
+
+        def loss(params, tokens):
+            value = base.loss(params, tokens)
+            torch.rand(1)  # draws random numbers, as a model may
+            if rank == 1 and next(calls) == 5:
+                if kind == "exception":
+                    raise KeyError("a bug in the loss")
+                if kind == "memory":
+                    raise torch.OutOfMemoryError("CUDA out of memory")
+                if kind == "nan":
+                    return value * float("nan")
+            return value
+
+        def draw(part, domain, numbers):
+            if kind == "token" and rank == 1 and part == "gradient":
+                raise ValueError("token 99 is outside the vocabulary")
+            return text(part, domain, numbers)
+
+        def metric(name):
+            if kind == "metric" and rank == 1:
+                raise torch.OutOfMemoryError("no room for the metric")
+            return base.metric(name)
+
+        fields = {
+            name: getattr(base, name) for name in ("parameters", "owned", "decayed", "quiet", "micro_batch")
+        }
+        limit = (0.0 if rank == 1 else 1e9) if kind == "late" else None
+        return probe.Model(loss=loss, metric=metric, **fields), draw, limit
+
+    def state():
+        tensors = [*module.parameters(), *(p.grad for p in module.parameters()), torch.get_rng_state()]
+        return [t.detach().clone() for t in tensors], [m.training for m in module.modules()]
+
+    team, told = reduce.team(groups, 2), {}
+    for kind in ("exception", "memory", "nan", "token", "metric", "late", "contraction", "none"):
+        model, draw, limit = with_fault(kind)
+        before, gram = state(), probe.ops.gram
+        if kind == "contraction" and rank == 1:
+            probe.ops.gram = _fails_on_many(gram)
+        try:
+            probe.measure(model, groups, team, draw, how, MIXED, WEIGHTS, FLOW, limit)
+            told[kind] = "measured"
+        except probe.ProbeFailed as fault:
+            told[kind] = str(fault)
+        probe.ops.gram = gram
+        after = state()
+        same = all(torch.equal(a, b) for a, b in zip(before[0], after[0], strict=True))
+        told[kind] = (told[kind], same and before[1] == after[1])
+    return told
+
+
+def _fails_on_many(gram):
+    def fails(X, Y, metric=None):
+        if len(X) > 1:
+            raise torch.OutOfMemoryError("no room for the contraction")
+        return gram(X, Y, metric)
+
+    return fails
+
+
+def test_a_fault_on_one_rank_is_told_by_all_and_leaves_no_trace():
+    told = ranks.run(shout, 2, timeout=120)
+    reasons = {
+        "exception": "rank 1: Hessian-vector products: KeyError: 'a bug in the loss'",
+        "memory": "rank 1: Hessian-vector products: OutOfMemoryError: CUDA out of memory",
+        "nan": "rank 1: Hessian-vector products: FloatingPointError: the gradient is not finite",
+        "token": "rank 1: Hessian-vector products: ValueError: token 99 is outside the vocabulary",
+        "metric": "rank 1: metric: OutOfMemoryError: no room for the metric",
+        "late": "rank 1: direction: TimeoutError: the probe ran past probe.time_limit",
+        "contraction": "rank 1: contractions: OutOfMemoryError: no room for the contraction",
+        "none": "measured",
+    }
+    for rank in range(2):
+        assert set(told[rank]) == set(reasons)
+        for kind, (reason, untouched) in told[rank].items():
+            assert reason.startswith(reasons[kind]), (rank, kind, reason)
+            assert untouched, (rank, kind)
+
+
+def test_without_second_moments_the_metric_is_a_reason_to_skip_not_to_end():
+    model = torch_loop.probe_model(small_gpt(), mean_loss, 2)
+    with pytest.raises(
+        probe.ProbeFailed, match="metric adam needs an Adam optimiser .* write `metric: identity`"
+    ):
+        team = reduce.team(reduce.Groups(), 2)
+        how = settings(samples=4, splits=2, metric="adam")
+        probe.measure(model, reduce.Groups(), team, text, how, MIXED, WEIGHTS, FLOW)
+
+
+def test_an_infinite_product_is_no_measurement():
+    module = small_gpt()
+    huge = torch_loop.probe_model(module, lambda m, tokens: mean_loss(m, tokens) * 1e160, 4)
+    with pytest.raises(probe.ProbeFailed, match="not finite"):
+        how = settings(samples=4, splits=2)
+        probe.measure(huge, reduce.Groups(), reduce.team(reduce.Groups(), 2), text, how, MIXED, WEIGHTS, FLOW)
+
+
+# --- error bars -----------------------------------------------------------------------------------------------------
+
+
+class Noisy(torch.nn.Module):
+    """K quadratic losses whose samples differ in centre and curvature: L = (theta - b)' A (theta - b) / 2."""
+
+    def __init__(self, n=5, numbers=4096):
+        super().__init__()
+        rng = np.random.default_rng(11)
+        self.theta = torch.nn.Parameter(torch.from_numpy(rng.normal(size=n)))
+        roots = rng.normal(size=(K, n, n))
+        self.A = torch.from_numpy(roots @ roots.swapaxes(1, 2) / n)
+        self.b = torch.from_numpy(rng.normal(size=(K, n)))
+        noise = rng.normal(size=(K, numbers, n, n + 1))
+        # exactly zero mean over the bank, so that A and b are the truth
+        self.noise = torch.from_numpy(noise - noise.mean(1, keepdims=True))
+
+    def forward(self, tokens):
+        total = 0
+        for k, number in tokens.tolist():
+            e = self.noise[k, number]
+            x = self.theta
+            curved = self.A[k] + 0.15 * (e[:, :-1] + e[:, :-1].T)
+            total = total + x @ curved @ x / 2 - x @ (self.A[k] @ self.b[k] + 0.3 * e[:, -1])
+        return total / len(tokens)
+
+
+def test_intervals_of_score_gaps_cover_the_truth():
+    """300 repeats: the 95 % Student interval of s_i - s_j, splits - 1 degrees of freedom, holds the truth in 92-98 %."""
+    module, splits, repeats = Noisy(), 5, 300
+    theta = module.theta.detach()
+    g = [A @ (theta - b) for A, b in zip(module.A, module.b, strict=True)]
+    u = sum(w * x for w, x in zip(MIXED[0], g, strict=True))
+    M = np.array([[float(u @ A @ x) for x in g] for A in module.A])
+    s = (M.T - M) @ WEIGHTS
+    rng, student = (
+        np.random.default_rng(12),
+        2.7764451,
+    )  # 97.5 % quantile of Student's t, 4 degrees of freedom
+    model, team = (
+        torch_loop.probe_model(module, lambda m, tokens: m(tokens), 2),
+        reduce.team(reduce.Groups(), splits),
+    )
+    covered = []
+    for _ in range(repeats):
+        drawn = {
+            (part, k): rng.choice(4096, size=2 * splits, replace=False)
+            for part in ("direction", "gradient")
+            for k in range(K)
+        }
+
+        def draw(part, k, numbers, drawn=drawn):
+            return torch.tensor([[k, int(drawn[part, k][n])] for n in numbers])
+
+        how = settings(samples=2 * splits, splits=splits, method="exact")
+        found = probe.measure(model, reduce.Groups(), team, draw, how, MIXED, WEIGHTS, FLOW)
+        P = found.replicates[:, 0].swapaxes(1, 2) - found.replicates[:, 0]
+        gaps = (P @ WEIGHTS)[:, [0, 0, 1]] - (P @ WEIGHTS)[:, [1, 2, 2]]
+        half = student * gaps.std(0, ddof=1) / np.sqrt(splits)
+        covered.append(np.abs(gaps.mean(0) - (s[[0, 0, 1]] - s[[1, 2, 2]])) <= half)
+    share = np.mean(covered, axis=0)
+    assert ((share >= 0.92) & (share <= 0.98)).all(), share

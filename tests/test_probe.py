@@ -9,7 +9,7 @@ import pytest
 import ranks
 import torch
 
-from megatron_commute import probe, reduce
+from megatron_commute import probe, reduce, replicate
 from megatron_commute.adapters import torch_loop
 
 K, VOCABULARY, LENGTH = 3, 16, 6
@@ -18,8 +18,8 @@ MIXED, EACH = np.array([[0.6, 0.4, 0.0]]), np.eye(K)
 FLOW = (0.1, (0.02, 0.01))  # weight decay and the flow times of two windows
 
 
-def settings(samples=16, splits=4, method="difference", metric="identity"):
-    return types.SimpleNamespace(samples=samples, splits=splits, method=method, metric=metric)
+def settings(samples=16, splits=4, method="difference", metric="identity", memory="full"):
+    return types.SimpleNamespace(samples=samples, splits=splits, method=method, metric=metric, memory=memory)
 
 
 def small_gpt(dtype=torch.float64):
@@ -66,7 +66,7 @@ def measured(module, how, targets=MIXED, groups=None, team=None, draw=text, **mo
 
 def truth(module, how, targets):
     """Every field of a Measurement from its definition: double backward in float64, one replicate at a time."""
-    names, params = oracles.parameters(module.double())
+    _, params = oracles.parameters(module.double())
     decayed = [p.dim() > 1 for p in params]
     D = [torch.ones_like(p) for p in params]
     if how.metric == "adam":
@@ -138,9 +138,8 @@ def test_float32_stays_within_1e_3_of_max_M():
     found, expected = measured(small_gpt(torch.float32), how), truth(small_gpt(), how, MIXED)
     size = np.abs(expected["M"]).max()
     assert np.abs(found.P - expected["P"]).max() <= 1e-3 * size
-    assert (
-        found.step == pytest.approx(np.median([found.step])) and measured(small_gpt(), how).step < found.step
-    )
+    assert measured(small_gpt(), how).step < found.step, "float64 allows smaller displacements"
+    assert measured(small_gpt(), settings(method="exact")).step is None
 
 
 def test_scores_of_one_domain_are_zero_and_harmless():
@@ -222,16 +221,13 @@ def test_traffic_is_votes_and_one_table_of_numbers_unless_a_team_shares_a_split(
             assert kinds == {}
             continue
         rounds = -(-splits // ranks_)
-        votes = 3 + rounds * (
-            1 + 2 * T
-        )  # preparing, metric, end; a direction a round, a step and a product a target
+        votes = 3 + rounds * 3 * T  # preparing, metric, end; direction, step and products of a target
         assert kinds["max"] == (votes, 4 * votes)
         assert kinds["sum"] == (1, 8 * splits * T * (K + 4) * K)
         shared = ranks_ > splits
         assert set(kinds) == ({"max", "sum", "vector"} if shared and splits == 2 else {"max", "sum"})
         if shared and splits == 2:
-            wanted = 2 if name == "mixed" else K  # domains that the target asks for
-            vectors = wanted + K * T
+            vectors = T * (1 + K)  # a direction and K gradients for each target
             assert kinds["vector"] == (vectors, 8 * size * vectors)
     # three splits on four ranks: two ranks share the last split, the others send no vector
     assert [("vector" in s[3, 4, "mixed"]) for s in sent] == [False, False, True, True]
@@ -264,7 +260,7 @@ def shout(rank):
             return value
 
         def draw(part, domain, numbers):
-            if kind == "token" and rank == 1 and part == "gradient":
+            if kind == "token" and rank == 1 and (part, domain) == ("gradient", 2):
                 raise ValueError("token 99 is outside the vocabulary")
             return text(part, domain, numbers)
 
@@ -286,15 +282,15 @@ def shout(rank):
     team, told = reduce.team(groups, 2), {}
     for kind in ("exception", "memory", "nan", "token", "metric", "late", "contraction", "none"):
         model, draw, limit = with_fault(kind)
-        before, gram = state(), probe.ops.gram
+        before, gram = state(), replicate.ops.gram
         if kind == "contraction" and rank == 1:
-            probe.ops.gram = _fails_on_many(gram)
+            replicate.ops.gram = _fails_on_many(gram)
         try:
             probe.measure(model, groups, team, draw, how, MIXED, WEIGHTS, FLOW, limit)
             told[kind] = "measured"
         except probe.ProbeFailed as fault:
             told[kind] = str(fault)
-        probe.ops.gram = gram
+        replicate.ops.gram = gram
         after = state()
         same = all(torch.equal(a, b) for a, b in zip(before[0], after[0], strict=True))
         told[kind] = (told[kind], same and before[1] == after[1])
@@ -332,7 +328,7 @@ def test_a_fault_on_one_rank_is_told_by_all_and_leaves_no_trace():
 def test_without_second_moments_the_metric_is_a_reason_to_skip_not_to_end():
     model = torch_loop.probe_model(small_gpt(), mean_loss, 2)
     with pytest.raises(
-        probe.ProbeFailed, match="metric adam needs an Adam optimiser .* write `metric: identity`"
+        probe.ProbeFailed, match=r"metric adam needs an Adam optimiser .* write `metric: identity`"
     ):
         team = reduce.team(reduce.Groups(), 2)
         how = settings(samples=4, splits=2, metric="adam")

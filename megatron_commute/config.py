@@ -103,13 +103,17 @@ class ProbeCost(NamedTuple):
 
 
 def probe_cost(config: Config, run: Run) -> ProbeCost:
-    """Counted, not timed: training costs one gradient per sequence, a probe those of method and direction."""
+    """Counted, not timed: training costs one gradient per sequence, a probe those of method and direction.
+
+    probe.memory auto counts as full or sharded: only the running job knows whether it must fall back to scores.
+    """
     domains = len(config.domains)
     targets = domains if config.target == "each" else 1
     in_target = (
         sum(1 for share in config.target.values() if share) if isinstance(config.target, Mapping) else domains
     )
     products = GRADIENTS_PER_SAMPLE[config.probe.method] * config.probe.samples * domains * targets
+    products *= 2 if config.probe.memory == "scores" else 1  # it takes every product twice
     gradients = products + direction_samples(config) * in_target
     probes = len(probe_steps(config.every, run.train_iters))
     return ProbeCost(probes, gradients, probes * gradients / run.samples)

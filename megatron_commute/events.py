@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import numpy as np
+
 MEASURED = ("P", "P_se", "s", "s_se", "M", "u_g", "h_theta", "score", "score_se")
 
 
@@ -39,9 +41,13 @@ def probe(config, plan, found, weights, decision, effective):
     """Fields of a probe line: the measurement (a leading axis over targets for "each") and what was decided on it.
 
     found: probe.Measurement; weights f64[K] in force; decision: controller.Decision; effective: sample of new weights.
+    What was not measured (P and M with probe.memory scores) is None.
     """
     one, moved = len(plan.targets) == 1, decision.weights is not None
-    values = {name: getattr(found, name)[0] if one else getattr(found, name) for name in MEASURED}
+    values = {name: getattr(found, name) for name in MEASURED}
+    values = {
+        name: None if np.isnan(value).all() else value[0] if one else value for name, value in values.items()
+    }
     settings = config.probe
     return {
         **values,

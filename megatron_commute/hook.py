@@ -4,6 +4,7 @@ The hook stands at the samples consumed by training; the sampler's own copy of t
 loader. Both are the same pure stream, so the hook knows the domain of every sample without asking anybody.
 """
 
+import dataclasses
 import json
 import os
 import time
@@ -20,10 +21,11 @@ MOST_FAILURES = 3  # probes that may fail in a row before probing switches itsel
 class Hook:
     """Follows one training run. Call `begin` before every step and `end` after it; keep `state_dict` in the checkpoint.
 
-    config, plan: of config.load and config.resolve. mixture, ledger: at the samples consumed (adapters.resume). model: probe.Model.
-    groups: reduce.Groups. draw: (part, domain, numbers i64[n]) -> tokens, numbers counted from 0 over the whole run and
-    wrapped by the caller. record: record.Record (used on rank 0 only). learning_rate: step -> rate. decay: the optimiser's
-    decoupled weight decay. sampler: what feeds training, told of new weights (None in mode shadow). say: prints one line.
+    config, plan: of config.load and config.resolve. mixture, ledger: at the samples consumed (adapters.resume). model:
+    probe.Model. groups: reduce.Groups. draw: (part, domain, numbers i64[n]) -> tokens, numbers counted from 0 over the
+    whole run and wrapped by the caller. record: record.Record (used on rank 0 only). learning_rate: step -> rate. decay:
+    the optimiser's decoupled weight decay. sampler: what feeds training, told of new weights (None in mode shadow). say:
+    prints one line.
     """
 
     def __init__(
@@ -45,7 +47,10 @@ class Hook:
         self.config, self.plan, self.run, self.mixture, self.model = config, plan, run, mixture, model
         self.groups, self.draw, self.record, self.say, self.ledger = groups, draw, record, say, ledger
         self.learning_rate, self.decay, self.sampler = learning_rate, decay, sampler
-        self.team = reduce.team(groups, config.probe.splits)
+        self.memory = probe.choose_memory(model, groups, config.probe, len(plan.names))
+        self.settings = dataclasses.replace(config.probe, memory=self.memory.mode)
+        self.team = reduce.team(groups, config.probe.splits, together=self.memory.mode == "sharded")
+        say(self.memory.sentence)
         self.probes, self.failures, self.off = 0, 0, False
         place = (reduce.rank_in(groups.data), reduce.size(groups.data), groups.data)
         self.account = Account(len(plan.names), run.global_batch, run.micro_batch, *place)
@@ -75,6 +80,7 @@ class Hook:
         self._write(
             "start",
             **events.start(settings, plan, run, int(parameters)),
+            memory={"mode": self.memory.mode, "bytes": self.memory.bytes},
             sample=self.mixture.index,
             news=news,
         )
@@ -174,7 +180,7 @@ class Hook:
             return
         try:
             found = probe.measure(
-                *(self.model, self.groups, self.team, self._drawn(first), self.config.probe),
+                *(self.model, self.groups, self.team, self._drawn(first), self.settings),
                 *(self.plan.targets, weights, flow, self.config.probe.time_limit),
             )
         except probe.ProbeFailed as fault:

@@ -215,10 +215,11 @@ def _exact(loss: Loss, params: Vector, v: Vector) -> Product:
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         slopes = _slopes(loss, leaves, twice=True)
     curved = [(g, u.to(g.dtype)) for g, u in zip(slopes, v, strict=True) if g.requires_grad]
-    product = [torch.zeros_like(p) for p in leaves]
     if curved:
         outputs, along = zip(*curved, strict=True)
         product = list(torch.autograd.grad(outputs, leaves, along, materialize_grads=True))
+    else:
+        product = [torch.zeros_like(p) for p in leaves]
     slopes = _finite([g.detach() for g in slopes], "the gradient")
     return Product(slopes, _finite(product, "the Hessian-vector product"), None, None)
 
@@ -277,7 +278,9 @@ def _nonzero(square: float) -> float:
 
 
 def _finite(vector: list[torch.Tensor], name: str) -> list[torch.Tensor]:
-    bad = torch.stack([t.isfinite().all() for t in vector]).logical_not().nonzero().flatten().tolist()
+    # a norm takes no memory of the tensor's size, isfinite() would
+    norms = torch.stack([torch.linalg.vector_norm(t, 1) for t in vector])
+    bad = norms.isfinite().logical_not().nonzero().flatten().tolist()
     if bad:
         raise FloatingPointError(
             f"{name} is not finite in tensors {bad[:8]}: check the batch and the weights"

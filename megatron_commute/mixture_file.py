@@ -8,6 +8,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from megatron_commute import memory
 from megatron_commute.yaml_checks import (
     Check,
     ConfigError,
@@ -27,6 +28,7 @@ MODES = ("shadow", "fixed", "act")
 METHODS = ("difference", "exact")
 METRICS = ("identity", "adam")
 DIRECTIONS = ("local",)
+MEMORIES = ("auto", *memory.MODES)
 LAWS = ("hold", "tilt")
 SHARE_TOLERANCE = 1e-6
 
@@ -69,6 +71,7 @@ class Probe:
     method: str = "difference"
     metric: str = "adam"
     direction: str = "local"
+    memory: str = "auto"
     time_limit: float | None = None
 
 
@@ -193,6 +196,7 @@ PROBE_KEYS: dict[str, Check] = {
     "method": one_of(METHODS),
     "metric": one_of(METRICS),
     "direction": one_of(DIRECTIONS),
+    "memory": one_of(MEMORIES),
     "time_limit": or_null(number("write a positive number of seconds, or null", lambda x: x > 0)),
 }
 CONTROLLER_KEYS: dict[str, Check] = {

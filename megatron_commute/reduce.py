@@ -1,8 +1,8 @@
 """Everything that travels between ranks: the only importer of torch.distributed.
 
 A group of None, or of one rank, is the identity, so the same code runs in one process without a process group.
-Vectors of model size travel only through `sum_of_vectors`; all else is a few numbers. Every collective and its
-payload is counted in `traffic`, so that a test can state what a probe costs the network.
+Vectors of model size travel only through `sum_of_vectors` and `scattered_sum`; all else is a few numbers. Every
+collective and its payload is counted in `traffic`, so that a test can state what a probe costs the network.
 """
 
 import contextlib
@@ -108,6 +108,28 @@ def sum_of_vectors(vectors, group, bucket=2**25):
     return vectors
 
 
+def scattered_sum(flat, group):
+    """This rank's part of the sum over `group` of a flat vector of equal length on every rank, a multiple of their
+    number: the r-th of as many equal ranges. Overwrites `flat`; the result may be a view of it.
+    """
+    ranks = size(group)
+    if ranks == 1:
+        return flat
+    length = flat.numel() // ranks
+    traffic.add("scatter", flat)
+    if _scatters(group):
+        piece = flat.new_empty(length)
+        dist.reduce_scatter_tensor(piece, flat, group=group)
+        return piece
+    dist.all_reduce(flat, group=group)
+    return flat.narrow(0, rank_in(group) * length, length)
+
+
+def _scatters(group):
+    """gloo has reduce_scatter since torch 2.7 only, and there it copies its input and takes four times as long."""
+    return dist.get_backend(group) == "nccl"
+
+
 def any_rank(flag, group):
     """Whether `flag` holds on any rank of `group`: the vote, one number."""
     if size(group) == 1:
@@ -132,6 +154,13 @@ def sum_of_numbers(array, group):
     if size(group) == 1:
         return array.copy()
     return all_reduce_sum(torch.from_numpy(array).to(_device()), group).cpu().numpy()
+
+
+def max_of_numbers(array, group):
+    """Element-wise maximum over `group` of a float64 numpy array, as a new array of the same shape."""
+    if size(group) == 1:
+        return array.copy()
+    return all_reduce_max(torch.from_numpy(array).to(_device()), group).cpu().numpy()
 
 
 def broadcast_numbers(array, groups):
@@ -169,10 +198,13 @@ class Team:
     size: int
 
 
-def team(groups, splits):
+def team(groups, splits, together=False):
     """Deal `splits` replicates over the data-parallel ranks: whole replicates to single ranks while there are at least
-    as many splits as ranks, else one replicate to a team of neighbouring ranks. Collective: every rank calls it once."""
+    as many splits as ranks, else one replicate to a team of neighbouring ranks. together: all ranks are one team and
+    work on every replicate in turn. Collective: every rank calls it once."""
     ranks, own = size(groups.data), groups.data_rank
+    if together:
+        return Team(tuple(range(splits)), splits, groups.data, own, ranks)
     if ranks <= splits:
         return Team(tuple(range(own, splits, ranks)), -(-splits // ranks), None, 0, 1)
     cuts = [ranks * i // splits for i in range(splits + 1)]

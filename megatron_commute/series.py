@@ -48,7 +48,7 @@ class Run:
     @property
     def targets(self):
         """Name of each of the T targets: the domains where the target is `each`, else the one mixture."""
-        if self.probes and np.ndim(self.probes[-1]["P"]) == 3:
+        if self.probes and np.ndim(self.probes[-1]["s"]) == 2:
             return self.names
         return ("the mixture",)
 
@@ -240,6 +240,11 @@ def lacks(run, torn=0):
             notes.append(f"No {word} loss of {', '.join(unknown)} was recorded.")
     if run.probes and not len(measured(run, "score")[0]):
         notes.append("No probe has a full score; decisions cannot be compared with what the law acted on.")
+    scores_only = sum(1 for probe in run.probes if probe.get("P") is None)
+    if scores_only:
+        notes.append(
+            f"{scores_only} of {len(run.probes)} probes worked with probe.memory scores, which does not measure P."
+        )
     for key in ("P", "score"):
         _, value, error = measured(run, key)
         if (np.isfinite(value) & ~np.isfinite(error)).any():

@@ -110,7 +110,7 @@ ADDED = [
     ("probe: {metric: sgd}", "4: probe.metric: got sgd; write one of identity, adam"),
     ("probe: {direction: adjoint}", "4: probe.direction: got adjoint; write one of local"),
     ("probe: {time_limit: 0}", "4: probe.time_limit: got 0; write a positive number of seconds, or null"),
-    ("probe: {sample: 8}", "4: probe.sample: unknown key; known here: samples, splits, method, metric, direction, time_limit (did you mean samples?)"),
+    ("probe: {sample: 8}", "4: probe.sample: unknown key; known here: samples, splits, method, metric, direction, memory, time_limit (did you mean samples?)"),
     ("controller: {law: receding}", "4: controller.law: got receding; write one of hold, tilt"),
     ("controller: {strength: 0}", "4: controller.strength: got 0; write a positive number"),
     ("controller: {strength: .inf}", "4: controller.strength: got Infinity; write a positive number"),

@@ -13,12 +13,12 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "megatron_commute"
 # From the bottom up: a module may import from its own line and from those above it.
 LAYERS = [
-    ["yaml_checks", "schedule", "mixture_file", "shares", "config"],
+    ["memory", "yaml_checks", "schedule", "mixture_file", "shares", "config"],
     ["_mixture", "feasible", "mixture", "takeover", "sampler", "bracket", "controller", "record", "events"],
     ["series", "drawing", "report", "plots"],
     ["ops", "reduce"],
     ["hvp", "rop", "direction", "account"],
-    ["probe", "response"],
+    ["replicate", "probe", "response"],
     ["hook"],
     ["adapters.*", "checkpoints"],
     ["experiments.*"],

@@ -80,6 +80,7 @@ def probe_model(
         lambda method: quiet(module, exact if method == "exact" else None),
         micro_batch,
         verify_once if verify is not None else None,
+        any(p.dtype not in (torch.float32, torch.float64) for _, p in named),
     )
 
 
@@ -111,7 +112,9 @@ def adam_metric(second_moments, owned, groups):
             "probe.metric adam needs an Adam optimiser that has taken a step; write `metric: identity`"
         )
     with reduce.agreed(groups.model):
-        roots = [v.float().sqrt() for v in moments]
+        roots, moments = [], list(moments)[::-1]
+        while moments:  # each is freed when its root is taken: one vector of memory, not two
+            roots.append(moments.pop().float().sqrt())
         counted = [
             (float(r.sum(dtype=torch.float64)), r.numel()) for r, o in zip(roots, owned, strict=True) if o
         ]
@@ -119,7 +122,7 @@ def adam_metric(second_moments, owned, groups):
     floor = METRIC_FLOOR * total / count
     if not floor > 0:
         raise ValueError("all second moments of the optimiser are zero: probe after its first step")
-    return [1.0 / (r + floor) for r in roots]
+    return [r.add_(floor).reciprocal_() for r in roots]
 
 
 @contextlib.contextmanager

@@ -137,8 +137,8 @@ def decide(law, situation):
         why = f"{int(counts.sum())} of {len(counts)} scores outside their error bars"
     else:
         why = "back to the remaining-budget shares: no score outside its error bar"
-    if relaxed:
-        why += "; the budgets ask for more than the rate limit, floors and caps allow, and budgets win"
+    if relaxed or moved > s.rate + 1e-9:
+        why += "; the budgets ask for more than the rate limit, floors or caps allow, and budgets win"
     elif np.abs(weights - wish).max() > DEAD_BAND:
         why += "; the wish is limited by rate, floors, caps or budgets"
     return Decision(weights, why)

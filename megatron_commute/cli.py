@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 
-from megatron_commute import __version__
-from megatron_commute.config import ConfigError, Plan, Run, load, probe_cost, resolve
+from megatron_commute import __version__, memory
+from megatron_commute.config import Config, ConfigError, Plan, Run, load, probe_cost, resolve
 from megatron_commute.schedule import drawing
 
 PREFETCH_FACTOR = 2  # micro-batches that each worker of a torch DataLoader holds ready
@@ -52,6 +52,9 @@ def main() -> None:
     "--tensor-model-parallel-size", type=int, default=1, show_default=True, help="Ranks of one model."
 )
 @click.option("--num-workers", type=int, default=2, show_default=True, help="Data loader workers of a rank.")
+@click.option(
+    "--parameters", type=click.IntRange(min=1), help="Parameters of the model, to show bytes of a probe."
+)
 @as_json
 def plan(
     file: str,
@@ -62,6 +65,7 @@ def plan(
     world_size: int,
     tensor_model_parallel_size: int,
     num_workers: int,
+    parameters: int | None,
     as_json: bool,
 ) -> None:
     """Check a mixture file against run and data; show what would happen. Nothing is written."""
@@ -86,6 +90,7 @@ def plan(
     except ConfigError as error:
         raise _Refusal(str(error)) from error
     cost = probe_cost(config, run)
+    held = probe_memory(config, run, parameters and parameters / tensor_model_parallel_size)
     rows = plan_rows(planned)
     if as_json:
         _print_json(
@@ -97,6 +102,7 @@ def plan(
                 "targets": planned.targets.tolist(),
                 "schedule": [[at, weights.tolist()] for at, weights in planned.schedule],
                 "probes": {**cost._asdict(), "measure_budget": config.measure_budget},
+                "memory": {"wish": config.probe.memory, "modes": held},
                 "warnings": list(planned.warnings),
             }
         )
@@ -114,8 +120,37 @@ def plan(
         f"{config.probe.samples} sequences per domain), {cost.share:.2%} of training; "
         f"measure_budget {config.measure_budget:.2%}"
     )
+    click.echo(f"probe memory: {config.probe.memory}; {memory_words(held)}")
     for warning in planned.warnings:
         click.echo(f"warning: {warning}")
+
+
+def probe_memory(config: Config, run: Run, parameters: float | None) -> dict[str, dict[str, Any]]:
+    """By mode that probe.memory may mean here: `vectors` of model size on a rank, as a number and in `words`, and their
+    `bytes` where the `parameters` of one rank are known. For parameters in float32; bf16 and fp16 add one vector.
+    """
+    probe, ranks = config.probe, run.data_parallel
+    shape = (len(config.domains), probe.method, probe.metric, ranks, False)
+    modes = memory.MODES if probe.memory == "auto" else (memory.choose(probe.memory, {}, 0, ranks),)
+    found = {}
+    for mode in modes:
+        if mode == "sharded" and ranks == 1:
+            continue  # nothing to share
+        count = memory.vectors(mode, *shape)
+        size = None if parameters is None else round(4 * parameters * count)
+        found[mode] = {"vectors": count, "words": memory.formula(mode, *shape), "bytes": size}
+    return found
+
+
+def memory_words(held: dict[str, dict[str, Any]]) -> str:
+    """Of `probe_memory`: one clause per mode."""
+    clauses = []
+    for mode, found in held.items():
+        size = "" if found["bytes"] is None else f", {memory.in_units(found['bytes'])} a rank"
+        count = f"{found['vectors']:.3g}"
+        words = "" if found["words"] == count else f"{found['words']} = "
+        clauses.append(f"{mode} holds {words}{count} vectors of model size{size}")
+    return "; ".join(clauses)
 
 
 def plan_rows(planned: Plan) -> list[dict[str, Any]]:

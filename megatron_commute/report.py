@@ -11,6 +11,7 @@ import re
 from html import escape
 
 from megatron_commute import series
+from megatron_commute.memory import in_units
 
 STYLE = """
 :root { color-scheme: light; --ink: #1f2937; --soft: #6b7280; --line: #e5e7eb; --accent: #0072b2; }
@@ -147,7 +148,7 @@ def section(heading, content):
 def header(run):
     """Title and the facts of the run that a reader needs to judge its numbers."""
     start, last = run.start, (run.probes or [{}])[-1]
-    target = start.get("target")
+    target, held = start.get("target"), start.get("memory")
     if isinstance(target, list):
         target = ", ".join(f"{name} {share:.3g}" for name, share in zip(run.names, target, strict=True))
     step = max([line["step"] for line in (*run.losses, *run.probes, *run.skips, run.end) if line], default=0)
@@ -163,6 +164,7 @@ def header(run):
         "samples of a probe": f"{last['samples']} a domain" if last.get("samples") else None,
         "method": ", ".join(str(last[key]) for key in ("method", "metric", "direction") if last.get(key))
         or None,
+        "memory of a probe": f"{held['mode']}, {in_units(held['bytes'])} a rank" if held else None,
         "law": (start.get("controller") or {}).get("law") if start.get("mode") == "act" else None,
         "confidence": f"{100 * run.confidence:g} %",
         "seed": start.get("seed"),

@@ -90,6 +90,12 @@ def hold(shares, score, strength):
 LAWS = {"hold": hold, "tilt": tilt}
 
 
+def guardrails(situation):
+    """Lowest and highest weight f64[K] that floors, caps and the rate limit allow, whatever the budgets need."""
+    s = situation
+    return np.maximum(s.floors, s.weights - s.rate), np.minimum(s.caps, s.weights + s.rate)
+
+
 def bounds(situation):
     """Lowest and highest weight f64[K] of every domain in the coming window, and whether the rate limit had to give way.
 
@@ -107,12 +113,40 @@ def bounds(situation):
     hard_high = np.where(budgeted, np.minimum(s.maximum, (rest - s.minimum * later) / window), s.maximum)
     hard_low, hard_high = np.clip(hard_low, 0.0, 1.0), np.clip(hard_high, 0.0, 1.0)
     hard_low = np.minimum(hard_low, hard_high)
-    soft_low = np.maximum(s.floors, s.weights - s.rate)
-    soft_high = np.minimum(s.caps, s.weights + s.rate)
+    least, most = endless_share(s)
+    soft_low, soft_high = guardrails(s)
     low = np.clip(soft_low, hard_low, hard_high)
     high = np.clip(np.maximum(soft_high, low), low, hard_high)
     feasible = low.sum() <= 1.0 + 1e-12 and high.sum() >= 1.0 - 1e-12
+    if budgeted.any() and not budgeted.all():
+        feasible &= low[~budgeted].sum() <= most + 1e-12 and high[~budgeted].sum() >= least - 1e-12
+        feasible &= low[budgeted].sum() <= 1 - least + 1e-12 and high[budgeted].sum() >= 1 - most - 1e-12
     return (low, high, False) if feasible else (hard_low, hard_high, True)
+
+
+def endless_share(situation):
+    """Lowest and highest weight of all endless domains together in the coming window, so that the samples after it are
+    neither more nor fewer than budgets and endless domains can still fill."""
+    s = situation
+    window = min(s.window, s.samples_left)
+    later = s.samples_left - window
+    endless = np.isnan(s.remaining)
+    spare = s.samples_left - s.remaining[~endless].sum()
+    least = (spare - min(1.0, s.maximum[endless].sum()) * later) / window
+    most = (spare - s.minimum[endless].sum() * later) / window
+    most = min(max(most, 0.0), 1.0)
+    return min(max(least, 0.0), most), most
+
+
+def granted(wish, low, high, endless, least, most):
+    """The weights f64[K] nearest to `wish` within low and high whose total over `endless` bool[K] is in [least, most]."""
+    weights = nearest(wish, low, high)
+    total = weights[endless].sum()
+    share = min(max(total, least), most)
+    if abs(share - total) > 1e-12 and endless.any() and not endless.all():
+        for part, mass in ((endless, share), (~endless, 1.0 - share)):
+            weights[part] = nearest(wish[part], low[part], high[part], mass)
+    return weights
 
 
 def decide(law, situation):
@@ -124,11 +158,12 @@ def decide(law, situation):
     shares = remaining_shares(s.remaining, s.samples_left, s.initial)
     wish = LAWS[law](shares, np.where(counts, s.score, 0.0), s.strength)
     low, high, relaxed = bounds(s)
-    weights = nearest(wish, low, high)
+    if relaxed:  # the budgets get what they need, the law no more than the guardrails allow
+        wish = np.clip(wish, *guardrails(s))
+    weights = granted(wish, low, high, np.isnan(s.remaining), *endless_share(s))
     moved = float(np.abs(weights - s.weights).max())
-    if moved < max(
-        DEAD_BAND, 1.5 / s.samples_left
-    ):  # a sample more or less of a budget moves its share that much
+    # a sample more or less of a budget moves its share by 1 / samples_left
+    if moved < max(DEAD_BAND, 1.5 / s.samples_left):
         why = (
             "the wish is no further than rounding" if counts.any() else "every score is inside its error bar"
         )

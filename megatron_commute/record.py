@@ -66,12 +66,13 @@ class Record:
         fields = {"schema": SCHEMA, "event": event, **_plain(fields)}
         line = json.dumps(fields, allow_nan=False).encode() + b"\n"
         with open(self.path, "r+b" if self.path.exists() else "wb") as file:
-            file.seek(self.size)
+            end = min(self.size, file.seek(0, os.SEEK_END))  # a file that somebody has cut gets no hole
+            file.seek(end)
             file.truncate()
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
-        self.lines, self.size = self.lines + 1, self.size + len(line)
+        self.lines, self.size = self.lines + 1, end + len(line)
         if self.listener is not None:
             self.listener(fields)
 
@@ -113,6 +114,8 @@ def read(run):
             continue
         try:
             event = json.loads(line)
+            if not isinstance(event, dict):
+                raise ValueError
         except ValueError:
             if number == len(lines):
                 break

@@ -23,6 +23,12 @@ from megatron_commute.sampler import MixedDataset, MixtureSampler
 # a floor of a tenth of the mean sqrt(v) bounds D at ten times its usual size.
 METRIC_FLOOR = 0.1
 
+# the backward pass comes after functional_call has put the module's own weights back
+HOOKS_REFUSED = (
+    "activation checkpointing, or another hook on saved tensors, would recompute with the module's own weights instead of "
+    "the probe's: switch it off while module.training is False"
+)
+
 
 def probe_model(
     module,
@@ -41,16 +47,20 @@ def probe_model(
     pass. second_moments: () -> bias-corrected second moments of Adam (list of tensors, one per trainable parameter) or None.
     owned, decayed: per trainable parameter, see probe.Model; default: all owned, decay on matrices only. groups:
     reduce.Groups. exact: () -> context manager that makes the module twice differentiable; default: nothing to do.
-    Raises ValueError for a module without trainable parameters.
+    Raises ValueError for a module without trainable parameters and for one in DistributedDataParallel. A module that
+    checkpoints activations must not do so while module.training is False; one that does is refused at every probe.
     """
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     if not named:
         raise ValueError("the model has no trainable parameter: nothing to measure")
+    if isinstance(module, torch.nn.parallel.DistributedDataParallel):
+        raise ValueError("a forward pass of DistributedDataParallel prepares a reduction: give its .module")
     names = [name for name, _ in named]
 
     def at(params, tokens):
         swapped = {f"module.{name}": p for name, p in zip(names, params, strict=True)}
-        return torch.func.functional_call(_Loss(module, loss), swapped, (tokens,))
+        with torch.autograd.graph.disable_saved_tensors_hooks(HOOKS_REFUSED):
+            return torch.func.functional_call(_Loss(module, loss), swapped, (tokens,))
 
     def parameters():
         return [

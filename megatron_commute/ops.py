@@ -11,7 +11,9 @@ from collections.abc import Sequence
 
 import torch
 
-_CHUNK = 1 << 22  # elements of all vectors held in float64 at a time: 32 MiB, whatever their number
+# Elements of all vectors together that are held in float64 at a time: about one in 64 of a vector, so that the copies
+# do not count beside the vectors themselves, within bounds that keep a CPU's cache and a GPU's kernels busy.
+_CHUNK_SHARE, _LEAST_CHUNK, _CHUNK = 64, 1 << 18, 1 << 22
 
 
 def gram(
@@ -31,7 +33,8 @@ def gram(
         for k, vector in enumerate(vectors):
             check_shapes(X[0], vector, f"X[0] and {name}[{k}]" if name != "metric" else "X[0] and metric")
     result = torch.zeros(len(X), len(Y), dtype=torch.float64, device=X[0][0].device)
-    chunk = max(1, _CHUNK // (len(X) + len(Y)))
+    size = sum(tensor.numel() for tensor in X[0])
+    chunk = max(1, min(max(size // _CHUNK_SHARE, _LEAST_CHUNK), _CHUNK) // (len(X) + len(Y)))
     for i, tensor in enumerate(X[0]):
         for begin in range(0, tensor.numel(), chunk):
             left = _rows(X, i, begin, chunk)

@@ -153,10 +153,10 @@ class Full(_Replicate):
     def _contract(self, step, out):
         """Inner products over the parameters this rank counts. g is the team's, h this rank's share, so M sums up."""
         out[:-4] = _gram(self.h, self.g, self.metric, self.once)
-        out[-2] = [_dot(v, self.params, self.decaying) for v in self.h]
+        out[-2] = _gram([self.params], self.h, None, self.decaying)
         if self.team.rank == 0:
-            out[-4] = [_dot(self.u, v, self.once) for v in self.g]
-            out[-3] = [_dot(self.u, v, self.decaying) for v in self.g]
+            out[-4] = _gram([self.u], self.g, None, self.once)
+            out[-3] = _gram([self.u], self.g, None, self.decaying)
         self._note_step(step, out)
 
 
@@ -220,9 +220,9 @@ class Sharded(_Replicate):
         g, h = ([row[: sum(sizes)].split(sizes) for row in rows] for rows in (self.g, self.h))
         u, params = self._range(self.u), self._range(self.params)
         out[:-4] = _gram(h, g, None if self.metric is None else self._range(self.metric), self.once)
-        out[-4] = [_dot(u, v, self.once) for v in g]
-        out[-3] = [_dot(u, v, self.decaying) for v in g]
-        out[-2] = [_dot(v, params, self.decaying) for v in h]
+        out[-4] = _gram([u], g, None, self.once)
+        out[-3] = _gram([u], g, None, self.decaying)
+        out[-2] = _gram([params], h, None, self.decaying)
         self._note_step(step, out)
 
     def _range(self, vector):
@@ -272,11 +272,13 @@ class Scores(_Replicate):
 
     def _score(self, out, k, vector, to_g, to_h):
         """Add what one gradient or product gives to column k; g and h are the mixture's, times D."""
-        along_h, along_g, along_u = _gram([vector], [self.h, self.g, self.u], None, self.once)[0]
+        decaying = _gram([vector], [self.h, self.g, self.u, self.params], None, self.decaying)[0]
+        others = [i for i in self.once if i not in self.decaying]
+        along_h, along_g, along_u = decaying[:3] + _gram([vector], [self.h, self.g, self.u], None, others)[0]
         out[0, k] += to_g * along_h - to_h * along_g
         out[-4, k] += to_g * along_u
-        out[-3, k] += to_g * _dot(vector, self.u, self.decaying)
-        out[-2, k] += to_h * _dot(vector, self.params, self.decaying)
+        out[-3, k] += to_g * decaying[2]
+        out[-2, k] += to_h * decaying[3]
 
 
 def way(memory):

@@ -4,6 +4,7 @@ Megatron and DeepSpeed are imported inside functions, so that the rest of the pa
 """
 
 import contextlib
+import dataclasses
 import types
 import warnings
 
@@ -167,7 +168,7 @@ def probe_model(engine, micro_batch, method):
     owned = [first or getattr(p, "tensor_model_parallel", False) for p in params]
     both = zip(_partitions(engine), engine.optimizer.param_groups, strict=True)
     decay = {id(p): bool(group.get("weight_decay")) for (members, _), group in both for p in members}
-    return torch_loop.probe_model(
+    model = torch_loop.probe_model(
         module,
         mean_loss,
         micro_batch,
@@ -178,6 +179,31 @@ def probe_model(engine, micro_batch, method):
         lambda: twice.twice_differentiable(module),
         lambda *loss_params_square: twice.verify(module, *loss_params_square),
     )
+
+    @contextlib.contextmanager
+    def quiet(method):
+        with in_float32(module), model.quiet(method):
+            yield
+
+    return dataclasses.replace(model, quiet=quiet)
+
+
+@contextlib.contextmanager
+def in_float32(module):
+    """Let a half-precision model run on float32 weights: its softmax would cast to the training precision."""
+    with quiet_import():
+        from megatron.core.fusions.fused_softmax import FusedScaleMaskSoftmax
+
+    names = ("input_in_fp16", "input_in_bf16", "input_in_float16")
+    found = [m for m in module.modules() if isinstance(m, FusedScaleMaskSoftmax)]
+    kept = [(m, name, getattr(m, name)) for m in found for name in names]
+    try:
+        for m, name, _ in kept:
+            setattr(m, name, False)
+        yield
+    finally:
+        for m, name, value in kept:
+            setattr(m, name, value)
 
 
 def _partitions(engine):

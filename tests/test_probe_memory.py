@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ranks
+import records
 import torch
 
-from megatron_commute import config, memory, probe, reduce
+from megatron_commute import cli, config, events, memory, plots, probe, reduce, series
 from megatron_commute.adapters import torch_loop
 
 K, WIDTH = 3, 5
@@ -272,11 +273,72 @@ def peak_in_vectors(mode, domains):
 @pytest.mark.skipif(
     not Path("/proc/self/statm").exists(), reason="resident memory is read from Linux's /proc"
 )
-@pytest.mark.parametrize(("mode", "domains"), [("full", 4), ("scores", 4), ("scores", 8)])
+@pytest.mark.parametrize(("mode", "domains"), [("full", 4), ("scores", 4), ("scores", 2)])
 def test_the_peak_of_a_probe_is_what_it_states(mode, domains):
     stated = probe.vectors(mode, domains, "difference", "adam", 1, False)
     assert 0.95 * stated <= peak_in_vectors(mode, domains) <= 1.05 * stated
     assert stated == (12 if mode == "full" else 6)
+
+
+# --- what is said about it --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("each", "unknown"), [(False, "all"), (True, "first")])
+def test_a_record_without_P_is_drawn_and_told(tmp_path, each, unknown):
+    lines = records.lines(K=3, each=each)
+    probes = [line for line in lines if line["event"] == "probe"]
+    for line in probes if unknown == "all" else probes[:1]:
+        line |= {"P": None, "P_se": None, "M": None}
+    lines[0]["memory"] = {"mode": "scores", "bytes": 43_000_000}
+    records.write(tmp_path, lines)
+    told = Path(plots.report(tmp_path)).read_text(encoding="utf-8")
+    of = len(probes) if unknown == "all" else 1
+    assert f"{of} of {len(probes)} probes worked with probe.memory scores, which does not measure P." in told
+    assert "scores, 43 MB a rank" in told
+    headers, rows = series.summary_rows(lines)
+    column = next(i for i, header in enumerate(headers) if header.startswith("largest P"))
+    assert all((row[column] == "not measured") == (unknown == "all") for row in rows)
+    assert "not measured" not in [
+        row[headers.index(h)] for row in rows for h in headers if h.startswith("score")
+    ]
+    assert [path.stat().st_size > 0 for path in plots.export(tmp_path, tmp_path / "out")]
+    assert (tmp_path / "out" / "P.csv").read_text().count("\n") == 1 + (len(probes) - of) * 6 * (
+        3 if each else 1
+    )
+
+
+def test_a_probe_line_says_null_for_what_was_not_measured(run):
+    for target, targets in (("single", MIXED), ("each", EACH)):
+        plan = types.SimpleNamespace(targets=targets)
+        settings = types.SimpleNamespace(probe=config.Probe())
+        stays = types.SimpleNamespace(weights=None, reason="measured")
+        for mode in memory.MODES:
+            found = run[0][0][2, mode, "difference", "adam", target]
+            line = events.probe(settings, plan, found, WEIGHTS, stays, 0)
+            assert [name for name in events.MEASURED if line[name] is None] == (
+                ["P", "P_se", "M"] if mode == "scores" else []
+            )
+            assert np.shape(line["s"]) == ((K,) if target == "single" else (K, K))
+
+
+def test_plan_shows_what_a_probe_would_hold():
+    run = config.Run(8, 8, 1, 4, 100)
+    domains = tuple(config.Domain(name, (name,)) for name in "abc")
+    held = cli.probe_memory(config.Config(domains), run, 25e6)
+    assert held["full"] == {"vectors": 10, "words": "2K+4", "bytes": 1_000_000_000}
+    assert held["sharded"] == {"vectors": 6.75, "words": "(2K+1)/4+5", "bytes": 675_000_000}
+    assert held["scores"] == {"vectors": 6, "words": "6", "bytes": 600_000_000}
+    assert cli.memory_words(held) == (
+        "full holds 2K+4 = 10 vectors of model size, 1 GB a rank; "
+        "sharded holds (2K+1)/4+5 = 6.75 vectors of model size, 675 MB a rank; "
+        "scores holds 6 vectors of model size, 600 MB a rank"
+    )
+    alone = config.Run(8, 8, 1, 1, 100)
+    assert set(cli.probe_memory(config.Config(domains), alone, None)) == {"full", "scores"}
+    wish = config.Config(domains, probe=config.Probe(memory="sharded"))
+    assert (
+        cli.memory_words(cli.probe_memory(wish, alone, None)) == "full holds 2K+4 = 10 vectors of model size"
+    )
 
 
 # --- configuration ----------------------------------------------------------------------------------------------------

@@ -302,6 +302,9 @@ def train(args, engine, plugin, valid):
     hook = batches = None
     if plugin is not None:
         hook = attach(args, engine, plugin, groups, start, state, bar)
+    elif state is not None and first:
+        at = start * args.global_batch_size
+        bar.write(f"NOTE: trained with --commute up to here; the stock blend goes on at its own sample {at}")
     if start < args.train_iters:
         batches = loader(args, plugin, groups, start)
     losses = []

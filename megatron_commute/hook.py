@@ -47,10 +47,7 @@ class Hook:
         self.config, self.plan, self.run, self.mixture, self.model = config, plan, run, mixture, model
         self.groups, self.draw, self.record, self.say, self.ledger = groups, draw, record, say, ledger
         self.learning_rate, self.decay, self.sampler = learning_rate, decay, sampler
-        self.memory = probe.choose_memory(model, groups, config.probe, len(plan.names))
-        self.settings = dataclasses.replace(config.probe, memory=self.memory.mode)
-        self.team = reduce.team(groups, config.probe.splits, together=self.memory.mode == "sharded")
-        say(self.memory.sentence)
+        self._work_in(config.probe.memory)
         self.probes, self.failures, self.off = 0, 0, False
         place = (reduce.rank_in(groups.data), reduce.size(groups.data), groups.data)
         self.account = Account(len(plan.names), run.global_batch, run.micro_batch, *place)
@@ -59,6 +56,14 @@ class Hook:
         self.fatal_step = None
         self.probe_seconds, self.started, self.step_started = 0.0, time.monotonic(), None
         self.step_seconds = []
+
+    def _work_in(self, memory):
+        """Choose how probes work and deal their splits to ranks; memory: a wish of probe.memory."""
+        wish = dataclasses.replace(self.config.probe, memory=memory)
+        self.memory = probe.choose_memory(self.model, self.groups, wish, len(self.plan.names))
+        self.settings = dataclasses.replace(wish, memory=self.memory.mode)
+        self.team = reduce.team(self.groups, wish.splits, together=self.memory.mode == "sharded")
+        self.say(self.memory.sentence)
 
     @property
     def speaks(self):
@@ -306,6 +311,7 @@ class Hook:
             "account": self.account.state_dict(),
             "lines": self.record.lines,
             "lead": self.plan.lead,
+            "memory": self.memory.mode,
         }
 
     def load_state_dict(self, state, rewind=True):
@@ -320,6 +326,8 @@ class Hook:
         self.probes, self.failures, self.off = state["probes"], state["failures"], state["off"]
         if not rewind:
             return
+        if self.config.probe.memory == "auto" and state["memory"] != self.memory.mode:
+            self._work_in(state["memory"])  # what is free today must not change the numbers of a run
         self.account.load_state_dict(state["account"])
         problem = ""
         if self.speaks:

@@ -180,6 +180,17 @@ def test_resumed_anywhere_the_log_and_the_losses_are_those_of_one_run(tmp_path, 
     assert list(parted.glob("*.discarded-1"))
 
 
+def test_what_memory_is_free_on_resume_does_not_change_how_probes_work(tmp_path, monkeypatch):
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    Loop(whole).until()
+    kept = Loop(parted).until(10).checkpoint()
+    monkeypatch.setattr(probe, "_free_memory", lambda device, groups: 1)
+    second = Loop(parted, state=kept).until()
+    assert json.loads(kept["hook"])["memory"] == "full" == second.hook.memory.mode
+    assert lines(parted) == lines(whole)
+    assert Loop(tmp_path / "fresh").hook.memory.mode == "scores"
+
+
 def test_without_budgets_endless_domains_are_served_as_the_law_says(tmp_path):
     loop = Loop(tmp_path, budgets=[None] * 3).until()
     probes = lines(tmp_path, "probe")
@@ -362,17 +373,35 @@ def two_ranks(rank, folder):
         Loop(folder / "plain", groups=groups, state=state)
     except ValueError as fault:
         told.short = str(fault)
-    return told, faulty.drawn, faulty.hook.state_dict()["off"]
+    early = Loop(folder / "moved", groups=groups).until(13)
+    return told, faulty.drawn, faulty.hook.state_dict()["off"], early.checkpoint(), early.drawn
 
 
 def test_two_ranks_keep_one_log_and_one_mind(tmp_path):
-    (one, faulty, off), (two, faulty_two, off_two) = ranks.run(two_ranks, 2, tmp_path, timeout=120)
+    first, second = ranks.run(two_ranks, 2, tmp_path, timeout=120)
+    (one, faulty, off), (two, faulty_two, off_two) = first[:3], second[:3]
     assert one.drawn == two.drawn == one.other == two.other, "rank 0 decides for all"
     assert off and off_two and faulty == faulty_two
     told = lines(tmp_path / "faulty", "probe", "skip")
     assert [line["event"] for line in told] == ["skip"] * 3
     assert told[0]["reason"] == "rank 1: preparing: ValueError: token 99 is outside the vocabulary"
     assert "has 0 lines" in one.short and one.short == two.short, "no rank waits for the first"
+    _goes_on_alone(tmp_path / "moved", *first[3:])
+
+
+def _goes_on_alone(folder, kept, drawn):
+    """A run of two ranks resumed on one: the stream goes on, budgets end exact, the log stays one log."""
+    moved = Loop(folder, state=kept).until()
+    assert moved.mixture.served.sum() == 13 * BATCH and moved.hook.mixture.served.tolist() == list(
+        moved.plan.budgets
+    )
+    stream = Mixture(WEIGHTS, moved.plan.budgets, samples=moved.plan.samples)
+    for line in lines(folder, "probe"):
+        if line["effective_sample"] is not None:
+            stream.schedule(line["weights_next"], line["effective_sample"])
+    everything = list(zip(*map(np.ndarray.tolist, stream.take(moved.plan.samples)), strict=True))
+    assert drawn + moved.drawn == everything
+    assert [line["step"] for line in lines(folder, "probe")] == [4, 8, 12, 16, 20]
 
 
 def test_measure_is_told_the_limit_of_the_mixture_file(tmp_path, monkeypatch):

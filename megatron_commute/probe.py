@@ -55,7 +55,7 @@ class Measurement:
 
     M [T, K, K], P [T, K, K], P_se, s [T, K], s_se, u_g [T, K], h_theta [T, K]; score [T, K]: s with the weight-decay and
     learning-rate terms, relative to the mixture's own (sum_k w_k score_k = 0); score_se.
-    replicates: M of each, [S, T, K, K]. step: median eps of the difference method, else None.
+    gap_se [T, K, K]: of score_i - score_j. replicates: M of each, [S, T, K, K]. step: median eps of the difference, or None.
     With probe.memory scores M, P, P_se and replicates are not measured: NaN.
     """
 
@@ -70,6 +70,7 @@ class Measurement:
     score_se: np.ndarray
     replicates: np.ndarray
     step: float | None
+    gap_se: np.ndarray
 
 
 class ProbeFailed(RuntimeError):
@@ -132,6 +133,7 @@ def _summary(table, weights, flow):
     return Measurement(
         *(M.mean(0), P.mean(0), _error(P), s.mean(0), _error(s), u_g.mean(0), h_theta.mean(0)),
         *(score.mean(0), _error(score), M, float(np.median(steps)) if steps.any() else None),
+        _error(score[..., :, None] - score[..., None, :]),
     )
 
 

@@ -1,6 +1,5 @@
 """The command line: what it prints, in words and in JSON, and how it refuses."""
 
-
 import json
 import subprocess
 import sys

@@ -230,6 +230,10 @@ class Hook:
         weights = reduce.broadcast_numbers(sent, self.groups)
         if np.isnan(weights).any():
             return decision, effective
+        passed = self.sampler is not None and self.sampler.frontier.index > effective
+        if reduce.any_rank(passed, self.groups.world):
+            late = f"weights stay: the data loaders have read past sample {effective} already; write a longer `lead`"
+            return controller.Decision(None, late), effective
         self.mixture.schedule(weights, effective)
         if self.sampler is not None:
             self.sampler.schedule(weights, effective)

@@ -79,7 +79,9 @@ class Loop:
             self.module.load_state_dict(state["module"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.mixture = Mixture.from_state(json.loads(state["hook"])["mixture"])
-        self.sampler = self.mixture.copy()  # what feeds training, at its own copy
+        # what feeds training, at its own copy of the mixture, which nothing reads ahead of
+        feed = self.mixture.copy()
+        self.sampler = types.SimpleNamespace(frontier=feed, schedule=feed.schedule, take=feed.take)
         if watched:
             self._attach(folder, config, draw, state)
 
@@ -314,6 +316,17 @@ def test_a_record_shorter_than_the_checkpoint_is_refused(tmp_path):
     (tmp_path / record.NAME).write_text("")
     with pytest.raises(ValueError, match="has 0 lines, the checkpoint was written after"):
         Loop(tmp_path, state=kept)
+
+
+def test_a_loader_that_has_read_too_far_keeps_its_weights_and_ends_nothing(tmp_path):
+    loop = Loop(tmp_path)
+    ahead = loop.mixture.copy()
+    ahead.skip(loop.plan.samples)
+    loop.hook.sampler = types.SimpleNamespace(frontier=ahead, schedule=ahead.schedule)
+    loop.until()
+    assert all(line["effective_sample"] is None for line in lines(tmp_path, "probe"))
+    assert "read past sample 24 already; write a longer `lead`" in lines(tmp_path, "probe")[0]["reason"]
+    assert loop.drawn == Loop(tmp_path, watched=False).until().drawn
 
 
 def test_a_loader_that_brings_other_samples_is_told(tmp_path):

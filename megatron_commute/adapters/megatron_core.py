@@ -153,8 +153,8 @@ def mean_loss(model, tokens):
 def probe_model(engine, micro_batch, method):
     """The probe.Model of a GPTModel under a DeepSpeed engine with ZeRO stage 0 to 2.
 
-    Raises ValueError for ZeRO stage 3, whose parameters are partitioned, and for method exact where a part of the model
-    cannot be differentiated twice.
+    Raises ValueError for ZeRO stage 3, whose parameters are partitioned, for an optimiser that hides them (bf16 without
+    ZeRO), and for method exact where a part of the model cannot be differentiated twice.
     """
     from megatron_commute.adapters import twice_differentiable as twice
 
@@ -168,13 +168,18 @@ def probe_model(engine, micro_batch, method):
     owned = [first or getattr(p, "tensor_model_parallel", False) for p in params]
     both = zip(_partitions(engine), engine.optimizer.param_groups, strict=True)
     decay = {id(p): bool(group.get("weight_decay")) for (members, _), group in both for p in members}
+    if any(id(p) not in decay for p in params):
+        kind = type(engine.optimizer).__name__
+        raise ValueError(
+            f"DeepSpeed's {kind} hides the model's parameters: set zero_optimization.stage to 1 or 2"
+        )
     model = torch_loop.probe_model(
         module,
         mean_loss,
         micro_batch,
         lambda: second_moments(engine, params),
         owned,
-        [decay.get(id(p), False) for p in params],
+        [decay[id(p)] for p in params],
         here,
         lambda: twice.twice_differentiable(module),
         lambda *loss_params_square: twice.verify(module, *loss_params_square),

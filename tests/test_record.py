@@ -59,6 +59,9 @@ def test_a_torn_last_line_is_left_out_and_overwritten_by_the_next(log):
     for torn in (b'{"schema": 1, "ev', b'{"schema": 1, "name": "\xd0', b"\0\0\0\0"):
         log.path.write_bytes(whole + torn)
         assert steps(log.path) == [0, 1, 2]
+    log.path.write_bytes(
+        whole + b'{"schema": 1, "event": "probe", "P": [' + b"0.5, " * 50
+    )  # longer than the next line
     log.append("loss", step=3)
     assert steps(log.path) == [0, 1, 2, 3] and log.path.read_bytes().startswith(whole)
     assert log.size == log.path.stat().st_size

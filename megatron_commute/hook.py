@@ -315,6 +315,7 @@ class Hook:
             "account": self.account.state_dict(),
             "lines": self.record.lines,
             "lead": self.plan.lead,
+            "seed": self.config.seed,
             "memory": self.memory.mode,
         }
 

@@ -315,6 +315,16 @@ def test_a_checkpoint_of_another_mixture_is_refused_until_it_is_accepted(data):
     other = mixture_file(data, budgets=(60, 36), more="")
     with pytest.raises(ConfigError, match=r"budget of en was 72, it is 60.*--commute-accept"):
         own_loop(data, other, resume=kept)
+    with pytest.raises(ConfigError, match=r"seed was 1234, it is 7; put it back"):
+        own_loop(data, mixture_file(data, more="seed: 7"), resume=kept)
+    plugin = torch_loop.Plugin(mixture_file(data, budgets=(72, 24)), Run(LENGTH, 8, 2, 1, 12))
+    with pytest.raises(
+        ConfigError, match=r"--global-batch-size: the checkpoint stands at sample 24, .* are 48"
+    ):
+        model = torch_loop.probe_model(gpt(), mean_loss, 2)
+        plugin.attach(
+            model, reduce.Groups(), data, lambda s: 1.0, 0.0, state=json.loads(kept[3]), consumed=6 * 8
+        )
 
 
 # --- the host's blend -----------------------------------------------------------------------------------------------

@@ -48,14 +48,20 @@ def stream(config, plan, fresh, state, consumed=0, stock=None, *, accept=False, 
     limits = {"samples": fresh.samples, "minimum": list(plan.minimum), "maximum": list(plan.maximum)}
     if state is None:
         return _without_state(config, plan, fresh, prints, limits, consumed, stock, attach, say)
+    if consumed and consumed != state["mixture"]["index"]:
+        raise ConfigError(
+            f"--global-batch-size: the checkpoint stands at sample {state['mixture']['index']}, its iterations times this "
+            f"batch are {consumed}; write the batch size that it was trained with"
+        )
     book = takeover.Ledger(**state["ledger"])
     budgets = list(plan.budgets) if fresh.samples is not None else [None] * len(plan.names)
     if fresh.samples is None:
         limits = {name: state["mixture"][name] for name in limits}
     names = list(plan.names)
     found = takeover.differences(state["mixture"], book, names, prints, budgets, **limits)
-    if state["lead"] != plan.lead:
-        found.append(f"lead was {state['lead']}, it is {plan.lead}")
+    for what, now in (("lead", plan.lead), ("seed", config.seed)):
+        if state[what] != now:
+            found.append(f"{what} was {state[what]}, it is {now}")
     coming = [[at, list(w)] for at, w in plan.schedule if at > state["mixture"]["index"]]
     if plan.schedule and coming != state["mixture"]["pending"]:
         found.append("the schedule's coming changes are others")

@@ -169,20 +169,19 @@ def validate(engine, datasets, args, groups):
     return [float(total / count) for total, count in totals]
 
 
-def scalars(directory):
-    """A listener of the record that writes its numbers to TensorBoard."""
+def scalars(directory, names):
+    """A listener of the record that writes its numbers to TensorBoard, one series for each domain of `names`."""
     from torch.utils.tensorboard import SummaryWriter
 
-    writer, names = SummaryWriter(directory), []
+    writer, series = SummaryWriter(directory), ("train", "valid", "served", "weights", "s", "score", "timing")
 
     def listen(line):
-        names.extend(line.get("names", []))
-        for series, values in line.items():
-            if isinstance(values, list) and len(values) == len(names):
-                values = dict(zip(names, values, strict=True))
-            for name, value in values.items() if isinstance(values, dict) else ():
-                if isinstance(value, int | float) and "step" in line:
-                    writer.add_scalar(f"{series}/{name}", value, line["step"])
+        for key in series if "step" in line else ():
+            values = line.get(key, {})
+            pairs = values.items() if isinstance(values, dict) else zip(names, values, strict=True)
+            for name, value in pairs:
+                if isinstance(value, int | float):
+                    writer.add_scalar(f"{key}/{name}", value, line["step"])
         writer.flush()
 
     return listen
@@ -208,7 +207,9 @@ def prepare(args, world):
             )
         return plugin, validation_sets(args, plugin.plan.names if plugin else None)
     except (ConfigError, DataError) as error:
-        if os.environ.get("RANK", "0") == "0":
+        if (
+            os.environ.get("LOCAL_RANK", "0") == "0"
+        ):  # once a node: what is missing may be missing on one of them
             print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
@@ -335,6 +336,8 @@ def attach(args, engine, plugin, groups, start, state, bar):
     from megatron_commute.adapters import megatron_core
     from megatron_commute.config import ConfigError
 
+    wanted = args.tensorboard_dir and not bar.disable
+    listener = scalars(args.tensorboard_dir, plugin.plan.names) if wanted else None
     try:
         return plugin.attach(
             megatron_core.probe_model(engine, args.micro_batch_size, plugin.config.probe.method),
@@ -347,7 +350,7 @@ def attach(args, engine, plugin, groups, start, state, bar):
             consumed=start * args.global_batch_size,
             accept=args.commute_accept,
             take_over=args.commute_attach,
-            listener=scalars(args.tensorboard_dir) if args.tensorboard_dir and not bar.disable else None,
+            listener=listener,
             say=bar.write if not bar.disable else lambda line: None,
         )
     except ValueError as error:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import sys
 import types
 
 import jobs
@@ -176,11 +177,51 @@ def test_a_blend_that_is_not_the_mixture_files(trainer, data, capsys):
     assert "mixture.yaml:1: domains: weights [0.6, 0.1, 0.3], --train-data-path says" in told
 
 
-def test_only_the_first_rank_speaks(trainer, data, capsys, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    with pytest.raises(SystemExit) as end:
-        trainer.main(flags("nowhere.yaml"))
-    assert end.value.code == 2 and capsys.readouterr() == ("", "")
+def test_one_rank_of_each_node_speaks(trainer, data, capsys, monkeypatch):
+    for rank, local, speaks in ((1, 1, False), (8, 0, True)):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("LOCAL_RANK", str(local))
+        with pytest.raises(SystemExit) as end:
+            trainer.main(flags("nowhere.yaml"))
+        told = capsys.readouterr()
+        assert end.value.code == 2 and told.out == "" and told.err.startswith("error: ") == speaks
+
+
+def test_scalars_are_series_of_domains_from_the_first_line_after_a_resume_too(trainer, monkeypatch):
+    written = []
+
+    class Writer:
+        def __init__(self, directory):
+            written.append(directory)
+
+        def add_scalar(self, *what):
+            written.append(what)
+
+        def flush(self):
+            written.append("flush")
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
+    listen = trainer.scalars("here", ("en", "ru"))
+    listen({"event": "start", "names": ["en", "ru"], "weights": [0.5, 0.5]})
+    listen(
+        {
+            "step": 4,
+            "s": [1.0, None],
+            "windows": [0.1, 0.2],
+            "score": [[1.0, 2.0], [3.0, 4.0]],
+            "M": [[0, 1], [2, 3]],
+        }
+    )
+    listen({"step": 5, "train": {"en": 2.5, "ru": None}, "served": {"en": 3, "ru": 1}, "lr": 0.1})
+    values = [
+        ("s/en", 1.0, 4),
+        "flush",
+        ("train/en", 2.5, 5),
+        ("served/en", 3, 5),
+        ("served/ru", 1, 5),
+        "flush",
+    ]
+    assert written == ["here", "flush", *values]
 
 
 def test_unknown_flags_and_abbreviations_end_with_status_2(trainer, data, capsys):

@@ -3,8 +3,9 @@
     python tests/bench/probe_noise.py quickstart [--step 200] [--out tests/bench/probe_noise.csv]
 
 For every floor (in units of the mean of sqrt(v); none: metric identity) it prints the scores s with the standard error of
-this product's estimate (mean over independent replicates) and of the all-pairs estimate (products of means, jackknife over
-the replicates, whose gradients and products must all be kept). Gradients come from the plain GPT of the tests.
+this product's estimate (mean over independent replicates), of the all-pairs estimate (products of means, jackknife over the
+replicates, whose gradients and products must all be kept), and of replicates that share one direction, whose spread leaves
+out the error of the direction. Gradients come from the plain GPT of the tests.
 """
 
 import argparse
@@ -105,21 +106,34 @@ def main():
             [sum(w * v[i] for w, v in zip(weights, one, strict=True)) for i in range(len(D))]
             for one in toward
         ]
-        u = [[d * x for d, x in zip(D, one, strict=True)] for one in mixed]
-        h = [[gradient(loss(k, s * SAMPLES, SAMPLES), params, u[s]) for k in range(K)] for s in range(SPLITS)]
         scaled = [[[d * x for d, x in zip(D, v, strict=True)] for v in one] for one in g]
-        products = np.array([[[[dot(x, y) for y in q] for x in s] for q in scaled] for s in h])
-        replicates, pairs = estimates(products, weights)
-        for k, name in enumerate(WEIGHTS):
-            row = [
-                "none" if floor is None else floor,
-                name,
-                *(f"{part[k]:.4g}" for part in (*replicates, *pairs)),
+        own = [[d * x for d, x in zip(D, one, strict=True)] for one in mixed]
+        shared = [sum(x) / SPLITS for x in zip(*own, strict=True)]
+        found = []
+        for u in (own, [shared] * SPLITS):
+            h = [
+                [gradient(loss(k, s * SAMPLES, SAMPLES), params, u[s]) for k in range(K)]
+                for s in range(SPLITS)
             ]
-            row.append(f"{replicates[1][k] / pairs[1][k]:.2f}")
-            rows.append(row)
-            print(*row, sep="\t", flush=True)
-    header = ["floor", "domain", "s", "s_se", "s_all_pairs", "s_se_all_pairs", "ratio_of_errors"]
+            products = [[[[dot(x, y) for y in q] for x in s] for q in scaled] for s in h]
+            found.append(estimates(np.array(products), weights))
+        (replicates, pairs), (one_direction, _) = found
+        for k, name in enumerate(WEIGHTS):
+            numbers = (f"{part[k]:.4g}" for part in (*replicates, *pairs, *one_direction))
+            ratios = (f"{replicates[1][k] / other[1][k]:.2f}" for other in (pairs, one_direction))
+            rows.append(["none" if floor is None else floor, name, *numbers, *ratios])
+            print(*rows[-1], sep="\t", flush=True)
+    header = [
+        "floor",
+        "domain",
+        "s",
+        "s_se",
+        "s_all_pairs",
+        "s_se_all_pairs",
+        "s_one_direction",
+        "s_se_one_direction",
+    ]
+    header += ["error_over_all_pairs", "error_over_one_direction"]
     with arguments.out.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([header, *rows])
 

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import signal
+import sys
 import warnings
 from pathlib import Path
 
@@ -70,6 +71,8 @@ def flags(folder, *more, iters=40, batch=8):
 def trainer():
     """launch/pretrain_gpt.py as a module."""
     path = Path(__file__).resolve().parent.parent / "launch" / "pretrain_gpt.py"
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))  # as python does for a script
     spec = importlib.util.spec_from_file_location("pretrain_gpt", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

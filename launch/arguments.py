@@ -1,0 +1,117 @@
+"""The trainer's command line, with Megatron's names, and all that is refused before anything is started or written."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(
+        description="Pretrain a GPT on megatron-core under DeepSpeed.", allow_abbrev=False
+    )
+    for flag, kind, default in (
+        ("num-layers", int, 4), ("hidden-size", int, 128), ("ffn-hidden-size", int, None), ("num-attention-heads", int, 4),
+        ("num-query-groups", int, 1), ("seq-length", int, 256), ("max-position-embeddings", int, None),
+        ("vocab-size", int, 4096), ("make-vocab-size-divisible-by", int, 128), ("init-method-std", float, 0.02),
+        ("hidden-dropout", float, 0.1), ("attention-dropout", float, 0.1), ("tensor-model-parallel-size", int, 1),
+        ("micro-batch-size", int, 4), ("global-batch-size", int, 16), ("train-iters", int, 100), ("lr", float, 1e-3),
+        ("min-lr", float, 0.0), ("lr-warmup-iters", int, 0), ("weight-decay", float, 0.01), ("adam-beta1", float, 0.9),
+        ("adam-beta2", float, 0.999), ("adam-eps", float, 1e-8), ("seed", int, 1234), ("num-workers", int, 2),
+        ("log-interval", int, 10), ("eval-interval", int, 100), ("eval-iters", int, 4), ("save-interval", int, 0),
+        ("save", str, None), ("load", str, None), ("tensorboard-dir", str, None), ("data-cache-path", str, None),
+        ("deepspeed_config", str, str(Path(__file__).with_name("ds_zero1.json"))), ("commute", str, None),
+        ("local_rank", int, 0),
+    ):  # fmt: skip
+        parser.add_argument(f"--{flag}", type=kind, default=default)
+    parser.add_argument("--normalization", choices=("LayerNorm", "RMSNorm"), default="LayerNorm")
+    parser.add_argument(
+        "--position-embedding-type", choices=("learned_absolute", "rope"), default="learned_absolute"
+    )
+    for flag in ("bf16", "swiglu", "group-query-attention", "untie-embeddings-and-output-weights", "disable-bias-linear",
+                 "deepspeed"):  # fmt: skip
+        parser.add_argument(f"--{flag}", action="store_true")
+    parser.add_argument(
+        "--commute-accept", action="store_true", help="a changed mixture file holds from the checkpoint on"
+    )
+    parser.add_argument(
+        "--commute-attach", action="store_true", help="take over a run that began without --commute"
+    )
+    parser.add_argument("--train-data-path", nargs="+", default=[], help="WEIGHT PREFIX pairs, as Megatron's")
+    parser.add_argument(
+        "--valid-data-path", nargs="+", default=[], help="WEIGHT PREFIX pairs, one for each domain"
+    )
+    args = parser.parse_args(argv)
+    args.ffn_hidden_size = args.ffn_hidden_size or 4 * args.hidden_size
+    args.max_position_embeddings = args.max_position_embeddings or args.seq_length
+    return args
+
+
+def prepare(args, world):
+    """Plug-in (None without --commute) and validation sets. What does not fit `world` ranks or the data ends here, with one
+    line and exit status 2."""
+    from megatron_commute.adapters.indexed_data import DataError
+    from megatron_commute.adapters.torch_loop import Plugin
+    from megatron_commute.config import ConfigError, Run
+
+    try:
+        refuse(args, world)
+        run = Run(
+            *(args.seq_length, args.global_batch_size, args.micro_batch_size),
+            *(world // args.tensor_model_parallel_size, args.train_iters, 2 * args.num_workers),
+        )
+        plugin = Plugin(args.commute, run, args.train_data_path) if args.commute else None
+        if not args.train_data_path and (plugin is None or not plugin.feeds):
+            raise ConfigError(
+                "--train-data-path: missing, and nothing else feeds training; write WEIGHT PREFIX pairs"
+            )
+        return plugin, validation_sets(args, plugin.plan.names if plugin else None)
+    except (ConfigError, DataError) as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # once a node, as files may be missing on one of them
+            print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def refuse(args, world):
+    """Raise ConfigError for flags that no run on `world` ranks can have."""
+    from megatron_commute.config import ConfigError
+
+    for flag in ("seq_length", "micro_batch_size", "global_batch_size", "train_iters", "tensor_model_parallel_size",
+                 "log_interval", "eval_interval", "eval_iters"):  # fmt: skip
+        if getattr(args, flag) < 1:
+            raise ConfigError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: write a positive number")
+    if args.num_workers < 0 or args.save_interval < 0:
+        raise ConfigError("--num-workers and --save-interval: write 0 or a positive number")
+    tensor = args.tensor_model_parallel_size
+    if world % tensor:
+        raise ConfigError(
+            f"--tensor-model-parallel-size {tensor}: does not divide the {world} ranks; change one of them"
+        )
+    chunk = args.micro_batch_size * (world // tensor)
+    if args.global_batch_size % chunk:
+        raise ConfigError(
+            f"--global-batch-size {args.global_batch_size}: not a multiple of --micro-batch-size x data-parallel "
+            f"ranks = {chunk}; change one of them or the number of ranks"
+        )
+
+
+def validation_sets(args, names):
+    """(names, datasets) of --valid-data-path, one for each domain of the mixture file where there is one."""
+    from megatron_commute.adapters.indexed_data import TokenSequences
+    from megatron_commute.adapters.torch_loop import blend_of
+    from megatron_commute.config import ConfigError
+
+    if not args.valid_data_path:
+        return [], []
+    prefixes, _ = blend_of(args.valid_data_path, "--valid-data-path")
+    if names and len(names) != len(prefixes):
+        raise ConfigError(
+            f"--valid-data-path: {len(prefixes)} domains, the mixture file has {len(names)}; write one pair for each"
+        )
+    datasets = [TokenSequences([prefix], args.seq_length) for prefix in prefixes]
+    for prefix, dataset in zip(prefixes, datasets, strict=True):
+        if not len(dataset):
+            raise ConfigError(
+                f"--valid-data-path: {prefix} holds no whole sequence; add text or shorten --seq-length"
+            )
+    return names or [Path(p).name for p in prefixes], datasets

@@ -26,7 +26,7 @@ class Account:
     def add(self, first_sample, domains, positions, losses, tokens):
         """One step. domains, positions: i64[global_batch] of the stream; losses f64[n], tokens i64[n, s]: this rank's own.
 
-        Sums travel every step, as K numbers, so that a checkpoint between two log lines continues to the last bit.
+        Sums travel every step, as 2 K + 2 numbers, so that a checkpoint between two log lines continues to the last bit.
         """
         own = domains[self.mine]
         K = len(self.losses)
@@ -35,10 +35,8 @@ class Account:
         )
         rows = zip(first_sample + self.mine, own, positions[self.mine], tokens, strict=True)
         local = sum(sample_hash(*row) for row in rows) % 2**64
-        sums[-2:] = (
-            local & 0xFFFFFFFF,
-            local >> 32,
-        )  # halves stay exact in float64 for up to two million ranks
+        # halves stay exact in float64 for up to two million ranks
+        sums[-2:] = local & 0xFFFFFFFF, local >> 32
         total = reduce.sum_of_numbers(sums, self.group)
         self.losses += total[: 2 * K].reshape(2, K).T
         self.fingerprint = (self.fingerprint + int(total[-2]) + (int(total[-1]) << 32)) % 2**64

@@ -44,8 +44,8 @@ __all__ = [
     "resolve",
 ]
 
-# Gradients that one sequence costs in a probe: counted for `difference`, measured for `exact`.
-GRADIENTS_PER_SAMPLE = {"difference": 2.0, "exact": 3.5}
+# Gradients that one sequence costs in a probe: counted for `difference`, the most in tests/bench/hvp.csv for `exact`.
+GRADIENTS_PER_SAMPLE = {"difference": 2.0, "exact": 3.1}
 LARGEST_HOLDOUT = 0.2
 
 
@@ -114,15 +114,15 @@ def probe_cost(config: Config, run: Run) -> ProbeCost:
     )
     products = GRADIENTS_PER_SAMPLE[config.probe.method] * config.probe.samples * domains * targets
     products *= 2 if config.probe.memory == "scores" else 1  # it takes every product twice
-    gradients = products + direction_samples(config) * in_target
+    direction = config.probe.splits * direction_samples(config.probe.samples, config.probe.splits)
+    gradients = products + direction * in_target
     probes = len(probe_steps(config.every, run.train_iters))
     return ProbeCost(probes, gradients, probes * gradients / run.samples)
 
 
-def direction_samples(config: Config) -> int:
-    """Sequences per domain for the direction of a probe: half of its gradients', one a split at least."""
-    samples, splits = config.probe.samples, config.probe.splits
-    return splits * max(1, samples // splits // 2)
+def direction_samples(samples: int, splits: int) -> int:
+    """Sequences per domain for the direction of one split: half of what its gradients take, at least one."""
+    return max(1, samples // splits // 2)
 
 
 def resolve(
@@ -208,7 +208,8 @@ def _holdouts(config: Config, sequences: Sequence[int], apart: Sequence[int | No
                     key, problem, f"write {largest} or less, name a separate prefix, or add text"
                 )
         parts = holdout_parts(count)
-        need = {"gradients": config.probe.samples, "direction": direction_samples(config)}
+        samples, splits = config.probe.samples, config.probe.splits
+        need = {"gradients": samples, "direction": splits * direction_samples(samples, splits)}
         if len(parts.gradients) < need["gradients"] or len(parts.direction) < need["direction"]:
             enough = max(2 * need["gradients"], 4 * need["direction"])
             problem = f"{count} sequences are too few for one probe of {config.probe.samples} samples"

@@ -13,6 +13,7 @@ import numpy as np
 
 from megatron_commute import controller, events, probe, reduce
 from megatron_commute.account import Account
+from megatron_commute.config import direction_samples
 
 STATE_VERSION = 1
 MOST_FAILURES = 3  # probes that may fail in a row before probing switches itself off
@@ -204,7 +205,7 @@ class Hook:
     def _drawn(self, number):
         """draw for probe `number`: each probe goes on in the held-out sequences where the last one stopped."""
         samples, splits = self.config.probe.samples, self.config.probe.splits
-        used = {"gradient": samples, "direction": splits * probe.direction_samples(samples, splits)}
+        used = {"gradient": samples, "direction": splits * direction_samples(samples, splits)}
         return lambda part, domain, numbers: self.draw(part, domain, number * used[part] + numbers)
 
     def _windows(self, step):
@@ -224,8 +225,11 @@ class Hook:
             ), effective
         if len(self.plan.targets) > 1:
             return controller.Decision(None, "target `each` is reported and never acted on"), effective
-        situation = self._situation(found, effective)
-        decision = controller.decide(self.config.controller.law, situation)
+        try:
+            decision = controller.decide(self.config.controller.law, self._situation(found, effective))
+        except Exception as fault:  # ours, and the same on every rank, since all look at the same numbers
+            why = f"weights stay: the controller failed, please report it: {type(fault).__name__}: {fault}"
+            decision = controller.Decision(None, why)
         sent = decision.weights if decision.weights is not None else np.full(len(self.plan.names), np.nan)
         weights = reduce.broadcast_numbers(sent, self.groups)
         if np.isnan(weights).any():
@@ -245,7 +249,7 @@ class Hook:
         ahead = self.mixture.copy()
         left = plan.samples - effective
         if left > 0:
-            ahead.take(effective - ahead.index)
+            ahead.skip(effective - ahead.index)
         budgets = np.array([np.nan if b is None else b for b in plan.budgets], dtype=np.float64)
         K = len(plan.names)
         return controller.Situation(

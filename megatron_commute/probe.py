@@ -18,9 +18,8 @@ import torch
 
 from megatron_commute import bracket, memory, reduce, replicate
 from megatron_commute.memory import vectors
-from megatron_commute.replicate import direction_samples
 
-__all__ = ["Measurement", "Model", "ProbeFailed", "choose_memory", "direction_samples", "measure", "vectors"]
+__all__ = ["Measurement", "Model", "ProbeFailed", "choose_memory", "measure", "vectors"]
 
 
 @dataclasses.dataclass(frozen=True)

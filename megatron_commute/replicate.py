@@ -8,11 +8,7 @@ import numpy as np
 import torch
 
 from megatron_commute import hvp, ops, reduce
-
-
-def direction_samples(samples, splits):
-    """Sequences per domain that the direction of one replicate takes: half of what its gradients take, at least one."""
-    return max(1, samples // splits // 2)
+from megatron_commute.config import direction_samples
 
 
 class _Replicate:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from plain_loop import BATCH, Loop, fails_at, held_out, lines, mean_loss
 
-from megatron_commute import probe, record, reduce
+from megatron_commute import controller, probe, record, reduce
 from megatron_commute.adapters import torch_loop
 from megatron_commute.config import Config, Probe
 
@@ -82,6 +82,19 @@ def test_a_full_disk_loses_a_line_and_not_the_training(tmp_path, monkeypatch):
     loop.until()
     assert loop.losses == Loop(tmp_path / "undisturbed").until().losses
     assert [line["step"] for line in lines(tmp_path, "probe")] == [4, 16, 20]
+
+
+def test_a_controller_that_fails_leaves_weights_and_training_alone(tmp_path, monkeypatch):
+    def fail(law, situation):
+        raise ArithmeticError("no such simplex")
+
+    alone = Loop(tmp_path / "alone", mode="act", watched=False).until()
+    monkeypatch.setattr(controller, "decide", fail)
+    loop = Loop(tmp_path, mode="act").until()
+    told = lines(tmp_path, "probe")
+    assert told and all("controller failed" in line["reason"] for line in told)
+    assert all("no such simplex" in line["reason"] and line["effective_sample"] is None for line in told)
+    assert loop.drawn == alone.drawn and loop.losses == alone.losses
 
 
 def test_a_record_shorter_than_the_checkpoint_is_refused(tmp_path):

@@ -195,7 +195,7 @@ def test_cost_of_probes(tmp_path):
 
     # 2 domains x 64 samples x 2 gradients + 2 x 32 for the direction = 320; 3 probes in 800 samples
     assert cost("") == (3, 320, 1.2)
-    assert cost("probe: {method: exact}").gradients == 2 * 64 * 3.5 + 2 * 32
+    assert cost("probe: {method: exact}").gradients == 2 * 64 * 3.1 + 2 * 32
     assert cost("target: {ru: 1}").gradients == 2 * 64 * 2 + 32
     assert cost("target: each").gradients == 2 * (2 * 64 * 2) + 2 * 32
     assert cost("probe: {samples: 4}").gradients == 2 * 4 * 2 + 2 * 4, (

@@ -14,17 +14,18 @@ PACKAGE = ROOT / "megatron_commute"
 # From the bottom up: a module may import from its own line and from those above it.
 LAYERS = [
     ["memory", "yaml_checks", "schedule", "mixture_file", "shares", "config"],
-    ["_mixture", "feasible", "mixture", "takeover", "sampler", "bracket", "controller", "record", "events"],
+    ["_mixture", "feasible", "mixture", "takeover", "sampler", "bracket", "record", "events"],
+    ["planning", "receding", "laws", "controller", "lockin", "calibration", "control", "replay"],
     ["series", "drawing", "report", "plots"],
-    ["ops", "reduce"],
+    ["_kernels", "ops", "reduce"],
     ["hvp", "rop", "direction", "account"],
     ["replicate", "probe", "response"],
     ["hook"],
     ["adapters.*", "checkpoints"],
     ["experiments.*"],
-    ["cli", "doctor", "__main__"],
+    ["patch", "cli", "doctor", "__main__"],
 ]
-PURE = LAYERS[0] + LAYERS[1][1:] + LAYERS[2]
+PURE = LAYERS[0] + LAYERS[1][1:] + LAYERS[2] + LAYERS[3]
 HEAVY = ["matplotlib", "scipy", "deepspeed", "megatron", "tokenizers", "tabulate", "tqdm"]
 
 

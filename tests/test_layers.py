@@ -17,7 +17,7 @@ LAYERS = [
     ["_mixture", "feasible", "mixture", "takeover", "sampler", "bracket", "record", "events"],
     ["planning", "receding", "laws", "controller", "lockin", "calibration", "control", "replay"],
     ["series", "drawing", "report", "plots"],
-    ["_kernels", "ops", "reduce"],
+    ["_kernels", "reference", "ops", "reduce"],
     ["hvp", "rop", "direction", "account"],
     ["replicate", "probe", "response"],
     ["hook"],

@@ -1,15 +1,18 @@
-"""Laws: the next domain weights from measured scores, remaining budgets and guardrails. Pure functions.
+"""Decisions: the wish of a law (laws.py), cut to what budgets, guardrails and its own error allow. Pure functions.
 
 A law proposes; the guardrails common to all laws decide how much of the wish is granted. Budgets are kept as bounds on the
 weights of the coming window, so a decision never leaves more of a domain than the samples after it can carry.
 """
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
-from megatron_commute.mixture import nearest
+from megatron_commute.feasible import nearest
+from megatron_commute.laws import CALIBRATED, LAWS, MEASURED, Wish, remaining_shares, shares_of, significant
 
+__all__ = ["LAWS", "Decision", "Situation", "bounds", "decide", "remaining_shares", "significant"]
 DEAD_BAND = 1e-3  # smaller moves are not worth a change
 
 
@@ -22,6 +25,18 @@ class Situation:
     window: samples until the next decision; score, score_se f64[K] (score > 0: delay); dof: replicates - 1; minimum,
     maximum f64[K]: the domains' own bounds, kept to the end; floors, caps f64[K]: bounds of what a law may ask; rate: the
     largest change of one weight; confidence: of the two-sided interval outside which a score counts; strength of the law.
+
+    Signals of some laws: target f64[K], shares of the target; losses f64[K], mean training loss of each domain since the
+    last decision, nats; effect, effect_se f64[K], effect_dof: measured change of the target loss, judged after a common
+    tail, per unit of weight moved onto domain k now and given back later, relative to the mixture (negative: earlier
+    helps); scale, scale_interval: measured over predicted effect of the law's signal and its interval, None while
+    uncalibrated; scheduled f64[K], the schedule's weights for this window; quadratic: the receding.Model that law
+    `receding` plans on; loss: target loss, nats; memory: what the law's last decision asked to keep.
+
+    Guardrails: decisions_since_change: decisions since the last one that changed the weights (0: that was the last one);
+    cooldown: decisions to rest after a change; progress: samples used / samples in all; freeze: part of the run at whose
+    end the law stops; frozen: the weights stay, whatever the law says; end_share, end_weights f64[K]: last part of the run
+    and its mixture (None: the planned one); gate: least expected gain as a part of the loss, for laws that predict.
     """
 
     weights: np.ndarray
@@ -39,55 +54,40 @@ class Situation:
     rate: float
     confidence: float
     strength: float
+    target: np.ndarray | None = None
+    losses: np.ndarray | None = None
+    effect: np.ndarray | None = None
+    effect_se: np.ndarray | None = None
+    effect_dof: int = 1
+    scale: float | None = None
+    scale_interval: tuple[float, float] | None = None
+    scheduled: np.ndarray | None = None
+    quadratic: Any = None
+    loss: float | None = None
+    memory: dict = dataclasses.field(default_factory=dict)
+    decisions_since_change: int = 2**31
+    cooldown: int = 1
+    progress: float = 0.0
+    freeze: float = 1.0
+    frozen: bool = False
+    end_share: float = 0.0
+    end_weights: np.ndarray | None = None
+    gate: float = 5e-4
 
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """weights f64[K] for the coming window, or None where the weights stay as they are; reason: one sentence."""
+    """weights f64[K] for the coming window, or None where the weights stay as they are; reason: one sentence.
+
+    expected, expected_se: predicted change of the final target loss, nats, negative: better; None where the law does not
+    predict. memory: a JSON-able dict that the law wants in the next Situation.
+    """
 
     weights: np.ndarray | None
     reason: str
-
-
-def remaining_shares(remaining, samples_left, initial):
-    """Weights f64[K] that would use up every budget exactly at the end; endless domains (NaN) share the rest as planned."""
-    endless = np.isnan(remaining)
-    shares = np.where(endless, 0.0, remaining) / samples_left
-    rest = max(0.0, 1.0 - shares.sum())
-    if endless.any():
-        planned = np.where(endless, np.maximum(initial, 1e-12), 0.0)
-        shares = shares + rest * planned / planned.sum()
-    return shares / shares.sum()
-
-
-def significant(score, score_se, dof, confidence):
-    """bool[K]: where a score lies outside its two-sided Student interval. A score without a finite error never does."""
-    from scipy.special import stdtrit
-
-    quantile = stdtrit(dof, 0.5 + confidence / 2)
-    finite = np.isfinite(score) & np.isfinite(score_se)
-    return finite & (np.abs(score) > quantile * np.where(finite, score_se, np.inf))
-
-
-def tilt(shares, score, strength):
-    """shares f64[K] tilted against the score: w_k ~ shares_k exp(-strength score_k / max|score|).
-
-    The paper's criterion (Corollary 3.2) turned into a law: domains that should wait get less now, and by their budgets
-    more later. It looks one window ahead only; over long horizons this can harm (see README, limits).
-    """
-    largest = np.abs(score).max()
-    if largest == 0:
-        return shares.copy()
-    tilted = shares * np.exp(-strength * score / largest)
-    return tilted / tilted.sum()
-
-
-def hold(shares, score, strength):
-    """The planned mixture: the remaining-budget shares, whatever was measured."""
-    return shares.copy()
-
-
-LAWS = {"hold": hold, "tilt": tilt}
+    expected: float | None = None
+    expected_se: float | None = None
+    memory: dict = dataclasses.field(default_factory=dict)
 
 
 def guardrails(situation):
@@ -149,31 +149,107 @@ def granted(wish, low, high, endless, least, most):
     return weights
 
 
-def decide(law, situation):
-    """The decision of `law` (a name in LAWS) in a Situation, guardrails applied."""
+def before_the_end(situation):
+    """(Situation without the samples that the end phase will need, its weights f64[K], whether it has begun).
+
+    The end phase begins with the decision whose window lies mostly in the last `end_share` of the run. Before it, what its
+    mixture needs of every budget is set aside, so that no law can spend it.
+    """
     s = situation
-    if s.samples_left <= 0:
-        return Decision(None, "the run ends before new weights could take effect")
-    counts = significant(s.score, s.score_se, s.dof, s.confidence)
-    shares = remaining_shares(s.remaining, s.samples_left, s.initial)
-    wish = LAWS[law](shares, np.where(counts, s.score, 0.0), s.strength)
+    weights = s.initial if s.end_weights is None else np.asarray(s.end_weights, dtype=np.float64)
+    total = s.samples_left / max(1.0 - s.progress, 1e-12)
+    samples = min(s.end_share * total, s.samples_left)
+    if samples <= 0:
+        return s, weights, False
+    if s.samples_left - samples < min(s.window, s.samples_left) / 2:
+        return s, weights, True
+    rest = np.where(np.isnan(s.remaining), np.nan, np.maximum(s.remaining - samples * weights, 0.0))
+    left = s.samples_left - samples
+    owed = np.nansum(rest)
+    if (
+        owed > left
+    ):  # the budgets do not permit the end asked for: nothing may be set aside beyond what they leave
+        rest = rest * (left / owed)
+    return dataclasses.replace(s, remaining=rest, samples_left=left), weights, False
+
+
+def doubt(wish, situation):
+    """Why a predicted gain does not count, or None: it must exceed its own error and `gate` of the loss."""
+    from scipy.special import ndtri, stdtrit
+
+    s = situation
+    if wish.expected is None:
+        return None
+    level = 0.5 + s.confidence / 2
+    quantile = ndtri(level) if wish.dof is None else stdtrit(wish.dof, level)
+    if (
+        not np.isfinite([wish.expected, wish.expected_se]).all()
+        or -wish.expected <= quantile * wish.expected_se
+    ):
+        return f"the expected change {wish.expected:+.2g} is inside its error"
+    if s.loss is not None and -wish.expected < s.gate * abs(s.loss):
+        return f"the expected gain {-wish.expected:.2g} is below {s.gate:g} of the loss"
+    return None
+
+
+def trust(situation):
+    """Part of a law's step that its calibration grants, 0..1: 1 while uncalibrated, 0 when the interval holds no sign."""
+    if situation.scale_interval is None:
+        return 1.0
+    low, high = situation.scale_interval
+    return float(np.clip(low / high, 0.0, 1.0)) if low > 0 and np.isfinite(high) else 0.0
+
+
+def wished(law, situation):
+    """The Wish of `law`, with the gate, the trust region, the cool-down and the freeze applied."""
+    s = situation
+    wish, shares = LAWS[law](s), shares_of(s)
+    if s.frozen:
+        return wish._replace(weights=s.weights.copy(), active=False, why="the weights are frozen")
+    if s.progress >= s.freeze:
+        return wish._replace(weights=shares, active=False, why=f"the law stops at {s.freeze:g} of the run")
+    if law in MEASURED and s.decisions_since_change < s.cooldown:
+        return wish._replace(weights=s.weights.copy(), active=False, why="cool-down after the last change")
+    if not wish.active:
+        return wish
+    why = doubt(wish, s)
+    if why is not None:
+        return wish._replace(weights=shares, active=False, why=why)
+    part = trust(s) if law in CALIBRATED else 1.0
+    if part == 0:
+        return wish._replace(weights=shares, active=False, why="its calibration holds no sign")
+    return wish._replace(weights=shares + part * (wish.weights - shares)) if part < 1 else wish
+
+
+def decide(law, situation):
+    """The decision of `law` (a name in LAWS) in a Situation, guardrails applied; the same situation, the same decision."""
+    if situation.samples_left <= 0:
+        return Decision(
+            None, "the run ends before new weights could take effect", memory=dict(situation.memory)
+        )
+    s, last, ending = before_the_end(situation)
+    wish = wished(law, s)
+    if ending:
+        wish = wish._replace(weights=last, active=True, why="the end phase")
     low, high, relaxed = bounds(s)
+    asked = wish.weights
     if relaxed:  # the budgets get what they need, the law no more than the guardrails allow
-        wish = np.clip(wish, *guardrails(s))
-    weights = granted(wish, low, high, np.isnan(s.remaining), *endless_share(s))
+        asked = np.clip(asked, *guardrails(s))
+    weights = granted(asked, low, high, np.isnan(s.remaining), *endless_share(s))
     moved = float(np.abs(weights - s.weights).max())
+    told = {"expected": wish.expected, "expected_se": wish.expected_se, "memory": wish.memory or {}}
     # a sample more or less of a budget moves its share by 1 / samples_left
     if moved < max(DEAD_BAND, 1.5 / s.samples_left):
-        why = (
-            "the wish is no further than rounding" if counts.any() else "every score is inside its error bar"
-        )
-        return Decision(None, f"weights stay: {why}")
-    if counts.any() and law != "hold":
-        why = f"{int(counts.sum())} of {len(counts)} scores outside their error bars"
-    else:
-        why = "back to the remaining-budget shares: no score outside its error bar"
+        why = "the wish is no further than rounding" if wish.active else _quiet(wish)
+        return Decision(None, f"weights stay: {why}", **told)
+    stays = wish.active or np.array_equal(wish.weights, s.weights)
+    why = wish.why if stays else f"back to the remaining-budget shares: {wish.why}"
     if relaxed or moved > s.rate + 1e-9:
         why += "; the budgets ask for more than the rate limit, floors or caps allow, and budgets win"
-    elif np.abs(weights - wish).max() > DEAD_BAND:
+    elif np.abs(weights - asked).max() > DEAD_BAND:
         why += "; the wish is limited by rate, floors, caps or budgets"
-    return Decision(weights, why)
+    return Decision(weights, why, **told)
+
+
+def _quiet(wish: Wish) -> str:
+    return "every score is inside its error bar" if wish.why == "no score outside its error bar" else wish.why

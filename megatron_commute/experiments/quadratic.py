@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 
 from megatron_commute import bracket
-from megatron_commute.controller import tilt
 from megatron_commute.experiments import (
     quadratic_errata,
     quadratic_figures,
@@ -24,6 +23,7 @@ from megatron_commute.experiments import (
 )
 from megatron_commute.experiments.quadratic_domains import quadratic
 from megatron_commute.feasible import nearest
+from megatron_commute.laws import tilted
 
 TILT_STRENGTH = 0.5  # of the law `tilt`; larger is worse over long horizons
 
@@ -134,5 +134,5 @@ def _tilt(problem, theta, remaining, target):
     shares = remaining / remaining.sum()
     M, _ = problem.measure(theta, target @ problem.gradients(theta))
     scores = bracket.scores(bracket.pairwise(M), shares)
-    wish = tilt(shares, scores, TILT_STRENGTH)
+    wish = tilted(shares, scores, TILT_STRENGTH)
     return nearest(wish, np.zeros_like(wish), np.minimum(remaining, 1.0))

@@ -1,0 +1,201 @@
+"""Laws: what weights a method wishes for the coming window. Pure functions of a Situation, one signature.
+
+law(situation) -> Wish. A law knows neither floors, caps, rate limits nor the end phase: the guardrails of controller.py are
+common to all and decide how much of a wish is granted. What a law does without a signal is nothing: its wish is then the
+remaining-budget shares, under which every budget runs out exactly at the end.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+TRUST = 0.2  # deviation from the shares, relative, up to which effects measured at that amplitude stay linear
+ODM_SMOOTHING = 0.9  # of the moving average of rewards, as published
+
+
+class Wish(NamedTuple):
+    """What a law asks for.
+
+    weights f64[K]; active: whether it is more than the remaining-budget shares; why: one clause; expected, expected_se:
+    predicted change of the final target loss in nats against the shares (negative: better) with its standard error, None
+    where the law does not predict; dof: of that error, None for a normal one; memory: for the next decision.
+    """
+
+    weights: np.ndarray
+    active: bool
+    why: str
+    expected: float | None = None
+    expected_se: float | None = None
+    dof: int | None = None
+    memory: dict | None = None
+
+
+def remaining_shares(remaining, samples_left, initial):
+    """Weights f64[K] that would use up every budget exactly at the end; endless domains (NaN) share the rest as planned."""
+    endless = np.isnan(remaining)
+    shares = np.where(endless, 0.0, remaining) / samples_left
+    rest = max(0.0, 1.0 - shares.sum())
+    if endless.any():
+        planned = np.where(endless, np.maximum(initial, 1e-12), 0.0)
+        shares = shares + rest * planned / planned.sum()
+    return shares / shares.sum()
+
+
+def shares_of(situation):
+    """The remaining-budget shares f64[K] of a Situation: the mixture that every law is judged against."""
+    return remaining_shares(situation.remaining, situation.samples_left, situation.initial)
+
+
+def significant(score, score_se, dof, confidence):
+    """bool[K]: where a score lies outside its two-sided Student interval. A score without a finite error never does."""
+    from scipy.special import stdtrit
+
+    quantile = stdtrit(dof, 0.5 + confidence / 2)
+    finite = np.isfinite(score) & np.isfinite(score_se)
+    return finite & (np.abs(score) > quantile * np.where(finite, score_se, np.inf))
+
+
+def hold(situation):
+    """The planned mixture: the remaining-budget shares, whatever was measured."""
+    return Wish(shares_of(situation), False, "the planned mixture")
+
+
+def schedule(situation):
+    """The weights that the schedule file names for this window; the remaining-budget shares where it names none."""
+    if situation.scheduled is None:
+        return hold(situation)
+    return Wish(np.asarray(situation.scheduled, dtype=np.float64), True, "the schedule's weights")
+
+
+def proportional(situation):
+    """In proportion to what is left: a budget counts with its rest, endless domains share the rest of the run equally.
+
+    Where every domain has a budget this is `hold`; endless domains lose their planned weights.
+    """
+    s = situation
+    equal = remaining_shares(s.remaining, s.samples_left, np.ones_like(s.initial))
+    return Wish(equal, bool(np.isnan(s.remaining).any()), "in proportion to what is left")
+
+
+def tau_tail(situation):
+    """Excess budgets first, then the target's own mixture for as long as the budgets carry it. Needs no measurement.
+
+    For horizons much longer than 1 / (smallest curvature) the start is forgotten and only the mixture of the end counts;
+    over short horizons it harms. With budgets in the target's proportions it is `hold`.
+    """
+    s, shares = situation, shares_of(situation)
+    if s.target is None or not np.isfinite(s.target).all() or not (s.target > 0).any():
+        return Wish(shares, False, "no target to end on")
+    target = s.target / s.target.sum()
+    rest = shares * s.samples_left
+    asked = target > 0
+    tail = min(float((rest[asked] / target[asked]).min()), float(s.samples_left))
+    first = s.samples_left - tail
+    if first < 1:
+        return Wish(shares, False, "the budgets left are the target's own mixture")
+    excess = np.maximum(rest - tail * target, 0.0)
+    window = min(s.window, s.samples_left)
+    used = excess * min(window / first, 1.0) + target * max(window - first, 0.0)
+    return Wish(
+        used / used.sum(), True, f"excess budgets first, the target's mixture after {first:.0f} samples"
+    )
+
+
+def tilted(shares, score, strength):
+    """shares f64[K] tilted against the score: w_k ~ shares_k exp(-strength score_k / max|score|)."""
+    largest = np.abs(score).max()
+    if largest == 0:
+        return shares.copy()
+    result = shares * np.exp(-strength * score / largest)
+    return result / result.sum()
+
+
+def tilt(situation):
+    """The paper's criterion (Rukhovich et al., arXiv 2501.15556, Corollary 3.2) turned into a law: domains that should wait
+    get less now, and by their budgets more later.
+
+    It looks one window ahead only; over long horizons it can harm (see README, limits). Scores inside their error bars count
+    as zero.
+    """
+    s = situation
+    counts = significant(s.score, s.score_se, s.dof, s.confidence)
+    wish = tilted(shares_of(s), np.where(counts, s.score, 0.0), s.strength)
+    if not counts.any():
+        return Wish(wish, False, "no score outside its error bar")
+    return Wish(wish, True, f"{int(counts.sum())} of {len(counts)} scores outside their error bars")
+
+
+def response(situation):
+    """A step along the measured effects, short enough for them to be linear: w_k = shares_k (1 - TRUST z_k), |z| <= strength.
+
+    Effects inside their error bars count as zero. expected = scale * sum_k effect_k (w_k - shares_k): what giving the moved
+    weight back later is measured to be worth; scale 1 while uncalibrated.
+    """
+    s, shares = situation, shares_of(situation)
+    if s.effect is None or s.effect_se is None:
+        return Wish(shares, False, "no effect measured yet")
+    counts = significant(s.effect, s.effect_se, s.effect_dof, s.confidence)
+    if not counts.any():
+        return Wish(shares, False, "no measured effect outside its error bar")
+    effect = np.where(counts, s.effect, 0.0)
+    effect = np.where(counts, effect - shares @ effect, 0.0)
+    largest = np.abs(effect).max()
+    if largest == 0:
+        return Wish(shares, False, "the measured effects are one and the same")
+    wish = shares * (1 - TRUST * min(s.strength, 1.0) * effect / largest)
+    wish /= wish.sum()
+    moved = wish - shares
+    scale = 1.0 if s.scale is None else s.scale
+    expected = float(scale * moved[counts] @ s.effect[counts])
+    error = float(abs(scale) * np.sqrt(moved[counts] ** 2 @ s.effect_se[counts] ** 2))
+    why = f"{int(counts.sum())} of {len(counts)} measured effects outside their error bars"
+    return Wish(wish, True, why, expected, error, s.effect_dof)
+
+
+def odm(situation):
+    """Online Data Mixing (Albalak et al., arXiv 2312.02406): EXP3 with training losses as rewards; knows no budgets.
+
+    reward_k <- a reward_k + (1 - a) L_k / w_k with a = 0.9, eps_t = min(1/K, sqrt(ln K / (K t))),
+    w = (1 - K eps_t) softmax(eps_{t-1} reward) + eps_t. A baseline: it never predicts and knows no error.
+    """
+    s, K = situation, len(situation.weights)
+    turn = int(s.memory.get("turn", 0))
+    reward = np.array(s.memory.get("reward", [0.0] * K), dtype=np.float64)
+    if s.losses is None or not np.isfinite(s.losses).all() or reward.shape != (K,):
+        return Wish(shares_of(s), False, "no training loss of every domain yet", memory=dict(s.memory))
+    played = np.maximum(
+        s.weights, 1e-3
+    )  # the published reward divides by the weight; a domain at rest would explode
+    reward = ODM_SMOOTHING * reward + (1 - ODM_SMOOTHING) * s.losses / played
+    before, now = (min(1 / K, np.sqrt(np.log(K) / (K * t))) for t in (max(turn, 1), turn + 1))
+    power = np.exp(before * (reward - reward.max()))
+    weights = (1 - K * now) * power / power.sum() + now
+    memory = {"turn": turn + 1, "reward": reward.tolist()}
+    return Wish(weights / weights.sum(), True, "the bandit's mixture of training losses", memory=memory)
+
+
+LAWS = {
+    "hold": hold,
+    "schedule": schedule,
+    "proportional": proportional,
+    "tau-tail": tau_tail,
+    "tilt": tilt,
+    "response": response,
+    "odm": odm,
+}
+NEEDS = {  # fields of a Situation without which a law does nothing but hold
+    "hold": (),
+    "schedule": ("scheduled",),
+    "proportional": (),
+    "tau-tail": ("target",),
+    "tilt": ("score", "score_se"),
+    "receding": ("quadratic", "loss"),
+    "response": ("effect", "effect_se", "loss"),
+    "odm": ("losses",),
+}
+MEASURED = {"tilt", "receding", "response", "odm"}  # laws that rest after a change
+CALIBRATED = {
+    "tilt",
+    "receding",
+    "response",
+}  # laws whose signal is calibrated: the trust region holds for them

@@ -25,11 +25,16 @@ from megatron_commute.yaml_checks import (
 )
 
 MODES = ("shadow", "fixed", "act")
-METHODS = ("difference", "exact")
+METHODS = ("difference", "exact", "fused")
 METRICS = ("identity", "adam")
-DIRECTIONS = ("local",)
+DIRECTIONS = ("local", "endpoint", "adjoint")
+LIVE_DIRECTIONS = (
+    "local",
+)  # the others need the run's end or its stored steps; direction.py offers them offline
 MEMORIES = ("auto", *memory.MODES)
-LAWS = ("hold", "tilt")
+LAWS = ("hold", "schedule", "proportional", "tau-tail", "tilt", "receding", "response", "odm")
+RESPONSES = ("off", "lock-in", "rollout")
+LARGEST_DELTA = 0.2  # of the smallest weight: beyond it measured responses stop being linear
 SHARE_TOLERANCE = 1e-6
 
 
@@ -76,8 +81,19 @@ class Probe:
 
 
 @dataclass(frozen=True)
+class End:
+    """`share`: last part of the run whose mixture is chosen for itself; `weights`: shares, one per domain, or None."""
+
+    share: float = 0.0
+    weights: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
 class Controller:
-    """`rate`: largest change of a weight in one decision; `floors`, `caps`: shares, one per domain."""
+    """`rate`: largest change of a weight in one decision; `floors`, `caps`: shares, one per domain; `cooldown`: decisions to
+    rest after a change; `freeze`: part of the run at whose end the law stops; `gate`: least expected gain as a part of the
+    loss; `compare`: laws whose decisions are logged and never act.
+    """
 
     law: str = "tilt"
     strength: float = 1.0
@@ -85,6 +101,26 @@ class Controller:
     confidence: float = 0.95
     floors: tuple[float, ...] = ()
     caps: tuple[float, ...] = ()
+    cooldown: int = 1
+    freeze: float = 1.0
+    end: End = field(default_factory=End)
+    gate: float = 5e-4
+    compare: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Response:
+    """`delta`: amplitude as a part of the smallest weight; `window`: steps of one half of a measurement; `tail`:
+    steps at the base weights after it; `period`: steps from one measurement to the next, None: as the budget
+    allows; `sequences`: held-out sequences of a domain in one reading.
+    """
+
+    kind: str = "off"
+    delta: float = LARGEST_DELTA
+    window: int = 8
+    tail: int = 64
+    period: int | None = None
+    sequences: int = 64
 
 
 @dataclass(frozen=True)
@@ -103,6 +139,7 @@ class Config:
     seed: int = 1234
     probe: Probe = field(default_factory=Probe)
     controller: Controller = field(default_factory=Controller)
+    response: Response = field(default_factory=Response)
     schedule: str | None = None
     measure_budget: float = 0.005
     file: str = "mixture.yaml"
@@ -158,16 +195,29 @@ def _shares(value: Any) -> float | dict[str, float]:
     return _share(value)
 
 
+def _mixture(instead: str) -> Check:
+    """Shares by name that sum to 1; instead: what else may stand here, for the cure."""
+    cure = f"write shares of the domains that sum to 1, such as {{en: 0.5, ru: 0.5}}, or {instead}"
+
+    def check(value: Any) -> dict[str, float]:
+        if not isinstance(value, Mapping) or not value:
+            raise Refused(cure)
+        shares = {name: number(cure, lambda x: 0 <= x <= 1)(share) for name, share in value.items()}
+        if abs(sum(shares.values()) - 1) > SHARE_TOLERANCE:
+            raise Refused(f"these sum to {sum(shares.values()):.6g}, {cure}")
+        return shares
+
+    return check
+
+
 def _target(value: Any) -> str | dict[str, float]:
-    if value == "each":
-        return "each"
-    cure = "write shares of the domains that sum to 1, such as {en: 0.5, ru: 0.5}, or each, or null"
-    if not isinstance(value, Mapping) or not value:
-        raise Refused(cure)
-    shares = {name: number(cure, lambda x: 0 <= x <= 1)(share) for name, share in value.items()}
-    if abs(sum(shares.values()) - 1) > SHARE_TOLERANCE:
-        raise Refused(f"these sum to {sum(shares.values()):.6g}, {cure}")
-    return shares
+    return "each" if value == "each" else _mixture("each, or null")(value)
+
+
+def _laws(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        raise Refused(f"write a list of laws, such as [hold, tilt]; they are {', '.join(LAWS)}")
+    return tuple(dict.fromkeys(one_of(LAWS)(law) for law in value))
 
 
 FILE_KEYS: dict[str, Check] = {
@@ -179,6 +229,7 @@ FILE_KEYS: dict[str, Check] = {
     "seed": integer("write an integer that is not negative", 0),
     "probe": anything,
     "controller": anything,
+    "response": anything,
     "schedule": or_null(text("write the path of a CSV file, or null")),
     "measure_budget": number("write a share of the training compute, such as 0.005", lambda x: 0 < x <= 1),
 }
@@ -208,6 +259,26 @@ CONTROLLER_KEYS: dict[str, Check] = {
     "confidence": number("write a probability from 0.5 to below 1, such as 0.95", lambda x: 0.5 <= x < 1),
     "floors": _shares,
     "caps": _shares,
+    "cooldown": integer("write the number of decisions to rest after a change, 0 or more", 0),
+    "freeze": number("write a part of the run above 0, such as 0.9; 1: never", lambda x: 0 < x <= 1),
+    "end": anything,
+    "gate": number("write a part of the loss, such as 5e-4", lambda x: 0 <= x < 1),
+    "compare": _laws,
+}
+END_KEYS: dict[str, Check] = {
+    "share": number("write a part of the run from 0 to below 1, such as 0.05", lambda x: 0 <= x < 1),
+    "weights": or_null(_mixture("null for the planned weights")),
+}
+RESPONSE_KEYS: dict[str, Check] = {
+    "kind": one_of(RESPONSES),
+    "delta": number(
+        f"write a part of the smallest weight above 0 and at most {LARGEST_DELTA}, beyond which responses are not linear",
+        lambda x: 0 < x <= LARGEST_DELTA,
+    ),
+    "window": integer("write a positive number of steps", 1),
+    "tail": integer("write a number of steps, 0 or more", 0),
+    "period": or_null(integer("write a positive number of steps, or null", 1)),
+    "sequences": integer("write a positive number of held-out sequences", 1),
 }
 
 
@@ -221,13 +292,15 @@ def load(path: str | Path) -> Config:
     domains = _domains(document, values.pop("domains", None))
     names = [domain.name for domain in domains]
     probe = Probe(**document.section("probe", values.pop("probe", None), PROBE_KEYS))
+    if probe.direction not in LIVE_DIRECTIONS:
+        problem = f"{probe.direction} is not measured while a run goes on"
+        raise document.error("probe.direction", problem, "write local")
     if probe.samples % probe.splits:
         fitting = -(-probe.samples // probe.splits) * probe.splits
         problem = f"{probe.samples} is not divisible by the {probe.splits} splits"
         raise document.error("probe.samples", problem, f"write {fitting}, or other probe.splits")
-    law = document.section("controller", values.pop("controller", None), CONTROLLER_KEYS)
-    for key, default in (("floors", 0.0), ("caps", 1.0)):
-        law[key] = _by_domain(document, f"controller.{key}", law.get(key, {}), names, default)
+    law = _controller(document, values.pop("controller", None), names)
+    response = Response(**document.section("response", values.pop("response", None), RESPONSE_KEYS))
     if isinstance(values.get("target"), dict):
         _refuse_strangers(document, "target", values["target"], names)
     if values.get("target") == "each" and values.get("mode") == "act":
@@ -240,12 +313,32 @@ def load(path: str | Path) -> Config:
     return Config(
         domains=domains,
         probe=probe,
-        controller=Controller(**law),
+        controller=law,
+        response=response,
         file=document.file,
         digest=document.digest(),
         lines=document.lines,
         **values,
     )
+
+
+def _controller(document: Document, value: Any, names: list[str]) -> Controller:
+    law = document.section("controller", value, CONTROLLER_KEYS)
+    for key, default in (("floors", 0.0), ("caps", 1.0)):
+        law[key] = _by_domain(document, f"controller.{key}", law.get(key, {}), names, default)
+    for name, floor, cap in zip(names, law["floors"], law["caps"], strict=True):
+        if floor > cap:
+            problem = f"{floor:g} is above the cap {cap:g} of {name}"
+            raise document.error("controller.floors", problem, "write a lower floor or a higher cap")
+    end = document.section("controller.end", law.pop("end", None), END_KEYS)
+    if end.get("weights") is not None:
+        if not end.get("share"):
+            raise document.error(
+                "controller.end.weights", "holds in no part of the run", "write end.share too"
+            )
+        _refuse_strangers(document, "controller.end.weights", end["weights"], names)
+        end["weights"] = tuple(end["weights"].get(name, 0.0) for name in names)
+    return Controller(**law, end=End(**end))
 
 
 def _domains(document: Document, value: Any) -> tuple[Domain, ...]:

@@ -46,6 +46,12 @@ controller:
   confidence: 0.9
   floors: 0.05
   caps: {en: 0.8}
+  cooldown: 3
+  freeze: 0.9
+  end: {share: 0.05, weights: {en: 1.0}}
+  gate: 0.001
+  compare: [tilt, tau-tail]
+response: {kind: lock-in, delta: 0.1, window: 4, tail: 16, period: 40, sequences: 32}
 schedule: null
 measure_budget: 0.01
 """
@@ -61,7 +67,11 @@ def test_every_key_is_read(tmp_path):
     assert config.target == {"en": 0.5, "ru": 0.5} and config.mode == "act"
     assert (config.every, config.lead, config.seed, config.schedule) == (20, 64, 7, None)
     assert dataclasses.astuple(config.probe) == (32, 2, "exact", "identity", "local", "scores", 60.0)
-    assert dataclasses.astuple(config.controller) == ("hold", 0.5, 0.1, 0.9, (0.05, 0.05), (0.8, 1.0))
+    law = config.controller
+    assert dataclasses.astuple(law)[:6] == ("hold", 0.5, 0.1, 0.9, (0.05, 0.05), (0.8, 1.0))
+    assert (law.cooldown, law.freeze, law.gate, law.compare) == (3, 0.9, 0.001, ("tilt", "tau-tail"))
+    assert dataclasses.astuple(law.end) == (0.05, (1.0, 0.0))
+    assert dataclasses.astuple(config.response) == ("lock-in", 0.1, 4, 16, 40, 32)
     assert config.measure_budget == 0.01
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.mode = "shadow"
@@ -72,7 +82,11 @@ def test_defaults(tmp_path):
     assert (config.mode, config.every, config.lead, config.seed) == ("shadow", 1000, None, 1234)
     assert (config.target, config.schedule, config.measure_budget) == (None, None, 0.005)
     assert dataclasses.astuple(config.probe) == (64, 4, "difference", "adam", "local", "auto", None)
-    assert dataclasses.astuple(config.controller) == ("tilt", 1.0, 0.05, 0.95, (0.0, 0.0), (1.0, 1.0))
+    law = config.controller
+    assert dataclasses.astuple(law)[:6] == ("tilt", 1.0, 0.05, 0.95, (0.0, 0.0), (1.0, 1.0))
+    assert (law.cooldown, law.freeze, law.gate, law.compare) == (1, 1.0, 5e-4, ())
+    assert dataclasses.astuple(law.end) == (0.0, None)
+    assert dataclasses.astuple(config.response) == ("off", 0.2, 8, 64, None, 64)
     assert [(d.weight, d.budget, d.minimum, d.maximum, d.holdout) for d in config.domains] == [
         (None, None, 0.0, 1.0, None)
     ] * 2
@@ -106,19 +120,35 @@ ADDED = [
     ("probe:\n  samples: 0", "5: probe.samples: got 0; write a positive number of sequences"),
     ("probe:\n  samples: 66", "5: probe.samples: 66 is not divisible by the 4 splits; write 68, or other probe.splits"),
     ("probe:\n\n  splits: 1", "6: probe.splits: got 1; write 2 or more, standard errors come from the splits"),
-    ("probe:\n  method: differance", "5: probe.method: got differance; write one of difference, exact (did you mean difference?)"),
+    ("probe:\n  method: differance", "5: probe.method: got differance; write one of difference, exact, fused (did you mean difference?)"),
     ("probe: {metric: sgd}", "4: probe.metric: got sgd; write one of identity, adam"),
-    ("probe: {direction: adjoint}", "4: probe.direction: got adjoint; write one of local"),
+    ("probe: {direction: adjoint}", "4: probe.direction: adjoint is not measured while a run goes on; write local"),
     ("probe: {memory: score}", "4: probe.memory: got score; write one of auto, full, sharded, scores (did you mean scores?)"),
     ("probe: {time_limit: 0}", "4: probe.time_limit: got 0; write a positive number of seconds, or null"),
     ("probe: {sample: 8}", "4: probe.sample: unknown key; known here: samples, splits, method, metric, direction, memory, time_limit (did you mean samples?)"),
-    ("controller: {law: receding}", "4: controller.law: got receding; write one of hold, tilt"),
+    ("controller: {law: odd}", "4: controller.law: got odd; write one of hold, schedule, proportional, tau-tail, tilt, receding, response, odm (did you mean odm?)"),
     ("controller: {strength: 0}", "4: controller.strength: got 0; write a positive number"),
     ("controller: {strength: .inf}", "4: controller.strength: got Infinity; write a positive number"),
     ("controller: {rate: 1.5}", "4: controller.rate: got 1.5; write the largest change of a weight in one decision, such as 0.05"),
     ("controller: {confidence: 1}", "4: controller.confidence: got 1; write a probability from 0.5 to below 1, such as 0.95"),
     ("controller: {floors: 2}", "4: controller.floors: got 2; write a share between 0 and 1"),
     ("controller:\n  caps:\n    rus: 0.5", "6: controller.caps.rus: there is no such domain; the domains are en, ru (did you mean ru?)"),
+    ("controller: {cooldown: -1}", "4: controller.cooldown: got -1; write the number of decisions to rest after a change, 0 or more"),
+    ("controller: {freeze: 0}", "4: controller.freeze: got 0; write a part of the run above 0, such as 0.9; 1: never"),
+    ("controller: {gate: 1}", "4: controller.gate: got 1; write a part of the loss, such as 5e-4"),
+    ("controller: {compare: tilt}", "4: controller.compare: got tilt; write a list of laws, such as [hold, tilt]; they are hold, schedule, proportional, tau-tail, tilt, receding, response, odm"),
+    ("controller: {end: 0.1}", "4: controller.end: got 0.1; write a mapping with the keys share, weights"),
+    ("controller: {end: {share: 1}}", "4: controller.end.share: got 1; write a part of the run from 0 to below 1, such as 0.05"),
+    ("controller: {end: {weights: {en: 1}}}", "4: controller.end.weights: holds in no part of the run; write end.share too"),
+    ("controller: {end: {share: 0.1, weights: {xx: 1}}}", "4: controller.end.weights.xx: there is no such domain; the domains are en, ru"),
+    ("controller: {end: {share: 0.1, weights: {en: 0.5}}}", '4: controller.end.weights: got {"en": 0.5}; these sum to 0.5, write shares of the domains that sum to 1, such as {en: 0.5, ru: 0.5}, or null for the planned weights'),
+    ("controller: {floors: 0.4, caps: {ru: 0.3}}", "4: controller.floors: 0.4 is above the cap 0.3 of ru; write a lower floor or a higher cap"),
+    ("response: {kind: on}", "4: response.kind: got on; write one of off, lock-in, rollout (did you mean lock-in?)"),
+    ("response: {delta: 0.3}", "4: response.delta: got 0.3; write a part of the smallest weight above 0 and at most 0.2, beyond which responses are not linear"),
+    ("response: {window: 0}", "4: response.window: got 0; write a positive number of steps"),
+    ("response: {tail: -1}", "4: response.tail: got -1; write a number of steps, 0 or more"),
+    ("response: {period: 0}", "4: response.period: got 0; write a positive number of steps, or null"),
+    ("response: {sequences: 0}", "4: response.sequences: got 0; write a positive number of held-out sequences"),
     ("target: all", "4: target: got all; write shares of the domains that sum to 1, such as {en: 0.5, ru: 0.5}, or each, or null"),
     ("target: {en: 0.6, ru: 0.5}", '4: target: got {"en": 0.6, "ru": 0.5}; these sum to 1.1, write shares of the domains that sum to 1, such as {en: 0.5, ru: 0.5}, or each, or null'),
     ("target: {en: 0.5, xx: 0.5}", "4: target.xx: there is no such domain; the domains are en, ru"),
@@ -192,6 +222,8 @@ def test_every_key_has_a_refusal():
         "domains.NAME.": "DOMAIN_KEYS",
         "probe.": "PROBE_KEYS",
         "controller.": "CONTROLLER_KEYS",
+        "controller.end.": "END_KEYS",
+        "response.": "RESPONSE_KEYS",
     }
     known = {prefix + key for prefix, name in sections.items() for key in getattr(mixture_file, name)}
     assert {

@@ -234,3 +234,26 @@ def doctor(as_json: bool) -> None:
         click.echo("\nready" if works(findings) else "\nnot ready: install what is missing")
     if not works(findings):
         raise SystemExit(1)
+
+
+@main.command()
+@click.argument("path", type=click.Path())
+@click.option("--apply", "do", flag_value="apply", default="apply", help="Put the diffs on (default).")
+@click.option("--check", "do", flag_value="check", help="Only look; exit status 1 when something is missing.")
+@click.option("--revert", "do", flag_value="revert", help="Take the diffs off.")
+@click.option("--only", type=click.Choice(["hook", "modern-stack"]), help="One of the two diffs.")
+@as_json
+def patch(path: str, do: str, only: str | None, as_json: bool) -> None:
+    """Put our diffs on the tree of Megatron-DeepSpeed at PATH: hook, and what a modern stack needs."""
+    from megatron_commute import patch as diffs
+
+    try:
+        rows = diffs.patch(path, do, (only,) if only else diffs.NAMES)
+    except diffs.PatchError as error:
+        raise _Refusal(str(error)) from error
+    if as_json:
+        _print_json(rows)
+    else:
+        click.echo("\n".join(diffs.sentences(rows)))
+    if do == "check" and any(row["state"] == "absent" for row in rows):
+        raise SystemExit(1)

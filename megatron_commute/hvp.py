@@ -56,7 +56,7 @@ def gradient(loss: Loss, params: Vector) -> list[torch.Tensor]:
     Raises ValueError without parameters, or when the loss uses none of them; FloatingPointError when it is
     not finite.
     """
-    return _finite(_slopes(loss, _leaves(params), twice=False), "the gradient")
+    return finite(_slopes(loss, _leaves(params), twice=False), "the gradient")
 
 
 def hessian_vector_product(
@@ -220,8 +220,8 @@ def _exact(loss: Loss, params: Vector, v: Vector) -> Product:
         product = list(torch.autograd.grad(outputs, leaves, along, materialize_grads=True))
     else:
         product = [torch.zeros_like(p) for p in leaves]
-    slopes = _finite([g.detach() for g in slopes], "the gradient")
-    return Product(slopes, _finite(product, "the Hessian-vector product"), None, None)
+    slopes = finite([g.detach() for g in slopes], "the gradient")
+    return Product(slopes, finite(product, "the Hessian-vector product"), None, None)
 
 
 def _leaves(params: Vector) -> list[torch.Tensor]:
@@ -277,7 +277,8 @@ def _nonzero(square: float) -> float:
     return square
 
 
-def _finite(vector: list[torch.Tensor], name: str) -> list[torch.Tensor]:
+def finite(vector: list[torch.Tensor], name: str) -> list[torch.Tensor]:
+    """The vector itself; FloatingPointError naming its tensors that are not finite."""
     # a norm takes no memory of the tensor's size, isfinite() would
     norms = torch.stack([torch.linalg.vector_norm(t, 1) for t in vector])
     bad = norms.isfinite().logical_not().nonzero().flatten().tolist()

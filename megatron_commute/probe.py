@@ -19,7 +19,7 @@ import torch
 from megatron_commute import bracket, memory, reduce, replicate
 from megatron_commute.memory import vectors
 
-__all__ = ["Measurement", "Model", "ProbeFailed", "choose_memory", "measure", "vectors"]
+__all__ = ["Measurement", "Model", "ProbeFailed", "choose_memory", "measure", "team", "vectors"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +33,13 @@ class Model:
     metric: name -> diagonal D of the optimiser's flow as a list of tensors, or None for the identity; collective
     quiet: (method) -> context manager: dropout off, random state kept, and double backward possible where `exact` asks
     micro_batch: sequences of one forward pass
-    verify: (parameters, tokens) -> None, raises where the exact method is wrong on this model; cheap once it has passed
+    verify: (parameters, tokens) -> None, raises where the method is wrong on this model (exact, fused); cheap once passed
     low_precision: whether `parameters` are float32 copies of what the module holds
+    fused: (parameters, u, tokens) -> object with .gradient and .product (lists), for method fused, or None
+    gradient: (parameters, batches) -> sum of share * gradient over batches, an iterable of (tokens, share): for models
+        whose micro-batches must run together (pipelines) or in lock-step with other ranks; None: one by one through `loss`
+    together: whether vectors are this rank's SHARDS of what all data-parallel ranks add up (ZeRO-3); needs `gradient`,
+        which is collective over them and gives shards of the sum over their batches
     """
 
     parameters: object
@@ -46,6 +51,9 @@ class Model:
     micro_batch: int
     verify: object = None
     low_precision: bool = False
+    fused: object = None
+    gradient: object = None
+    together: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,11 +98,12 @@ def measure(model, groups, team, draw, settings, targets, weights, flow, time_li
     numbers = np.zeros((settings.splits, len(targets), way.rows(len(weights)), len(weights)))
     params = sample = work = None
     with ballot.section("preparing"):
+        _refuse(model, settings.method)
         params = [p.detach() for p in model.parameters()]
         sample = draw("gradient", 0, np.arange(1))
-    if settings.method == "exact" and model.verify is not None:
+    if settings.method != "difference" and model.verify is not None:
         ballot.settle()
-        with model.quiet("difference"), ballot.section("self-verification of method exact"):
+        with model.quiet("difference"), ballot.section(f"self-verification of method {settings.method}"):
             model.verify(params, sample)
         ballot.settle()
     with ballot.section("preparing"):
@@ -112,6 +121,20 @@ def measure(model, groups, team, draw, settings, targets, weights, flow, time_li
     if not np.isfinite(table).all():
         raise ProbeFailed("the contractions are not finite; the weights stay as they are")
     return _summary(table, weights, flow)
+
+
+def _refuse(model, method):
+    if method == "fused" and model.fused is None:
+        raise ValueError("this model has no hand-written pass: write method difference or exact")
+    if method != "difference" and model.gradient is not None:
+        raise ValueError(
+            f"method {method} needs a model that one rank runs as a whole: write method difference"
+        )
+
+
+def team(model, groups, splits, memory):
+    """reduce.team of the ranks that share a replicate under a mode of probe.memory. Collective: every rank calls it once."""
+    return reduce.team(groups, splits, together=memory == "sharded" or model.together)
 
 
 def _summary(table, weights, flow):
@@ -144,7 +167,7 @@ def choose_memory(model, groups, settings, domains):
     """memory.Memory of this run's probes by probe.memory, the same on all ranks: the most frugal wish wins. Collective."""
     params = model.parameters()
     one = sum(p.numel() * p.element_size() for p in params)
-    ranks = reduce.size(groups.data)
+    ranks = 1 if model.together else reduce.size(groups.data)  # shards are not cut again
     shape = (domains, settings.method, settings.metric, ranks, model.low_precision)
     needed = {mode: vectors(mode, *shape) * one for mode in memory.MODES}
     free = _free_memory(params[0].device, groups) if settings.memory == "auto" else 0

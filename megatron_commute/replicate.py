@@ -24,6 +24,9 @@ class _Replicate:
         self.signs = (1.0, -1.0) if settings.method == "difference" else (0.0,)
         self.once = [i for i, owned in enumerate(model.owned) if owned]
         self.decaying = [i for i in self.once if model.decayed[i]]
+        # whose numbers make up those of one vector, and which ranks add vectors up: with shards the model has done so
+        self.holders = groups.world if model.together else groups.model
+        self.adders = None if model.together else team.group
         self.u = _zeros(params)
 
     @staticmethod
@@ -44,11 +47,12 @@ class _Replicate:
         with self.ballot.section("direction"):
             torch._foreach_zero_(self.u)
             for k in np.flatnonzero(target).tolist() if split is not None else ():
-                for tokens, share in self._batches("direction", k, split, n):
-                    _add(self.u, self._gradient(tokens, self.params), share * float(target[k]))
+                for vector, share in self._gradients("direction", k, split, n, self.params):
+                    _add(self.u, vector, share * float(target[k]))
+                    del vector
         self.ballot.settle()
         if split is not None:
-            reduce.sum_of_vectors(self.u, self.team.group)
+            reduce.sum_of_vectors(self.u, self.adders)
 
     def _displacement(self, split):
         """Turn the gradient into u = D g; the eps of the difference (global norms, equal on all model ranks)."""
@@ -58,7 +62,7 @@ class _Replicate:
                 if self.metric is not None:
                     torch._foreach_mul_(self.u, self.metric)
                 squares = np.array([_dot(v, v, self.once) for v in (self.u, self.params)])
-        squares = reduce.sum_of_numbers(squares, self.groups.model)
+        squares = reduce.sum_of_numbers(squares, self.holders)
         with self.ballot.section("displacement"):
             if split is not None:
                 step = hvp.difference_step(self.params, self.u, v_square=squares[0], params_square=squares[1])
@@ -80,31 +84,54 @@ class _Replicate:
     def _visit(self, k, split, step, sign, at, take):
         """One domain's share of `_sweep`. Vectors are handed over without a name, so that two never live at once."""
         n = self.settings.samples // self.settings.splits
+        if sign:
+            for vector, share in self._gradients("gradient", k, split, n, at):
+                take(k, vector, share / 2, sign * share / (2 * step))
+                del vector
+            return
         for tokens, share in self._batches("gradient", k, split, n):
-            if sign:
-                take(k, self._gradient(tokens, at), share / 2, sign * share / (2 * step))
-                continue
             with self._agreed():
-                found = hvp.gradient_and_product(self._loss(tokens), self.params, self.u, "exact", step)
+                found = self._pair(tokens, step)
             take(k, found.gradient, share, 0.0)
             take(k, found.product, 0.0, share)
             del found
 
+    def _pair(self, tokens, step):
+        """Gradient and product of one micro-batch by a method that gives both in one pass."""
+        if self.settings.method == "fused":
+            found = self.model.fused(self.params, self.u, tokens)
+            hvp.finite(found.gradient, "the gradient")
+            hvp.finite(found.product, "the Hessian-vector product")
+            return found
+        return hvp.gradient_and_product(self._loss(tokens), self.params, self.u, "exact", step)
+
+    def _gradients(self, part, domain, split, n, at):
+        """(vector, share) of this rank's micro-batches at the tensors `at`; of all of them at once where the model asks."""
+        batches = self._batches(part, domain, split, n)
+        if self.model.gradient is None:
+            for tokens, share in batches:
+                yield self._gradient(tokens, at), share
+            return
+        with self._agreed():
+            found = hvp.finite(self.model.gradient(at, batches), "the gradient")
+        yield found, 1.0
+
     def _note_step(self, step, out):
-        if (
-            self.team.rank == 0
-            and reduce.rank_in(self.groups.model) == 0
-            and self.settings.method == "difference"
-        ):
+        first = self.team.rank == 0 and reduce.rank_in(self.groups.model) == 0
+        if first and self.settings.method == "difference":
             out[-1, 0] = step
 
     def _batches(self, part, domain, split, n):
-        """This rank's micro-batches of a replicate's n sequences, each with its share of the mean over the replicate."""
+        """This rank's micro-batches of a replicate's n sequences, each with its share of the mean over the replicate.
+
+        Models that run micro-batches together get as many on every rank of the team: some may be there for nothing.
+        """
         numbers = np.arange(split * n, (split + 1) * n)[self.team.rank :: self.team.size]
-        for start in range(0, len(numbers), self.model.micro_batch):
+        most = -(-n // self.team.size) if self.model.gradient is not None else len(numbers)
+        for start in range(0, most, self.model.micro_batch):
             chunk = numbers[start : start + self.model.micro_batch]
             with self._agreed():
-                tokens = self.draw(part, domain, chunk)
+                tokens = self.draw(part, domain, chunk if len(chunk) else np.array([split * n]))
                 if self.ballot.late():
                     raise TimeoutError("the probe ran past probe.time_limit; raise it or lower probe.samples")
             yield tokens, len(chunk) / n
@@ -117,8 +144,8 @@ class _Replicate:
         return lambda params: self.model.loss(params, tokens)
 
     def _agreed(self):
-        """Model-parallel ranks must leave the micro-batch loop together, or one waits in a forward pass alone."""
-        return reduce.agreed(self.groups.model)
+        """Ranks that hold one model must leave the micro-batch loop together, or one waits in a forward pass alone."""
+        return reduce.agreed(self.holders)
 
 
 class Full(_Replicate):
@@ -137,7 +164,7 @@ class Full(_Replicate):
         self.ballot.settle()
         if split is not None:
             for vector in self.g:
-                reduce.sum_of_vectors(vector, self.team.group)
+                reduce.sum_of_vectors(vector, self.adders)
             with self.ballot.section("contractions"):
                 self._contract(step, out)
 
@@ -147,10 +174,11 @@ class Full(_Replicate):
                 _add(into, vector, scale)
 
     def _contract(self, step, out):
-        """Inner products over the parameters this rank counts. g is the team's, h this rank's share, so M sums up."""
+        """Inner products over the parameters this rank counts. g is the team's, h this rank's share, so M sums up; of
+        models whose vectors are shards both are what this rank holds of the team's."""
         out[:-4] = _gram(self.h, self.g, self.metric, self.once)
         out[-2] = _gram([self.params], self.h, None, self.decaying)
-        if self.team.rank == 0:
+        if self.team.rank == 0 or self.model.together:
             out[-4] = _gram([self.u], self.g, None, self.once)
             out[-3] = _gram([self.u], self.g, None, self.decaying)
         self._note_step(step, out)
@@ -251,7 +279,7 @@ class Scores(_Replicate):
         self.ballot.settle()
         if split is not None:
             for vector in (self.g, self.h):
-                reduce.sum_of_vectors(vector, self.team.group)
+                reduce.sum_of_vectors(vector, self.adders)
         with self.ballot.section("scores"):
             if split is not None:
                 if self.metric is not None:

@@ -2,6 +2,7 @@
 """Text to Megatron: domains as NAME_train and NAME_valid .bin/.idx, one byte-level BPE for all.
 
     python launch/prepare_data.py --out quickstart/data                    # english, russian (parallel), code
+    python launch/prepare_data.py --out study/data --by-package --vocab-size 512
     python launch/prepare_data.py --out mydata --text a=a.txt --text b=folder
 
 Beside the data lie tokenizer.json, data.json (sources, packages, licences, bytes, tokens) and, for each
@@ -9,6 +10,7 @@ prefix, PREFIX.json with the tokenizer's sha256 and the vocabulary size.
 """
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import logging
@@ -55,13 +57,39 @@ class Collection:
     note: str
 
 
-def collect(cache: Path) -> Collection:
-    """english, russian and code: a parallel pair where apt works, else PyPI and the standard library."""
+def by_package(pair: tuple[Domain, Domain]) -> Collection:
+    """english and russian of the largest package, the pages of each other package as domains of their own, and code."""
+    parts: dict[str, list[str]] = {}
+    for name in pair[0].documents:
+        parts.setdefault(name.partition("/")[0], []).append(name)
+    first, *others = sorted(parts, key=lambda part: -len(parts[part]))
+    if not others:
+        raise DataError(f"--by-package: only {first} could be had, two packages are needed")
+    domains = {}
+    for part in (first, *others):
+        prefix = "" if part == first else part.removeprefix("debian-") + "_"
+        for language, whole in zip(("english", "russian"), pair, strict=True):
+            documents = {name: whole.documents[name] for name in parts[part]}
+            domains[prefix + language] = dataclasses.replace(whole, documents=documents)
+    return Collection(
+        {**domains, "code": standard_library_code()}, ("english", "russian"), False, PARALLEL_NOTE
+    )
+
+
+def collect(cache: Path, separate: bool = False) -> Collection:
+    """english, russian and code: a parallel pair where apt works, else PyPI and the standard library.
+
+    separate: see `by_package`; DataError where there is no parallel pair.
+    """
     try:
         english, russian = debian_pair(cache)
     except DataError as error:
+        if separate:
+            raise
         print(f"No parallel English-Russian text from Debian packages ({error})", flush=True)
     else:
+        if separate:
+            return by_package((english, russian))
         domains = {"english": english, "russian": russian, "code": standard_library_code()}
         return Collection(domains, ("english", "russian"), False, PARALLEL_NOTE)
     russian = russian_dictionary(cache)
@@ -244,7 +272,10 @@ def prepare(out: Path, cache: Path, texts: list[str], options: dict) -> dict:
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as work:
         part = Path(work) / "data"
         part.mkdir()
-        record = build(Collection(own, (), None, OWN_NOTE) if own else collect(cache), options, part)
+        separate = options.get("by_package", False)
+        record = build(
+            Collection(own, (), None, OWN_NOTE) if own else collect(cache, separate), options, part
+        )
         os.replace(part, out)
     return record
 
@@ -260,6 +291,9 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--text", metavar="NAME=PATH", action="append", default=[], help="own text; repeat it"
     )
+    parser.add_argument(
+        "--by-package", action="store_true", help="pages of each smaller package as domains of their own"
+    )
     parser.add_argument("--vocab-size", type=int, default=4096, help="tokens, at most 65536 (default 4096)")
     parser.add_argument("--megabytes", type=float, default=4.0, help="most text of one domain (default 4)")
     parser.add_argument(
@@ -273,6 +307,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--megabytes: give a number above 0")
     if not 0 < arguments.valid_share <= 0.5:
         parser.error("--valid-share: give a share above 0 and at most 0.5")
+    if arguments.by_package and arguments.text:
+        parser.error("--by-package: own text has no packages; leave one of --by-package and --text out")
     return arguments
 
 
@@ -280,6 +316,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _arguments(argv)
     began = time.monotonic()
     options = {key: getattr(arguments, key) for key in ("vocab_size", "megabytes", "valid_share", "seed")}
+    if arguments.by_package:
+        options["by_package"] = True
     cache = arguments.cache or arguments.out.with_name(arguments.out.name + "-cache")
     try:
         record = prepare(arguments.out, cache, arguments.text, options)

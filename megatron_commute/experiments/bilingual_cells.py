@@ -1,0 +1,202 @@
+"""Units of work of the language-model studies: each trains or measures something from a saved state and returns numbers.
+
+A cell is a dict of JSON values whose "key" names it; `fill` computes the missing ones of a study, several processes at a
+time, and appends them to a file, so that a study killed at any moment goes on where it stopped.
+"""
+
+import concurrent.futures
+import json
+import multiprocessing
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megatron_commute import probe, reduce
+from megatron_commute.adapters import torch_loop
+from megatron_commute.experiments.bilingual_trainer import Text, Trainer, mean_loss
+from megatron_commute.mixture_file import Probe
+
+CELLS = "cells.jsonl"
+
+
+def read(folder):
+    """Cells of a study by key; a torn last line, of a run that was killed while it wrote, is left out."""
+    path, found = Path(folder) / CELLS, {}
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                cell = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            found[cell["key"]] = cell
+    return found
+
+
+def fill(folder, settings, jobs, processes, say):
+    """Compute the cells of `jobs` [(key, function, arguments)] that `folder` lacks and append each as it is ready.
+
+    Jobs run in the order given; with several processes a job must not need one that is still running. Returns all cells.
+    """
+    done = read(folder)
+    missing = [job for job in jobs if job[0] not in done]
+    path = Path(folder) / CELLS
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _end_torn_line(path)
+    context = multiprocessing.get_context("spawn")
+    with path.open("a", encoding="utf-8") as file:
+        if processes == 1 or len(missing) < 2:
+            for job in missing:
+                _keep(file, _one(settings, folder, job), done, say)
+            return done
+        with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
+            waiting = [pool.submit(_one, settings, folder, job) for job in missing]
+            for ready in concurrent.futures.as_completed(waiting):
+                _keep(file, ready.result(), done, say)
+    return done
+
+
+def _one(settings, folder, job):
+    key, function, arguments = job
+    torch.set_num_threads(1)
+    started = time.monotonic()
+    found = function(settings, folder, **arguments)
+    return {"key": key, **arguments, **found, "timing": {"seconds": time.monotonic() - started}}
+
+
+def _end_torn_line(path):
+    """A line that was cut off gets its end, so that the next cell begins a line of its own."""
+    if path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+        with path.open("a", encoding="utf-8") as file:
+            file.write("\n")
+
+
+def _keep(file, cell, done, say):
+    file.write(json.dumps(cell, allow_nan=False) + "\n")
+    file.flush()
+    done[cell["key"]] = cell
+    say(cell)
+
+
+def state_path(folder, name, step):
+    return Path(folder) / "states" / f"{name}-{step}.pt"
+
+
+def _trainer(settings, folder, name, step, seed=None):
+    trainer = Trainer(settings, Text(settings))
+    return trainer.load(torch.load(state_path(folder, name, step), weights_only=True), seed)
+
+
+def base(settings, folder, name, weights, states, read_every):
+    """The run under constant weights: a state saved at every step of `states`, losses read every `read_every` steps."""
+    trainer = Trainer(settings, Text(settings))
+    readings = []
+    for step in range(max(states) + 1):
+        if step in states:
+            path = state_path(folder, name, step)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(trainer.state(), f"{path}.{os.getpid()}")
+            os.replace(f"{path}.{os.getpid()}", path)
+        if step % read_every == 0 or step in states:
+            readings.append([step, trainer.losses()])
+        if step < max(states):
+            trainer.step(weights)
+    return {"readings": readings}
+
+
+def pair(settings, folder, name, step, weights, delta, window, tails, seed, orders=("12", "21", "base")):
+    """Both orders of eq. 9 from one state: a window at w + delta and one at w - delta of the first domain, then base weights.
+
+    Held-out losses of "12" (more of the first domain first), "21" and "base", read at the end of the two windows and after
+    each number of common steps in `tails`; all three see the same sequences at the same steps.
+    """
+    found = {}
+    for order, sign in ((order, {"12": 1, "21": -1, "base": 0}[order]) for order in orders):
+        trainer = _trainer(settings, folder, name, step, seed)
+        for half in (1, -1):
+            trainer.run(moved(weights, half * sign * delta), window)
+        found[order] = _with_tail(trainer, weights, tails)
+    return found
+
+
+def _with_tail(trainer, weights, tails):
+    """Losses at once and after each number of steps at the base weights: [[steps, {name: loss}]]."""
+    readings = [[0, trainer.losses()]]
+    for before, after in zip([0, *tails], tails, strict=False):
+        trainer.run(weights, after - before)
+        readings.append([after, trainer.losses()])
+    return readings
+
+
+def moved(weights, delta):
+    """Weights with `delta` moved from the second domain to the first."""
+    return [weights[0] + delta, weights[1] - delta, *weights[2:]]
+
+
+def tilt(settings, folder, name, step, weights, delta, steps, seed):
+    """A short paired rollout: losses after `steps` at w + delta and at w - delta, no tail."""
+    found = {}
+    for side, sign in (("plus", 1), ("minus", -1)):
+        trainer = _trainer(settings, folder, name, step, seed)
+        trainer.run(moved(weights, sign * delta), steps)
+        found[side] = trainer.losses()
+    return found
+
+
+def wave(settings, folder, name, step, weights, delta, window, tail, blocks, seed):
+    """The run's own weights as a square wave: blocks of a window at w +- delta, one at w -+ delta and a tail at w.
+
+    Losses read after every block (and before the first); signs: +1 where the first domain came first.
+    """
+    trainer = _trainer(settings, folder, name, step, seed)
+    readings, signs = [trainer.losses()], []
+    for block in range(blocks):
+        sign = 1 if block % 2 == 0 else -1
+        for half in (1, -1):
+            trainer.run(moved(weights, half * sign * delta), window)
+        trainer.run(weights, tail)
+        readings.append(trainer.losses())
+        signs.append(sign)
+    return {"readings": readings, "signs": signs}
+
+
+def criterion(settings, folder, name, step, weights, metric, samples=None):
+    """P, scores and first-order terms at a state, for every single domain as the target and for the mixture.
+
+    Brackets are between the trained domains; the other domains are targets only, so they have weight 0.
+    """
+    trainer = _trainer(settings, folder, name, step)
+    names = (*settings.domains, *settings.others)
+    params = list(trainer.model.parameters())
+    model = torch_loop.probe_model(
+        trainer.model,
+        mean_loss,
+        settings.micro,
+        lambda: torch_loop.second_moments(trainer.optimizer, params),
+    )
+    samples = samples or settings.probe // 2
+    wish = Probe(samples=samples, splits=4, method="difference", metric=metric)
+    half = settings.probe // 2
+
+    def draw(part, domain, numbers):
+        first = half if part == "direction" else 0
+        return trainer.text.probe(names[domain], first + np.asarray(numbers) % half)
+
+    K = len(names)
+    shares = np.array([*weights, *[0.0] * (K - len(weights))])
+    targets = np.concatenate([np.eye(K), shares[None]])
+    rate = trainer.rate(trainer.done)
+    groups = reduce.Groups()
+    found = probe.measure(
+        model, groups, reduce.team(groups, wish.splits), draw, wish, targets, shares, (0.0, (rate, rate))
+    )
+    return {
+        "targets": [*names, "mixture"],
+        "P": found.P[:, 0, 1].tolist(),
+        "P_se": found.P_se[:, 0, 1].tolist(),
+        "u_g": found.u_g[:, : len(weights)].tolist(),
+        "largest_M": float(np.abs(found.M).max()),
+        "rate": rate,
+    }

@@ -21,7 +21,7 @@ EXACT = [] if WINDOWS else ["-O3", "-ffp-contract=off"]
 FAST = [] if WINDOWS else ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 OPENMP = ["/openmp"] if WINDOWS else ["-fopenmp"]
 ARCHITECTURES = (80, 90, 100)
-KERNELS = [name for name in ("norm", "activation", "cross_entropy", "gram", "attention") if Path(f"csrc/{name}.cpp").exists()]
+KERNELS = [name for name in ("norm", "activation", "cross_entropy", "gram", "displace", "attention") if Path(f"csrc/{name}.cpp").exists()]
 
 EXTENSIONS = [
     Pybind11Extension(
@@ -96,6 +96,9 @@ class OptionalBuild(build_ext):
         if done.returncode != 0:
             raise CompileError(f"nvcc ended with {done.returncode}, see above")
 
+
+if not Path("csrc/launch.cu").exists():
+    EXTENSIONS.pop()
 
 if __name__ == "__main__":
     ParallelCompile(default=2).install()

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <vector>
 
 #include "kernels.h"
@@ -116,6 +117,32 @@ void run(const Body& body, int64_t pieces, int threads) {
 #pragma omp parallel for schedule(dynamic, 1) num_threads(workers)
     for (int64_t piece = 0; piece < pieces; ++piece) function(body, piece);
 #endif
+}
+
+// Calls function(T{}) for the element type T of a dtype.
+template <class Function>
+void with_dtype(int dtype, const Function& function) {
+    if (dtype == FLOAT32) return function(float{});
+    if (dtype == BFLOAT16) return function(bf16{});
+    function(double{});
+}
+
+// Rows whose sums by column one piece takes: at most 64 pieces, so that their sums stay small beside the rows.
+inline int64_t rows_of_sums(int64_t n) { return std::max<int64_t>(16, (n + 63) / 64); }
+
+// to[k][j] = sum over pieces of sums[piece, k, j], j < width, for every k < count whose to[k] is not null.
+template <class F>
+void add_pieces(const F* sums, int64_t pieces, int64_t width, int64_t count, void* const* to) {
+    std::vector<double> total(static_cast<size_t>(width));
+    for (int64_t k = 0; k < count; ++k) {
+        if (to[k] == nullptr) continue;
+        std::fill(total.begin(), total.end(), 0.0);
+        for (int64_t piece = 0; piece < pieces; ++piece) {
+            const F* from = sums + (piece * count + k) * width;
+            for (int64_t j = 0; j < width; ++j) total[j] += from[j];
+        }
+        std::copy(total.begin(), total.end(), static_cast<F*>(to[k]));
+    }
 }
 
 }  // namespace commute

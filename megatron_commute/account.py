@@ -11,7 +11,7 @@ class Account:
     """Per-domain losses since the last log line and the fingerprint since the start, equal on all ranks.
 
     K domains. data_rank, data_size: place of this rank among the data-parallel ranks; micro_batch: sequences of one forward
-    pass; group: the data-parallel group.
+    pass; group: the ranks that tell each a part of the step, the data-parallel group.
     """
 
     def __init__(self, domains, global_batch, micro_batch, data_rank, data_size, group):
@@ -23,18 +23,26 @@ class Account:
         self.fingerprint = 0
         self.group = group
 
+    def over(self, group):
+        """The same account summed over `group`: for layouts in which not every rank of a replica sees losses and tokens."""
+        self.group = group
+        return self
+
     def add(self, first_sample, domains, positions, losses, tokens):
-        """One step. domains, positions: i64[global_batch] of the stream; losses f64[n], tokens i64[n, s]: this rank's own.
+        """One step. domains, positions: i64[global_batch] of the stream; losses f64[n], tokens i64[n, s]: this rank's own,
+        None where the rank has none or another rank of the group tells the same.
 
         Sums travel every step, as 2 K + 2 numbers, so that a checkpoint between two log lines continues to the last bit.
         """
         own = domains[self.mine]
         K = len(self.losses)
-        sums = np.concatenate(
-            [np.bincount(own, losses, K), np.bincount(own, minlength=K).astype(np.float64), [0.0, 0.0]]
-        )
-        rows = zip(first_sample + self.mine, own, positions[self.mine], tokens, strict=True)
-        local = sum(sample_hash(*row) for row in rows) % 2**64
+        sums = np.zeros(2 * K + 2)
+        if losses is not None:
+            sums[:K], sums[K : 2 * K] = np.bincount(own, losses, K), np.bincount(own, minlength=K)
+        local = 0
+        if tokens is not None:
+            rows = zip(first_sample + self.mine, own, positions[self.mine], tokens, strict=True)
+            local = sum(sample_hash(*row) for row in rows) % 2**64
         # halves stay exact in float64 for up to two million ranks
         sums[-2:] = local & 0xFFFFFFFF, local >> 32
         total = reduce.sum_of_numbers(sums, self.group)

@@ -143,7 +143,7 @@ ADDED = [
     ("controller: {end: {share: 0.1, weights: {xx: 1}}}", "4: controller.end.weights.xx: there is no such domain; the domains are en, ru"),
     ("controller: {end: {share: 0.1, weights: {en: 0.5}}}", '4: controller.end.weights: got {"en": 0.5}; these sum to 0.5, write shares of the domains that sum to 1, such as {en: 0.5, ru: 0.5}, or null for the planned weights'),
     ("controller: {floors: 0.4, caps: {ru: 0.3}}", "4: controller.floors: 0.4 is above the cap 0.3 of ru; write a lower floor or a higher cap"),
-    ("response: {kind: on}", "4: response.kind: got on; write one of off, lock-in, rollout (did you mean lock-in?)"),
+    ("response: {kind: on}", "4: response.kind: got on; write one of off, lock-in, rollout"),
     ("response: {delta: 0.3}", "4: response.delta: got 0.3; write a part of the smallest weight above 0 and at most 0.2, beyond which responses are not linear"),
     ("response: {window: 0}", "4: response.window: got 0; write a positive number of steps"),
     ("response: {tail: -1}", "4: response.tail: got -1; write a number of steps, 0 or more"),

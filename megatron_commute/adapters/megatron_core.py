@@ -150,8 +150,8 @@ def mean_loss(model, tokens):
     return token_losses(model, tokens[:, :-1], tokens[:, 1:]).mean()
 
 
-def probe_model(engine, micro_batch, method):
-    """The probe.Model of a GPTModel under a DeepSpeed engine with ZeRO stage 0 to 2.
+def probe_model(engine, micro_batch, method, loss=mean_loss):
+    """The probe.Model of a GPTModel under a DeepSpeed engine with ZeRO stage 0 to 2; loss as for torch_loop.probe_model.
 
     Raises ValueError for ZeRO stage 3, whose parameters are partitioned, for an optimiser that hides them (bf16 without
     ZeRO), and for method exact where a part of the model cannot be differentiated twice.
@@ -175,7 +175,7 @@ def probe_model(engine, micro_batch, method):
         )
     model = torch_loop.probe_model(
         module,
-        mean_loss,
+        loss,
         micro_batch,
         lambda: second_moments(engine, params),
         owned,
@@ -187,24 +187,34 @@ def probe_model(engine, micro_batch, method):
 
     @contextlib.contextmanager
     def quiet(method):
-        with in_float32(module), model.quiet(method):
+        with in_float32(module), without_recomputing(module), model.quiet(method):
             yield
 
     return dataclasses.replace(model, quiet=quiet)
 
 
-@contextlib.contextmanager
 def in_float32(module):
     """Let a half-precision model run on float32 weights: its softmax would cast to the training precision."""
-    with quiet_import():
-        from megatron.core.fusions.fused_softmax import FusedScaleMaskSoftmax
+    return replaced(module, input_in_fp16=False, input_in_bf16=False, input_in_float16=False)
 
-    names = ("input_in_fp16", "input_in_bf16", "input_in_float16")
-    found = [m for m in module.modules() if isinstance(m, FusedScaleMaskSoftmax)]
-    kept = [(m, name, getattr(m, name)) for m in found for name in names]
+
+def without_recomputing(module):
+    """Keep activations instead of recomputing them: the backward pass would recompute with the module's own weights.
+
+    The names are those of Megatron-DeepSpeed; megatron-core keeps its own in a configuration that the trainer never sets.
+    """
+    return replaced(
+        module, checkpoint_activations=False, recompute_granularity=None, checkpoint_core_attention=False
+    )
+
+
+@contextlib.contextmanager
+def replaced(module, **values):
+    """Give these values to every submodule that has an attribute of the name, for a time."""
+    kept = [(m, name, vars(m)[name]) for m in module.modules() for name in values if name in vars(m)]
     try:
         for m, name, _ in kept:
-            setattr(m, name, False)
+            setattr(m, name, values[name])
         yield
     finally:
         for m, name, value in kept:

@@ -1,0 +1,130 @@
+"""What one rank sees of a step of Megatron-DeepSpeed: the sequences that its loader brings, the losses that its model gives.
+
+Loaders exist on tensor-parallel rank 0 of every pipeline stage, and only the first and the last stage read them; losses
+exist on the last stage. So each number is told by one rank of a replica, and the account sums over all ranks.
+"""
+
+import contextlib
+
+import numpy as np
+import torch
+
+
+class Sight:
+    """Follows micro-batches of one step at a time; training computes what it would without.
+
+    first, last: whether this rank is the one of its replica that tells sequences, and the one that tells losses.
+    """
+
+    def __init__(self, first, last):
+        self.first, self.last = first, last
+        self.batches, self.losses = [], []
+
+    def begin(self):
+        self.batches, self.losses = [], []
+
+    def over(self, batches):
+        """The iterator of a loader, followed; None stays None."""
+        return None if batches is None else _Followed(batches, self.batches)
+
+    def forward_step(self, forward_step):
+        """Megatron's forward_step, its losses per token [b, s] followed. Pipelines do not call it."""
+
+        def followed(batches, model, *rest):
+            output, loss_function = forward_step(batches, model, *rest)
+            if self.last:
+                self._keep(output, _mask(loss_function))
+            return output, loss_function
+
+        return followed
+
+    @contextlib.contextmanager
+    def of_pipeline(self, engine):
+        """Follow the losses per token inside the loss function of a pipeline's last stage."""
+        module = getattr(engine, "module", None)
+        reduced = getattr(module, "loss_fn", None)
+        if not self.last or reduced is None or not hasattr(engine, "train_batch"):
+            yield
+            return
+        from megatron.core import tensor_parallel
+
+        cross_entropy = tensor_parallel.vocab_parallel_cross_entropy
+
+        def followed(output, labels):
+            found = []
+
+            def kept(*args, **named):
+                found.append(cross_entropy(*args, **named))
+                return found[-1]
+
+            tensor_parallel.vocab_parallel_cross_entropy = kept
+            try:
+                loss = reduced(output, labels)
+            finally:
+                tensor_parallel.vocab_parallel_cross_entropy = cross_entropy
+            if len(found) == 1:  # [s, b]
+                self._keep(found[0].transpose(0, 1), labels[1] if isinstance(labels, tuple | list) else None)
+            return loss
+
+        module.loss_fn = followed
+        try:
+            yield
+        finally:
+            module.loss_fn = reduced
+
+    def _keep(self, losses, mask):
+        """Mean loss f64[b] of every sequence over the tokens that count."""
+        if not torch.is_tensor(losses) or losses.dim() != 2:
+            return
+        losses = losses.detach().double()
+        if torch.is_tensor(mask) and mask.numel() == losses.numel():
+            mask = mask.detach().reshape(losses.shape).double()
+            self.losses.append((losses * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1))
+        else:
+            self.losses.append(losses.mean(dim=1))
+
+    def sequence_losses(self, count):
+        """f64[count] of this step in the order trained, None where another rank tells them or they could not be seen."""
+        if not self.last or not self.losses:
+            return None
+        losses = torch.cat(self.losses).cpu().numpy()
+        return losses if len(losses) == count else None
+
+    def tokens(self, count):
+        """i64[count, s + 1] of this step, None where another rank tells them."""
+        if not self.first or not self.batches:
+            return None
+        tokens = np.concatenate([batch["text"].numpy() for batch in self.batches])
+        return tokens if len(tokens) == count else None
+
+    def delivered(self):
+        """(domain i64[n], position i64[n] or None) of what the loader of this rank brought; None without loader or blend."""
+        for domain, position in (("domain", "position"), ("dataset_idx", None)):
+            if self.batches and domain in self.batches[0]:
+                found = [
+                    None if key is None else np.concatenate([batch[key].numpy() for batch in self.batches])
+                    for key in (domain, position)
+                ]
+                return found[0].astype(np.int64), found[1]
+        return None
+
+
+class _Followed:
+    """An iterator whose batches are kept for the time of a step."""
+
+    def __init__(self, batches, kept):
+        self.batches, self.kept = batches, kept
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        batch = next(self.batches)
+        self.kept.append(batch)
+        return batch
+
+
+def _mask(loss_function):
+    """The loss mask that Megatron's forward_step binds to its loss function, or None."""
+    bound = getattr(loss_function, "args", ())
+    return bound[0] if bound and torch.is_tensor(bound[0]) else None

@@ -1,0 +1,201 @@
+"""Run pretrain_gpt.py of a Megatron-DeepSpeed tree many times: imports once, then one fork for each rank of each job.
+
+    python driver.py TREE JOBS.json
+
+JOBS.json is a list of {"script", "argv", "ranks", "out", "fault"}; every rank writes OUT/rankR.json (what it saw) and
+OUT/rankR.log (what it printed). The driver looks over the host's shoulder only: it changes no number.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import runpy
+import socket
+import sys
+import time
+import types
+import warnings
+from pathlib import Path
+
+LIMIT = 240.0  # seconds for one job
+
+
+def main(tree, jobs):
+    preload(tree)
+    for job in json.loads(Path(jobs).read_text()):
+        begun = time.monotonic()
+        codes = launch(tree, job)
+        spent = time.monotonic() - begun
+        Path(job["out"], "codes.json").write_text(json.dumps(codes))
+        print(f"{job['out']}: exit codes {codes}, {spent:.0f} s", flush=True)
+
+
+def preload(tree):
+    """What every run imports, without starting a thread."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    warnings.simplefilter("ignore")
+    sys.path.insert(0, str(tree))
+    for name, attribute in (("transformers", "AutoTokenizer"), ("regex", "compile")):
+        try:
+            __import__(name)
+        except ImportError:  # its tokenizers want them on import, NullTokenizer does not
+            sys.modules[name] = types.ModuleType(name)
+            setattr(sys.modules[name], attribute, None)
+    import deepspeed.env_report
+    import megatron.training  # noqa: F401
+    import torch.utils.tensorboard  # noqa: F401
+
+    deepspeed.env_report.main = lambda: None  # seconds of compiler tests, a screen of versions
+
+
+def launch(tree, job):
+    """Fork the ranks of one job and wait; their exit codes, 'late' for those that had to be killed."""
+    Path(job["out"]).mkdir(parents=True, exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pids = []
+    for rank in range(job["ranks"]):
+        pid = os.fork()
+        if pid == 0:
+            child(tree, job, rank, port)
+        pids.append(pid)
+    codes, end = [None] * len(pids), time.monotonic() + LIMIT
+    while None in codes and time.monotonic() < end:
+        for i, pid in enumerate(pids):
+            if codes[i] is None and (done := os.waitpid(pid, os.WNOHANG))[0]:
+                codes[i] = os.waitstatus_to_exitcode(done[1])
+                if codes[i]:
+                    end = min(
+                        end, time.monotonic() + 15.0
+                    )  # the peers of a failed rank fail as well, or hang
+        time.sleep(0.05)
+    for i, pid in enumerate(pids):
+        if codes[i] is None:
+            os.kill(pid, 9)
+            os.waitpid(pid, 0)
+            codes[i] = "late"
+    return codes
+
+
+def child(tree, job, rank, port):
+    """One rank: the script as the launcher would start it; ends the process."""
+    code = 1
+    try:
+        log = os.open(f"{job['out']}/rank{rank}.log", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job["ranks"]), LOCAL_WORLD_SIZE=str(job["ranks"]),
+            LOCAL_SIZE=str(job["ranks"]), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo",
+        )  # fmt: skip
+        os.chdir(tree)
+        sys.argv = [job["script"], f"--local_rank={rank}", *job["argv"]]
+        seen = {"losses": [], "grad_norms": [], "delivered": [], "valid": []}
+        watch(seen)
+        with inject(job.get("fault"), rank):
+            runpy.run_path(job["script"], run_name="__main__")
+        Path(job["out"], f"rank{rank}.json").write_text(json.dumps(seen))
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+        Path(job["out"], f"rank{rank}.json").write_text(json.dumps(seen))
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def watch(seen):
+    """Note losses and gradient norms (as hexadecimal floats), delivered samples, and a fingerprint of the final model."""
+    from megatron import training
+    from megatron.data.blendable_dataset import BlendableDataset
+
+    log, train, evaluate, item = (
+        training.training_log,
+        training.train,
+        training.evaluate,
+        BlendableDataset.__getitem__,
+    )
+
+    def noted(loss_dict, *rest, **named):
+        seen["losses"].append({key: float(value).hex() for key, value in loss_dict.items()})
+        return log(loss_dict, *rest, **named)
+
+    def trained(forward_step, model, optimizer, scheduler, batches, *rest):
+        batches = None if batches is None else Noting(batches, seen["delivered"])
+        done = train(forward_step, model, optimizer, scheduler, batches, *rest)
+        digest = hashlib.sha256()
+        for name, p in model[0].module.named_parameters():
+            digest.update(name.encode())
+            data = getattr(p, "ds_tensor", p).detach().float().contiguous()
+            digest.update(data.numpy().tobytes())
+        seen["model"] = digest.hexdigest()
+        return done
+
+    def evaluated(*args, **named):
+        found = evaluate(*args, **named)
+        seen["valid"].append({key: float(value).hex() for key, value in found[0].items()})
+        return found
+
+    training.training_log, training.train, training.evaluate = noted, trained, evaluated
+    BlendableDataset.__getitem__ = lambda self, i: {**item(self, i), "position": self.dataset_sample_index[i]}
+
+
+class Noting:
+    """An iterator that notes (domain, position) of every sample that passes."""
+
+    def __init__(self, batches, delivered):
+        self.batches, self.delivered = batches, delivered
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        batch = next(self.batches)
+        domain = batch["domain"] if "domain" in batch else batch["dataset_idx"]
+        self.delivered.extend(zip(domain.tolist(), batch["position"].tolist(), strict=True))
+        return batch
+
+
+@contextlib.contextmanager
+def inject(fault, rank):
+    """A fault in the probe of one rank: {"rank", "kind": "exception" | "nan", "probe": which draw}."""
+    if fault is None or fault["rank"] != rank:
+        yield
+        return
+    from megatron_commute import hook
+
+    measure, calls = hook.probe.measure, []
+
+    def faulty(model, groups, team, draw, *rest):
+        calls.append(1)
+        if len(calls) != fault["probe"]:
+            return measure(model, groups, team, draw, *rest)
+
+        def drawn(part, domain, numbers):
+            if part == "gradient" and fault["kind"] == "exception":
+                raise OSError("a disk went away (injected)")
+            return draw(part, domain, numbers)
+
+        if fault["kind"] == "nan":
+            import dataclasses
+
+            loss = model.loss
+            model = dataclasses.replace(model, loss=lambda *at: loss(*at) * float("nan"))
+        return measure(model, groups, team, drawn, *rest)
+
+    hook.probe.measure = faulty
+    try:
+        yield
+    finally:
+        hook.probe.measure = measure
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2])

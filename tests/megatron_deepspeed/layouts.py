@@ -1,0 +1,76 @@
+"""The layouts of the matrix, and the command lines of tiny runs of Megatron-DeepSpeed in them."""
+
+import json
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import jobs
+
+ITERS, BATCH, SAVED = 20, 8, 10
+MODEL = """
+    --num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 32 --max-position-embeddings 32
+    --micro-batch-size 2 --global-batch-size 8 --lr 3e-3 --min-lr 1e-4 --lr-decay-style cosine
+    --lr-warmup-iters 2 --weight-decay 0.01 --clip-grad 1.0 --log-interval 5 --eval-interval 10 --eval-iters 1
+    --tokenizer-type NullTokenizer --vocab-size 256 --make-vocab-size-divisible-by 16 --data-impl mmap
+    --no-gradient-accumulation-fusion --no-masked-softmax-fusion --distributed-backend gloo --deepspeed"""
+
+
+class Layout(NamedTuple):
+    """stage: of ZeRO; extra: the flags that make it what it is; config: entries of DeepSpeed's configuration."""
+
+    stage: int
+    ranks: int = 2
+    extra: str = ""
+    config: dict | None = None
+
+
+PLAIN = "--no-pipeline-parallel"
+LAYOUTS = {
+    "zero0": Layout(0, extra=PLAIN),
+    "zero1": Layout(1, extra=PLAIN),
+    "zero2": Layout(2, extra=PLAIN),
+    "zero3": Layout(
+        3, extra=PLAIN, config={"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+    ),
+    "tp2": Layout(1, extra=f"{PLAIN} --tensor-model-parallel-size 2"),
+    "pipe1": Layout(1),
+    "pp2": Layout(1, extra="--pipeline-model-parallel-size 2"),
+    "bf16-zero1": Layout(1, extra=f"{PLAIN} --bf16", config={"bf16": {"enabled": True}}),
+    "checkpointing": Layout(
+        1, extra=f"{PLAIN} --checkpoint-activations --deepspeed-activation-checkpointing"
+    ),
+    "workers2": Layout(1, extra=f"{PLAIN} --num-workers 2"),
+}
+
+
+def flags(name, data, save, *more, iters=ITERS):
+    """The command line of layout `name` on the data of jobs.write_data in folder `data`; checkpoints go to `save`."""
+    layout = LAYOUTS[name]
+    Path(save).mkdir(parents=True, exist_ok=True)
+    config = Path(save, "deepspeed.json")
+    entries = {
+        "train_batch_size": BATCH,
+        "train_micro_batch_size_per_gpu": 2,
+        "steps_per_print": 10**9,
+        "zero_optimization": {"stage": layout.stage},
+        "gradient_clipping": 1.0,
+        **(layout.config or {}),
+    }
+    config.write_text(json.dumps(entries))
+    words = [*MODEL.split(), *layout.extra.split(), "--train-iters", str(iters)]
+    words += ["--zero-stage", str(layout.stage), "--deepspeed_config", str(config), "--save", str(save)]
+    if "--num-workers" not in words:
+        words += ["--num-workers", "0"]
+    for split in ("train", "valid"):
+        words += [f"--{split}-data-path", *jobs_blend(data, split)]
+    words += ["--data-cache-path", f"{data}/cache", "--save-interval", str(SAVED)]
+    return [*words, *(str(word) for word in more)]
+
+
+def jobs_blend(data, split):
+    """WEIGHT PREFIX pairs."""
+    return [
+        part for domain, share in jobs.DOMAINS.items() for part in (str(share), f"{data}/{domain}_{split}")
+    ]

@@ -1,8 +1,9 @@
 """Everything that travels between ranks: the only importer of torch.distributed.
 
 A group of None, or of one rank, is the identity, so the same code runs in one process without a process group.
-Vectors of model size travel only through `sum_of_vectors` and `scattered_sum`; all else is a few numbers. Every
-collective and its payload is counted in `traffic`, so that a test can state what a probe costs the network.
+Vectors of model size travel only through `sum_of_vectors` and `scattered_sum`, parameters that are cut into shards through
+`gathered`, activations of pipelines through `send` and `receive`; all else is a few numbers. Every message and its payload
+is counted in `traffic`, so that a test can state what a probe costs the network.
 """
 
 import contextlib
@@ -128,6 +129,64 @@ def scattered_sum(flat, group):
 def _scatters(group):
     """gloo has reduce_scatter since torch 2.7 only, and there it copies its input and takes four times as long."""
     return dist.get_backend(group) == "nccl"
+
+
+def gathered(shard, group):
+    """The flat tensors of equal length of all ranks of `group`, one after the other, as a new flat tensor."""
+    if size(group) == 1:
+        return shard.detach().clone()
+    whole = shard.new_empty(size(group) * shard.numel())
+    traffic.add("gather", shard)
+    dist.all_gather_into_tensor(whole, shard.detach(), group=group)
+    return whole
+
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.int16,
+           torch.uint8, torch.bool)  # fmt: skip
+_MOST_TENSORS, _MOST_DIMENSIONS = 16, 8
+
+
+def send(tensors, number, peer):
+    """Start sending a message to global rank `peer`: `number`, for the order, and a list of tensors, or None for a fault.
+
+    Returns what `wait` needs; the tensors may be freed meanwhile. Raises ValueError, before anything is sent, for more
+    than 16 tensors, more than 8 dimensions or a dtype without a place in the table.
+    """
+    head = torch.zeros(2 + _MOST_TENSORS * (3 + _MOST_DIMENSIONS), dtype=torch.int64)
+    head[0], head[1] = number, -1 if tensors is None else len(tensors)
+    if len(tensors or ()) > _MOST_TENSORS or any(t.dim() > _MOST_DIMENSIONS for t in tensors or ()):
+        raise ValueError(f"a message holds {_MOST_TENSORS} tensors of {_MOST_DIMENSIONS} dimensions at most")
+    for row, tensor in zip(head[2:].view(_MOST_TENSORS, -1), tensors or (), strict=False):
+        row[0], row[1], row[2] = _DTYPES.index(tensor.dtype), tensor.requires_grad, tensor.dim()
+        row[3 : 3 + tensor.dim()] = torch.tensor(tensor.shape)
+    raw = [t.detach().contiguous().reshape(-1).view(torch.uint8) for t in tensors or () if t.numel()]
+    pending = []
+    for part in (head.to(_device()), *raw):
+        traffic.add("send", part)
+        pending.append((dist.isend(part, peer), part))
+    return pending
+
+
+def wait(pending):
+    """Until all that `send` has started is delivered."""
+    for work, _ in pending:
+        work.wait()
+
+
+def receive(peer, device):
+    """(number, tensors) of the next message of global rank `peer`, or (number, None) for a fault there. Tensors that
+    required a gradient on the other side are leaves that require one here."""
+    head = torch.empty(2 + _MOST_TENSORS * (3 + _MOST_DIMENSIONS), dtype=torch.int64, device=_device())
+    dist.recv(head, peer)
+    head = head.cpu()
+    number, count = head[:2].tolist()
+    tensors = []
+    for kind, sloped, dims, *shape in head[2:].view(_MOST_TENSORS, -1)[: max(count, 0)].tolist():
+        tensor = torch.empty(shape[:dims], dtype=_DTYPES[kind], device=device)
+        if tensor.numel():
+            dist.recv(tensor.view(-1).view(torch.uint8), peer)
+        tensors.append(tensor.requires_grad_(bool(sloped)))
+    return number, None if count < 0 else tensors
 
 
 def any_rank(flag, group):

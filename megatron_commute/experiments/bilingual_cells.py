@@ -107,7 +107,7 @@ def base(settings, folder, name, weights, states, read_every):
 
 
 def pair(settings, folder, name, step, weights, delta, window, tails, seed, orders=("12", "21", "base")):
-    """Both orders of eq. 9 from one state: a window at w + delta and one at w - delta of the first domain, then base weights.
+    """Both orders of eq. 9 from one state: a window at w + delta and one at w - delta of the first domain, then w.
 
     Held-out losses of "12" (more of the first domain first), "21" and "base", read at the end of the two windows and after
     each number of common steps in `tails`; all three see the same sequences at the same steps.

@@ -133,6 +133,28 @@ def brackets(found, settings, size, run):
     return rows
 
 
+def beside(found, effect_rows, bracket_rows, settings, size, run):
+    """Tables 2 and 3: our numbers at the strongest intervention beside the paper's, one row for each of the four states.
+
+    EL: excess losses at the window's end in nats; g2P: gamma^2 P_21 under the Adam metric for either language as the target.
+    """
+    rows, (first, second) = [], settings.domains[:2]
+    excess = {(r["step"], r["delta"], r["order"], r["target"]): r for r in effect_rows if r["run"] == run}
+    P = {(r["step"], r["target"]): r for r in bracket_rows if (r["run"], r["metric"]) == (run, "adam")}
+    for step, printed in zip(size.starts, PRINTED[run], strict=False):
+        row = {"run": run, "step": step, "paper's step": printed[0]}
+        for i, (order, name) in enumerate(((o, n) for o in ("12", "21") for n in (first, second)), 3):
+            r = excess.get((step, max(RUNS[run][1]), order, name))
+            row[f"EL {name} {order}"] = f"{r['end']:+.4f} ± {r['end_se']:.4f}" if r else None
+            row[f"paper's EL {name} {order}"] = printed[i]
+        for i, name in enumerate((first, second), 7):
+            r = P.get((step, name))
+            row[f"g2P {name}"] = f"{r['gamma2_P_21']:+.4f} ± {r['gamma2_P_21_se']:.4f}" if r else None
+            row[f"paper's g2P {name}"] = printed[i]
+        rows.append(row)
+    return rows
+
+
 def agreement(effect_rows, bracket_rows, settings, reading):
     """Sign agreement of the strongest intervention with P and with "the domain trained last gains", on trained domains.
 

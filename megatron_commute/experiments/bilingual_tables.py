@@ -131,7 +131,7 @@ def significant(row):
 
 
 def judged(rows, signal, kind):
-    """How `signal` predicts the significant effects on targets of `kind`: hits with interval, rank correlation, error in dex.
+    """How `signal` predicts the significant effects on targets of `kind`: hits, rank correlation, error in dex.
 
     The error is the median |log10| of calibrated over true magnitude; the scale is the median of the other states of the
     same run and window, so no effect calibrates itself. The correlation is the mean of Spearman's over runs and windows.

@@ -119,8 +119,8 @@ class Text:
                 into[name] = TokenSequences([f"{settings.data}/{name}_{part}"], settings.sequence)
             if len(self.valid[name]) < settings.held + settings.probe:
                 raise ValueError(
-                    f"{name}_valid has {len(self.valid[name])} sequences of {settings.sequence} tokens, {settings.held} to read "
-                    f"and {settings.probe} to probe are asked: give a larger --valid-share to prepare_data.py"
+                    f"{name}_valid has {len(self.valid[name])} sequences of {settings.sequence} tokens, {settings.held} to "
+                    f"read and {settings.probe} to probe are asked: give a larger --valid-share to prepare_data.py"
                 )
             largest = int(self._stack(self.valid[name], range(settings.held)).max())
             if largest >= settings.vocabulary:

@@ -59,18 +59,24 @@ def quadratic(A, b):
     return Quadratic((A + A.swapaxes(1, 2)) / 2, b)
 
 
-def sample(seed, n=100, domains=2, base=0.7, scale=1.0):
+def sample(seed, n=100, domains=2, base=0.7, scale=1.0, spectrum=None, shared=False):
     """The paper's random problem (appendix B): (Quadratic, theta0[n]).
 
-    A_k = C_k' diag(scale * base^j) C_k, C_k uniform on the orthogonal matrices; b_k, theta0 standard normal.
+    A_k = C_k' diag(scale * base^j) C_k, C_k uniform on the orthogonal matrices; b_k, theta0 standard normal. spectrum f64[n]
+    in place of scale * base^j; shared: one C for all domains, whose spectra differ by log-normal factors (sigma 0.5).
     """
     rng = np.random.default_rng(seed)
-    spectrum = scale * base ** np.arange(n)
+    spectrum = scale * base ** np.arange(n) if spectrum is None else np.asarray(spectrum, dtype=np.float64)
     A = []
-    for _ in range(domains):
-        q, r = np.linalg.qr(rng.standard_normal((n, n)))
-        q *= np.sign(np.diag(r))  # without this the law of q depends on the QR routine
-        A.append((q.T * spectrum) @ q)
+    for domain in range(domains):
+        if domain == 0 or not shared:
+            q, r = np.linalg.qr(rng.standard_normal((n, n)))
+            q *= np.sign(np.diag(r))  # without this the law of q depends on the QR routine
+        own = spectrum
+        if shared:
+            own = spectrum * np.exp(0.5 * rng.standard_normal(n))
+            own *= spectrum.max() / own.max()
+        A.append((q.T * own) @ q)
     b, theta0 = rng.standard_normal((domains, n)), rng.standard_normal(n)
     return quadratic(np.array(A), b), theta0
 

@@ -1,0 +1,292 @@
+"""Study `end-to-end`: final losses under equal budgets when different schedules decide when each domain is used.
+
+Three domains with budgets in shares .6, .1 and .3. Every schedule serves the same samples through the product's own Mixture,
+exactly; only the order differs, so `proportional` and the mean weights of any trajectory ARE the constant mixture.
+Seeds are paired: a seed fixes the start and what each domain delivers.
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+
+from megatron_commute import controller, probe, reduce
+from megatron_commute.adapters import torch_loop
+from megatron_commute.experiments import bilingual_cells as cells
+from megatron_commute.experiments import bilingual_figures as figures
+from megatron_commute.experiments import bilingual_tables as tables
+from megatron_commute.experiments.bilingual_trainer import Text, Trainer, mean_loss
+from megatron_commute.mixture import Mixture
+from megatron_commute.mixture_file import Probe
+
+DOMAINS, SHARES = ("english", "russian", "code"), (0.6, 0.1, 0.3)
+LOW = int(np.argmin(SHARES))
+SCHEDULES = ("constant", "low-resource-last", "tau-tail", "odm", "tilt", "measured end")
+SETTINGS = {"constant rate": {}, "cosine": {"optimizer": "adamw", "decay": "cosine", "weight_decay": 0.1}}
+HARM = 0.002  # of its loss, the most that any domain but the target may lose
+TARGET = {"low-resource": np.eye(3)[LOW], "even": np.full(3, 1 / 3)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """steps of a run; every: steps between decisions; wave: half period of the lock-in; end: steps of the end phase. Each
+    divides the steps before the end phase."""
+
+    steps: int = 1000
+    every: int = 50
+    wave: int = 100
+    end: int = 200
+    seeds: int = 5
+
+
+QUICK = Size(40, 4, 8, 8, 2)
+
+
+def study(settings, folder, quick, processes, say):
+    """Run what is missing, write end_to_end.csv (a row for each schedule and loss) and final_losses.png; (text, files)."""
+    size, found = QUICK if quick else Size(), {}
+    for name, changes in SETTINGS.items():
+        own = dataclasses.replace(settings, domains=DOMAINS, others=(), steps=size.steps, batch=30, **changes)
+        jobs = [
+            (
+                f"{name}/{schedule}/{seed}",
+                run,
+                {"rate": name, "schedule": schedule, "seed": seed, "quick": quick},
+            )
+            for seed in range(1, size.seeds + 1)
+            for schedule in SCHEDULES
+        ]
+        found = cells.fill(
+            folder,
+            own,
+            jobs,
+            processes,
+            lambda cell: say(f"{cell['key']}: {cell['timing']['seconds']:.0f} s"),
+        )
+    rows = summary(found, size)
+    tables.write_csv(folder / "end_to_end.csv", rows)
+    picture = figures.save(folder / "final_losses.png", (7.6, 4.6), lambda figure: draw(figure, rows))
+    weights = figures.save(
+        folder / "weights.png", (7.6, 3.0), lambda figure: draw_weights(figure, found, size)
+    )
+    from tabulate import tabulate
+
+    shown = [{k: v for k, v in row.items() if k != "constant"} for row in rows]
+    return tabulate(shown, headers="keys", floatfmt=".3g"), [str(folder / "end_to_end.csv"), picture, weights]
+
+
+def run(settings, folder, rate, schedule, seed, quick):
+    """One run: {"losses": final held-out loss by domain, "weights": [[step, w]], "served", "notes"}."""
+    size = QUICK if quick else Size()
+    trainer = Trainer(settings, Text(settings), seed)
+    samples = size.steps * settings.batch
+    budgets = [round(samples * share) for share in SHARES]
+    mixture = Mixture(np.array(SHARES), budgets, samples=samples)
+    decide = Decider(settings, size, schedule, trainer, mixture)
+    told = []
+    for step in range(size.steps):
+        if step % size.every == 0:
+            decide(step)
+            told.append([step, np.asarray(mixture.weights).tolist()])
+        domains, _ = mixture.take(settings.batch)
+        trainer.step(None, np.bincount(domains, minlength=3))
+    assert mixture.served.tolist() == budgets
+    return {"losses": trainer.losses(), "weights": told, "served": budgets, "notes": decide.notes}
+
+
+class Decider:
+    """The schedule of one run: called every `size.every` steps, it schedules weights on the mixture."""
+
+    def __init__(self, settings, size, schedule, trainer, mixture):
+        self.settings, self.size, self.schedule = settings, size, schedule
+        self.trainer, self.mixture, self.memory, self.notes = trainer, mixture, {}, []
+        self.readings, self.signs = [], []
+
+    def __call__(self, step):
+        weights = {
+            "constant": lambda: None,
+            "low-resource-last": lambda: self._last(step),
+            "tau-tail": lambda: self._law("tau-tail", step, target=TARGET["even"]),
+            "odm": lambda: self._law("odm", step, losses=self._losses()),
+            "tilt": lambda: self._law("tilt", step, **self._scores()) if step else None,
+            "measured end": lambda: self._measured(step),
+        }[self.schedule]()
+        if weights is not None:
+            self.mixture.schedule(np.asarray(weights), self.mixture.index)
+
+    def _losses(self):
+        return np.array([self.trainer.losses()[name] for name in DOMAINS])
+
+    def _last(self, step):
+        """Half the low-resource share until the end phase, the rest of its budget in it."""
+        share = SHARES[LOW] / 2 if step < self.size.steps - self.size.end else None
+        if share is None:
+            left = self.size.steps - step
+            spent = SHARES[LOW] / 2 * (self.size.steps - self.size.end)
+            share = (SHARES[LOW] * self.size.steps - spent) / self.size.end if left else 0.0
+        return _with_low(share)
+
+    def _law(self, law, step, **signals):
+        """A law of controller.py with its guardrails, in the situation of this step."""
+        budgets = np.array(self.mixture.budgets, dtype=np.float64)
+        samples = self.size.steps * self.settings.batch
+        K, left = len(SHARES), samples - self.mixture.index
+        nothing = {"score": np.zeros(K), "score_se": np.full(K, np.inf), "dof": 3}
+        situation = controller.Situation(
+            weights=np.asarray(self.mixture.weights, dtype=np.float64),
+            remaining=budgets - self.mixture.served,
+            initial=np.array(SHARES),
+            samples_left=left,
+            window=self.size.every * self.settings.batch,
+            minimum=np.zeros(K),
+            maximum=np.ones(K),
+            floors=np.zeros(K),
+            caps=np.ones(K),
+            rate=1.0,
+            confidence=0.8,
+            strength=1.0,
+            memory=self.memory,
+            progress=self.mixture.index / samples,
+            **{**nothing, **signals},
+        )
+        decision = controller.decide(law, situation)
+        self.memory = decision.memory
+        return decision.weights
+
+    def _scores(self):
+        """Scores of the paper's criterion under the Adam metric, with errors; the target is the low-resource domain."""
+        model = torch_loop.probe_model(
+            self.trainer.model,
+            mean_loss,
+            self.settings.micro,
+            lambda: torch_loop.second_moments(self.trainer.optimizer, list(self.trainer.model.parameters())),
+        )
+        half, text, groups = self.settings.probe // 2, self.trainer.text, reduce.Groups()
+
+        def draw(part, domain, numbers):
+            first = half if part == "direction" else 0
+            return text.probe(DOMAINS[domain], first + np.asarray(numbers) % half)
+
+        wish = Probe(samples=half, splits=4, method="difference", metric="adam")
+        flow = (self.settings.weight_decay, (self.trainer.rate(self.trainer.done),) * 2)
+        weights = np.asarray(self.mixture.weights, dtype=np.float64)
+        team = reduce.team(groups, wish.splits)
+        found = probe.measure(model, groups, team, draw, wish, TARGET["low-resource"][None], weights, flow)
+        return {"score": found.score[0], "score_se": found.score_se[0], "dof": 3}
+
+    def _measured(self, step):
+        """Lock-in on the run's own weights, then the end phase that its effects promise most for, harming nobody."""
+        size = self.size
+        waving = size.steps - size.end
+        if step < waving:
+            if step % size.wave:
+                return None
+            self.readings.append(self.trainer.losses())
+            self.signs.append(1.0 if len(self.signs) % 2 == 0 else -1.0)
+            return _with_low(SHARES[LOW] * (1 + 0.2 * self.signs[-1]))
+        if step == waving:
+            self.readings.append(self.trainer.losses())
+            self.move = self._plan()
+        half = size.end // 2
+        return _with_low(SHARES[LOW] + (self.move if step >= waving + half else -self.move))
+
+    def _plan(self):
+        """Weight to move onto the low-resource domain in the last half of the end phase, and off it in the first."""
+        step = 0.2 * SHARES[LOW]
+        move, reasons = 0.9 * SHARES[LOW], []
+        for k, name in enumerate(DOMAINS):
+            read = np.array([losses[name] for losses in self.readings])[1:]
+            # a half period with more of the low-resource domain that follows one with less: that order's effect
+            effects = np.array(self.signs[1:-1]) * (2 * read[1:-1] - read[:-2] - read[2:]) / 4
+            mean, error = tables.mean_and_error(effects)
+            error *= 1.5
+            worst = (mean + tables.student(max(len(effects) - 1, 1), 0.9) * error) / step
+            self.notes.append({"domain": name, "effect": mean, "error": error})
+            if k == LOW and not worst < 0:
+                reasons.append("the gain of the low-resource domain is inside its error")
+            if k != LOW and worst > 0:
+                move = min(move, HARM * read[-1] / worst)
+        return 0.0 if reasons else move
+
+
+def _with_low(share):
+    """Weights with `share` for the low-resource domain and the others in proportion to their budgets."""
+    rest = 1 - SHARES[LOW]
+    return [share if k == LOW else (1 - share) * w / rest for k, w in enumerate(SHARES)]
+
+
+def summary(found, size):
+    """One row for each rate, schedule and loss: mean change against the constant mixture, 95 % interval over paired seeds."""
+    rows, spread = [], tables.student(size.seeds - 1) / math.sqrt(size.seeds)
+    for rate in SETTINGS:
+        for schedule in SCHEDULES:
+            pairs = [
+                (found.get(f"{rate}/{schedule}/{seed}"), found.get(f"{rate}/constant/{seed}"))
+                for seed in range(1, size.seeds + 1)
+            ]
+            if any(None in pair for pair in pairs):
+                continue
+            for name in (*DOMAINS, "mixture", "even"):
+                ours, base = (
+                    [_loss(cell["losses"], name) for cell in column] for column in zip(*pairs, strict=True)
+                )
+                change = np.array(ours) - np.array(base)
+                rows.append(
+                    {
+                        "rate": rate,
+                        "schedule": schedule,
+                        "loss": name,
+                        "constant": float(np.mean(base)),
+                        "change": float(change.mean()),
+                        "interval": float(spread * change.std(ddof=1)),
+                        "percent": float(100 * change.mean() / np.mean(base)),
+                    }
+                )
+    return rows
+
+
+def _loss(losses, name):
+    if name in losses:
+        return losses[name]
+    shares = SHARES if name == "mixture" else TARGET["even"]
+    return sum(share * losses[domain] for share, domain in zip(shares, DOMAINS, strict=True))
+
+
+def draw(figure, rows):
+    """Change of each final loss against the constant mixture, with 95 % intervals over paired seeds."""
+    names, others = (*DOMAINS, "mixture", "even"), SCHEDULES[1:]
+    panels = figure.subplots(len(SETTINGS), 1, sharex=True)
+    for panel, rate in zip(panels, SETTINGS, strict=True):
+        for i, schedule in enumerate(others):
+            here = {row["loss"]: row for row in rows if (row["rate"], row["schedule"]) == (rate, schedule)}
+            if here:
+                place = np.arange(len(names)) + 0.13 * (i - (len(others) - 1) / 2)
+                values, errors = ([here[name][key] for name in names] for key in ("change", "interval"))
+                style = {"color": figures.COLOURS[i], "marker": figures.MARKERS[i]}
+                panel.errorbar(place, values, errors, ls="", ms=4, label=schedule, **style)
+        panel.axhline(0, color=figures.GREY, lw=0.8)
+        panel.set_yscale("symlog", linthresh=0.01)
+        panel.set_title(f"AdamW, {rate}" if rate == "cosine" else f"Adam, {rate}")
+        panel.set_ylabel("change of final loss (nats)")
+    panels[-1].set_xticks(range(len(names)), [*DOMAINS, "mixture .6 .1 .3", "even mixture"])
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=7.5)
+
+
+def draw_weights(figure, found, size):
+    """Weight of the low-resource domain along the first seed of every schedule."""
+    panel = figure.subplots()
+    for i, schedule in enumerate(SCHEDULES):
+        cell = found.get(f"constant rate/{schedule}/1")
+        if cell:
+            steps, weights = [step for step, _ in cell["weights"]], [w[LOW] for _, w in cell["weights"]]
+            colour = figures.COLOURS[(i - 1) % len(figures.COLOURS)] if i else figures.GREY
+            panel.step(
+                [*steps, size.steps],
+                [*weights, weights[-1]],
+                where="post",
+                color=colour,
+                lw=1.2,
+                label=schedule,
+            )
+    panel.set(xlabel="step", ylabel=f"weight of {DOMAINS[LOW]}", title="first seed, Adam, constant rate")
+    figure.legend(loc="outside right center", fontsize=7.5)

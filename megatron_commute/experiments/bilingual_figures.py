@@ -1,0 +1,142 @@
+"""Figures of `megatron-commute bilingual`, drawn from the rows of the tables alone."""
+
+import numpy as np
+
+from megatron_commute.drawing import COLOURS, GREY, MARKERS, house_style
+from megatron_commute.experiments import bilingual_paper as paper
+from megatron_commute.experiments.bilingual_tables import KINDS, SIGNALS
+
+
+def save(path, size, plot):
+    """Write one PNG; plot: (figure) -> None."""
+    from matplotlib.figure import Figure
+
+    with house_style():
+        figure = Figure(figsize=size, layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.06, h_pad=0.06)
+        plot(figure)
+        figure.savefig(path, metadata={"Software": None})
+    return str(path)
+
+
+def loss_plane(figure, found, effect_rows, settings, size, run):
+    """The paper's figure 3 (4): held-out losses of both languages along the base run and after both orders of every
+    strength, read at the window's end and after the common tail."""
+    panels = figure.subplots(1, 2, sharex=True, sharey=True)
+    steps, losses = paper.base_readings(found, run)
+    first, second = settings.domains[:2]
+    for panel, reading, title in zip(
+        panels, ("end", "tail"), ("at the window's end", f"after {size.tail} common steps"), strict=True
+    ):
+        late = steps >= size.starts[0] + size.window
+        panel.plot(
+            losses[first][late],
+            losses[second][late],
+            color=COLOURS[0],
+            marker=".",
+            ms=3,
+            lw=1,
+            label="base run",
+        )
+        for i, start in enumerate(size.starts):
+            _front(panel, found, effect_rows, settings, size, run, start, reading, MARKERS[i])
+        panel.set_title(title)
+        panel.set_xlabel(f"held-out loss, {first} (nats per token)")
+    panels[0].set_ylabel(f"held-out loss, {second} (nats per token)")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=7.5)
+
+
+def _front(panel, found, effect_rows, settings, size, run, start, reading, marker):
+    """One iso-budget series: both orders at three strengths around the base of the same number of steps."""
+    strengths = paper.RUNS[run][1]
+    key = f"{run}/{start}/{max(strengths)}/"
+    bases = [cell["base"][0 if reading == "end" else -1][1] for k, cell in found.items() if k.startswith(key)]
+    if not bases:
+        return
+    x0, y0 = (np.mean([base[name] for base in bases]) for name in settings.domains[:2])
+    rows = {
+        (r["delta"], r["order"], r["target"]): r for r in effect_rows if (r["run"], r["step"]) == (run, start)
+    }
+    places = [(delta, "12") for delta in sorted(strengths, reverse=True)] + [(0, "")]
+    places += [(delta, "21") for delta in strengths]
+    x, y, ex, ey = [], [], [], []
+    for delta, order in places:
+        for values, errors, origin, name in (
+            (x, ex, x0, settings.domains[0]),
+            (y, ey, y0, settings.domains[1]),
+        ):
+            row = rows.get((delta, order, name))
+            values.append(origin + (row[reading] if row else 0.0))
+            errors.append(row[f"{reading}_se"] if row else 0.0)
+    label = f"both orders from step {start}, same budgets"
+    panel.errorbar(
+        x, y, np.nan_to_num(ey), np.nan_to_num(ex), color=COLOURS[1], marker=marker, ms=4, lw=1, label=label
+    )
+    panel.annotate("12", (x[0], y[0]), textcoords="offset points", xytext=(3, 3), fontsize=7, color=GREY)
+
+
+def effects(figure, effect_rows, settings, size, run):
+    """Half difference of the orders against the strength, per target: at the window's end and after the tail."""
+    names = [*settings.domains, "mixture"]
+    panels = figure.subplots(1, len(names), sharey=True)
+    strongest = max(paper.RUNS[run][1])
+    for panel, name in zip(panels, names, strict=True):
+        for offset, reading, colour in ((-0.12, "end", COLOURS[0]), (0.12, "tail", COLOURS[1])):
+            both = {}
+            for row in effect_rows:
+                if (row["run"], row["delta"], row["target"]) == (run, strongest, name):
+                    both.setdefault(row["step"], {})[row["order"]] = row
+            values = [(b["12"][reading] - b["21"][reading]) / 2 for b in both.values()]
+            errors = [np.hypot(b["12"][f"{reading}_se"], b["21"][f"{reading}_se"]) / 2 for b in both.values()]
+            place = np.arange(len(values)) + offset
+            label = "at the window's end" if reading == "end" else f"after {size.tail} common steps"
+            panel.errorbar(
+                place, values, errors, fmt="o" if reading == "end" else "s", ms=4, color=colour, label=label
+            )
+        panel.axhline(0, color=GREY, lw=0.8)
+        panel.set_xticks(range(len(both)), [str(step) for step in both])
+        panel.set_title(name)
+        panel.set_xlabel("step at which the window begins")
+    panels[0].set_ylabel("(L after 12 − L after 21) / 2, nats")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+
+
+def hits(figure, table):
+    """Share of significant tail-judged effects whose sign each signal gets right, with 95 % intervals."""
+    panels = figure.subplots(1, len(KINDS), sharey=True)
+    for panel, kind in zip(panels, KINDS, strict=True):
+        rows = {r["signal"]: r for r in table if r["kind"] == kind and r["significant"]}
+        for i, name in enumerate(SIGNALS[::-1]):
+            if name not in rows:
+                continue
+            row = rows[name]
+            share = row["hits"] / row["significant"]
+            error = [[share - row["hit_low"]], [row["hit_high"] - share]]
+            panel.errorbar(share, i, xerr=np.maximum(error, 0), fmt="o", ms=4, color=COLOURS[0])
+            panel.annotate(
+                f"{row['hits']}/{row['significant']}", (0.02, i), va="center", fontsize=7, color=GREY
+            )
+        panel.axvline(0.5, color=GREY, lw=0.8, ls=":")
+        panel.set(xlim=(0, 1.03), title=f"{kind} targets")
+        panel.set_xlabel("signs right, with 95 % interval")
+    panels[0].set_yticks(range(len(SIGNALS)), SIGNALS[::-1])
+
+
+def against_truth(figure, rows, signals=("P adam", "rollout", "lock-in", "persistence")):
+    """Signal against measured effect, each scaled by its median size, both axes logarithmic away from zero."""
+    panels = figure.subplots(1, len(signals), sharey=True)
+    for panel, name in zip(panels, signals, strict=True):
+        usable = [r for r in rows if r.get(name) is not None]
+        scale = np.median([abs(r[name]) for r in usable]) if usable else 1.0
+        unit = np.median([abs(r["truth"]) for r in usable]) if usable else 1.0
+        for k, kind in enumerate(KINDS):
+            here = [r for r in usable if r["kind"] == kind]
+            x, y = [r[name] / scale for r in here], [r["truth"] / unit for r in here]
+            panel.plot(x, y, MARKERS[k], ms=3, color=COLOURS[k], alpha=0.7, label=f"{kind} target")
+        panel.set_xscale("symlog", linthresh=0.3)
+        panel.set_yscale("symlog", linthresh=0.3)
+        panel.axhline(0, color=GREY, lw=0.6)
+        panel.axvline(0, color=GREY, lw=0.6)
+        panel.set_xlabel(f"{name} / its median size")
+    panels[0].set_ylabel("effect after the tail / median size")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)

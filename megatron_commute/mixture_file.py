@@ -189,13 +189,13 @@ def _holdout(value: Any) -> int | str:
 _share = number("write a share between 0 and 1", lambda x: 0 <= x <= 1)
 
 
-def _shares(value: Any) -> float | dict[str, float]:
+def shares(value: Any) -> float | dict[str, float]:
     if isinstance(value, Mapping):
         return {name: _share(share) for name, share in value.items()}
     return _share(value)
 
 
-def _mixture(instead: str) -> Check:
+def mixture_of(instead: str) -> Check:
     """Shares by name that sum to 1; instead: what else may stand here, for the cure."""
     cure = f"write shares of the domains that sum to 1, such as {{en: 0.5, ru: 0.5}}, or {instead}"
 
@@ -211,7 +211,7 @@ def _mixture(instead: str) -> Check:
 
 
 def _target(value: Any) -> str | dict[str, float]:
-    return "each" if value == "each" else _mixture("each, or null")(value)
+    return "each" if value == "each" else mixture_of("each, or null")(value)
 
 
 def _laws(value: Any) -> tuple[str, ...]:
@@ -257,8 +257,8 @@ CONTROLLER_KEYS: dict[str, Check] = {
         "write the largest change of a weight in one decision, such as 0.05", lambda x: 0 < x <= 1
     ),
     "confidence": number("write a probability from 0.5 to below 1, such as 0.95", lambda x: 0.5 <= x < 1),
-    "floors": _shares,
-    "caps": _shares,
+    "floors": shares,
+    "caps": shares,
     "cooldown": integer("write the number of decisions to rest after a change, 0 or more", 0),
     "freeze": number("write a part of the run above 0, such as 0.9; 1: never", lambda x: 0 < x <= 1),
     "end": anything,
@@ -267,7 +267,7 @@ CONTROLLER_KEYS: dict[str, Check] = {
 }
 END_KEYS: dict[str, Check] = {
     "share": number("write a part of the run from 0 to below 1, such as 0.05", lambda x: 0 <= x < 1),
-    "weights": or_null(_mixture("null for the planned weights")),
+    "weights": or_null(mixture_of("null for the planned weights")),
 }
 RESPONSE_KEYS: dict[str, Check] = {
     "kind": one_of(RESPONSES),
@@ -302,7 +302,7 @@ def load(path: str | Path) -> Config:
     law = _controller(document, values.pop("controller", None), names)
     response = Response(**document.section("response", values.pop("response", None), RESPONSE_KEYS))
     if isinstance(values.get("target"), dict):
-        _refuse_strangers(document, "target", values["target"], names)
+        refuse_strangers(document, "target", values["target"], names)
     if values.get("target") == "each" and values.get("mode") == "act":
         problem = "mode act cannot act on several targets at once"
         raise document.error("target", problem, "write shares of the domains, or mode: shadow")
@@ -325,7 +325,7 @@ def load(path: str | Path) -> Config:
 def _controller(document: Document, value: Any, names: list[str]) -> Controller:
     law = document.section("controller", value, CONTROLLER_KEYS)
     for key, default in (("floors", 0.0), ("caps", 1.0)):
-        law[key] = _by_domain(document, f"controller.{key}", law.get(key, {}), names, default)
+        law[key] = by_domain(document, f"controller.{key}", law.get(key, {}), names, default)
     for name, floor, cap in zip(names, law["floors"], law["caps"], strict=True):
         if floor > cap:
             problem = f"{floor:g} is above the cap {cap:g} of {name}"
@@ -336,7 +336,7 @@ def _controller(document: Document, value: Any, names: list[str]) -> Controller:
             raise document.error(
                 "controller.end.weights", "holds in no part of the run", "write end.share too"
             )
-        _refuse_strangers(document, "controller.end.weights", end["weights"], names)
+        refuse_strangers(document, "controller.end.weights", end["weights"], names)
         end["weights"] = tuple(end["weights"].get(name, 0.0) for name in names)
     return Controller(**law, end=End(**end))
 
@@ -376,16 +376,16 @@ def _beside(file: str, path: str) -> str:
     return os.path.normpath(Path(file).absolute().parent / Path(path).expanduser())
 
 
-def _by_domain(
+def by_domain(
     document: Document, key: str, value: float | dict[str, float], names: list[str], default: float
 ) -> tuple[float, ...]:
     if not isinstance(value, dict):
         return (value,) * len(names)
-    _refuse_strangers(document, key, value, names)
+    refuse_strangers(document, key, value, names)
     return tuple(value.get(name, default) for name in names)
 
 
-def _refuse_strangers(document: Document, key: str, shares: Mapping, names: list[str]) -> None:
+def refuse_strangers(document: Document, key: str, shares: Mapping, names: list[str]) -> None:
     for name in shares:
         if name not in names:
             cure = f"the domains are {', '.join(names)}{did_you_mean(name, names)}"

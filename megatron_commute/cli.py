@@ -221,6 +221,41 @@ def quadratic(out_dir: str, seeds: int, as_json: bool) -> None:
 
 
 @main.command()
+@click.argument("out_dir", type=click.Path(file_okay=False))
+@click.option("--data", required=True, help="Folder of launch/prepare_data.py --by-package --vocab-size 512.")
+@click.option(
+    "--study", type=click.Choice(["paper", "signals", "end-to-end"]), default="paper", show_default=True
+)
+@click.option("--quick", is_flag=True, help="A few steps of everything, to see it work.")
+@click.option("--processes", type=click.IntRange(min=1), help="At a time; default the CPU cores.")
+@click.option(
+    "--set",
+    "changes",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Another model, text or optimiser: a field of bilingual_trainer.Settings, such as hidden=768; repeat it.",
+)
+@as_json
+def bilingual(out_dir, data, study, quick, processes, changes, as_json) -> None:
+    """Measure what the order of two languages does to a small GPT, and which signal foresees it; resumes."""
+    from megatron_commute.experiments import bilingual as experiment
+
+    try:
+        settings = experiment.settings_from(data, changes)
+        found = experiment.study(
+            study, settings, out_dir, quick, processes, say=lambda line: click.echo(line, err=True)
+        )
+    except ValueError as error:
+        raise _Refusal(str(error)) from error
+    if as_json:
+        _print_json(found)
+    else:
+        click.echo(found["text"])
+        click.echo("\n".join(found["files"]))
+        click.echo(f"{found['seconds']:.0f} s")
+
+
+@main.command()
 @as_json
 def doctor(as_json: bool) -> None:
     """Show what is installed and what works here. Exit status 1 when something indispensable is missing."""

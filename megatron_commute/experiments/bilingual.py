@@ -17,6 +17,7 @@ from megatron_commute.experiments import bilingual_figures as figures
 from megatron_commute.experiments import bilingual_paper as paper
 from megatron_commute.experiments import bilingual_signals as signals
 from megatron_commute.experiments import bilingual_tables as tables
+from megatron_commute.experiments.bilingual_trainer import Settings
 
 STUDIES = ("paper", "signals", "end-to-end")
 
@@ -35,6 +36,24 @@ def study(name, settings, out_dir, quick=False, processes=None, say=print):
     work = {"paper": _paper, "signals": _signals, "end-to-end": end_to_end.study}[name]
     text, files = work(settings, folder, quick, processes, say)
     return {"text": text, "files": files, "seconds": time.monotonic() - started}
+
+
+def settings_from(data, changes):
+    """Settings over `data` with changes ["hidden=768", ...]; ValueError names what cannot be read."""
+    fields = {field.name: field.default for field in dataclasses.fields(Settings)}
+    found = {}
+    for change in changes:
+        name, _, value = change.partition("=")
+        if name not in fields or name == "data":
+            raise ValueError(
+                f"--set {change}: write NAME=VALUE with one of {', '.join(sorted(fields.keys() - {'data'}))}"
+            )
+        kind = type(fields[name])
+        try:
+            found[name] = tuple(value.split(",")) if kind is tuple else kind(value)
+        except ValueError:
+            raise ValueError(f"--set {change}: {name} is of type {kind.__name__}") from None
+    return Settings(data, **found)
 
 
 def _check_same(folder, settings):

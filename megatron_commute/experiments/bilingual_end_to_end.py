@@ -216,7 +216,7 @@ def _with_low(share):
 
 
 def summary(found, size):
-    """One row for each rate, schedule and loss: mean change against the constant mixture, 95 % interval over paired seeds."""
+    """One row for each rate, schedule and loss: change against the constant mixture, 95 % interval over paired seeds."""
     rows, spread = [], tables.student(size.seeds - 1) / math.sqrt(size.seeds)
     for rate in SETTINGS:
         for schedule in SCHEDULES:

@@ -1,6 +1,7 @@
 """The trainer's command line, with Megatron's names, and all that is refused before anything is started or written."""
 
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ def parse(argv):
         ("log-interval", int, 10), ("eval-interval", int, 100), ("eval-iters", int, 4), ("save-interval", int, 0),
         ("save", str, None), ("load", str, None), ("tensorboard-dir", str, None), ("data-cache-path", str, None),
         ("deepspeed_config", str, str(Path(__file__).with_name("ds_zero1.json"))), ("commute", str, None),
-        ("local_rank", int, 0),
+        ("local_rank", int, 0), ("distributed-timeout-minutes", float, 10.0),
     ):  # fmt: skip
         parser.add_argument(f"--{flag}", type=kind, default=default)
     parser.add_argument("--normalization", choices=("LayerNorm", "RMSNorm"), default="LayerNorm")
@@ -72,6 +73,24 @@ def prepare(args, world):
         raise SystemExit(2) from None
 
 
+def checkpoint_of(args, world):
+    """The restart.Choice of this job; rank 0 converts a checkpoint of another data-parallel size. What cannot go on ends
+    here, with one line and exit status 2."""
+    from megatron_commute.adapters import restart
+
+    tensor = args.tensor_model_parallel_size
+    stage = json.loads(Path(args.deepspeed_config).read_text()).get("zero_optimization", {}).get("stage", 0)
+    first = os.environ.get("RANK", "0") == "0"
+    try:
+        return restart.choose(
+            args.load, world // tensor, tensor, stage, first, lambda line: print(line, file=sys.stderr)
+        )
+    except restart.RestartError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
 def refuse(args, world):
     """Raise ConfigError for flags that no run on `world` ranks can have."""
     from megatron_commute.config import ConfigError
@@ -80,6 +99,8 @@ def refuse(args, world):
                  "log_interval", "eval_interval", "eval_iters"):  # fmt: skip
         if getattr(args, flag) < 1:
             raise ConfigError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: write a positive number")
+    if not args.distributed_timeout_minutes > 0:
+        raise ConfigError("--distributed-timeout-minutes: write a positive number")
     if args.num_workers < 0 or args.save_interval < 0:
         raise ConfigError("--num-workers and --save-interval: write 0 or a positive number")
     tensor = args.tensor_model_parallel_size

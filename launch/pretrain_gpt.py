@@ -5,6 +5,7 @@ Megatron's names. Without --commute the data path is megatron-core's own blended
 """
 
 import contextlib
+import datetime
 import json
 import logging
 import math
@@ -14,7 +15,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from arguments import parse, prepare
+from arguments import checkpoint_of, parse, prepare
 
 
 def learning_rate(args, step):
@@ -25,8 +26,8 @@ def learning_rate(args, step):
     return args.min_lr + (args.lr - args.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def engine_config(args, data_parallel):
-    """DeepSpeed's configuration: the file's, with batch sizes and precision from the flags."""
+def engine_config(args, data_parallel, universal=False):
+    """DeepSpeed's configuration: the file's, with batch sizes and precision from the flags. universal: of restart.Choice."""
     config = json.loads(Path(args.deepspeed_config).read_text())
     config["train_micro_batch_size_per_gpu"] = args.micro_batch_size
     config["gradient_accumulation_steps"] = args.global_batch_size // (args.micro_batch_size * data_parallel)
@@ -34,10 +35,12 @@ def engine_config(args, data_parallel):
     config["zero_allow_untested_optimizer"] = True
     if args.bf16:
         config["bf16"] = {"enabled": True}
+    if universal:
+        config["checkpoint"] = {**config.get("checkpoint", {}), "load_universal": True}
     return config
 
 
-def build_engine(args, data_parallel):
+def build_engine(args, data_parallel, universal=False):
     """GPTModel, AdamW (no decay on biases and norms, as in Megatron) and the DeepSpeed engine around them."""
     import deepspeed
     import torch
@@ -56,7 +59,7 @@ def build_engine(args, data_parallel):
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
-        config=engine_config(args, data_parallel),
+        config=engine_config(args, data_parallel, universal),
         mpu=megatron_core.deepspeed_mpu(),
     )
     return engine
@@ -148,11 +151,13 @@ def scalars(directory, names):
     return listen
 
 
-def resume(engine, args):
-    """(iterations done, plug-in state) of the newest checkpoint under --load; (0, None) where there is none."""
-    if not args.load or not (Path(args.load) / "latest").exists():
+def resume(engine, args, checkpoint):
+    """(iterations done, plug-in state) of the chosen checkpoint under --load; (0, None) where there is none."""
+    from megatron_commute.adapters import restart
+
+    kept = restart.load(engine, args.load, checkpoint)
+    if kept is None:
         return 0, None
-    _, kept = engine.load_checkpoint(args.load)
     return kept["iteration"], json.loads(kept["commute"]) if kept.get("commute") else None
 
 
@@ -180,14 +185,14 @@ def log(done, args, engine, groups, hook, valid, losses, bar):
         bar.write(f"step {done}: validation " + ", ".join(f"{n} {x:.4f}" for n, x in found.items()))
 
 
-def train(args, engine, plugin, valid):
+def train(args, engine, plugin, valid, checkpoint):
     from tqdm import tqdm
 
     from megatron_commute import reduce
     from megatron_commute.adapters import megatron_core
 
     groups, first = megatron_core.groups(), reduce.rank() == 0
-    start, state = resume(engine, args)
+    start, state = resume(engine, args, checkpoint)
     bar = tqdm(total=args.train_iters, initial=start, disable=not first, unit="step", dynamic_ncols=True)
     hook = batches = None
     if plugin is not None:
@@ -265,20 +270,23 @@ def main(argv=None):
     args = parse(argv)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     plugin, valid = prepare(args, world)  # refusals come before anything is imported, started or written
+    checkpoint = checkpoint_of(args, world)
     for name in ("torch.utils.cpp_extension", "megatron.core"):
         logging.getLogger(name).setLevel(logging.ERROR)  # their notes about absent CUDA parts, once a rank
     import deepspeed
     import torch
 
-    from megatron_commute.adapters import megatron_core
+    from megatron_commute.adapters import restart
 
     if shutil.which(os.environ.get("CXX") or "c++") is None:
         # DeepSpeed would die building its CPU operator; gloo does the work
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     with contextlib.redirect_stdout(sys.stderr):
-        deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo")
-    megatron_core.initialise(args.tensor_model_parallel_size, args.seed)
-    train(args, build_engine(args, world // args.tensor_model_parallel_size), plugin, valid)
+        limit = datetime.timedelta(minutes=args.distributed_timeout_minutes)
+        deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", timeout=limit)
+    restart.initialise(args.tensor_model_parallel_size, args.seed, args.distributed_timeout_minutes)
+    engine = build_engine(args, world // args.tensor_model_parallel_size, checkpoint.universal)
+    train(args, engine, plugin, valid, checkpoint)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,176 @@
+"""What lets a job end in time and start again on other ranks: a limit on waiting, and checkpoints of another size.
+
+DeepSpeed's ZeRO checkpoints hold one shard of the optimiser for each data-parallel rank and load on as many ranks only. Its
+universal form has a file for each parameter and loads on any number; the conversion copies the client state, and with it
+this plug-in's, as it is. Without ZeRO (stage 0) every rank keeps everything and no conversion is needed.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+_SHARD = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
+_MODEL = re.compile(r"(?:zero_pp_rank_\d+_)?mp_rank_(\d+)_model_states\.pt")
+_SOURCE = "converted_from.json"
+
+
+class RestartError(ValueError):
+    """The checkpoint cannot go on in this job; nothing was started."""
+
+
+class Saved(NamedTuple):
+    """Ranks that wrote a checkpoint. data: shards of the optimiser, 0 where it is not sharded; model: tensor-parallel ranks;
+    partitioned: whether parameters are shards as well (ZeRO 3)."""
+
+    data: int
+    model: int
+    partitioned: bool
+
+
+class Choice(NamedTuple):
+    """tag: folder of the checkpoint below --load, None for a fresh run; universal: its form is DeepSpeed's universal one."""
+
+    tag: str | None
+    universal: bool
+
+
+def initialise(tensor_parallel, seed, minutes):
+    """megatron_core.initialise with groups whose collectives wait `minutes` at most for a rank that is gone or stuck."""
+    from megatron_commute.adapters import megatron_core
+
+    megatron_core.on_cpu()
+    with megatron_core.quiet_import():
+        from megatron.core import parallel_state
+
+    sizes = {"tensor_model_parallel_size": tensor_parallel, "distributed_timeout_minutes": minutes}
+    parallel_state.initialize_model_parallel(**sizes)
+    megatron_core.seed_dropout(seed)
+
+
+def saved(folder):
+    """The Saved of a checkpoint folder, read off its file names. RestartError where it holds no model states."""
+    names = [path.name for path in Path(folder).iterdir()] if Path(folder).is_dir() else []
+    shards = [match for name in names if (match := _SHARD.fullmatch(name))]
+    models = [match for name in names if (match := _MODEL.fullmatch(name))]
+    if not models:
+        raise RestartError(
+            f"{folder}: no checkpoint here, though `latest` names it; write another tag there, or name another --load"
+        )
+    return Saved(
+        len({match[1] for match in shards}),
+        len({match[1] for match in models}),
+        any(match[0].startswith("zero_pp_rank_") for match in models),
+    )
+
+
+def choose(load, data, model, stage, convert=False, say=print):
+    """The Choice for a job of `data` x `model` ranks that loads the newest checkpoint under `load` (None: a fresh run).
+
+    stage: of ZeRO in this job. convert: let this rank (one of all, before torch.distributed starts) write the universal form
+    where it is needed; the others wait for it in the rendezvous. Raises RestartError, naming the cure, for another number of
+    tensor-parallel ranks, for a change between sharded and whole parameters or optimisers, and for a failed conversion.
+    """
+    latest = Path(load or "", "latest")
+    if not load or not latest.exists():
+        return Choice(None, False)
+    tag = latest.read_text().strip()
+    folder = Path(load, tag)
+    found = saved(folder)
+    if found.model != model:
+        raise RestartError(
+            f"{folder}: written by {found.model} tensor-parallel ranks, this job has {model}; write "
+            f"--tensor-model-parallel-size {found.model} (the number of data-parallel ranks is free)"
+        )
+    was = "3" if found.partitioned else "1 or 2" if found.data else "0"
+    if str(stage) not in was:
+        raise RestartError(
+            f"{folder}: written under ZeRO {was}, this job has zero_optimization.stage {stage}; write {was} into "
+            f"--deepspeed_config"
+        )
+    if found.data in (0, data):
+        return Choice(tag, False)
+    if convert:
+        seconds = _convert(folder, say, f"of {found.data} data-parallel ranks, this job has {data}")
+        if seconds:
+            say(
+                f"converted to {folder.name}_universal; it may be deleted when the next checkpoint is written"
+            )
+    return Choice(f"{tag}_universal", True)
+
+
+def _convert(folder, say, why):
+    """Write the universal form of `folder` beside it, whole or not at all; False where it is there already."""
+    target = folder.with_name(f"{folder.name}_universal")
+    source = {
+        path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(folder.glob("*.pt"))
+    }
+    if (target / _SOURCE).exists() and json.loads((target / _SOURCE).read_text()) == source:
+        return False
+    say(f"the checkpoint {folder.name} is {why}: converting it to DeepSpeed's universal form")
+    shutil.rmtree(target, ignore_errors=True)  # of an older checkpoint of the same step
+    part, given = (folder.with_name(f".{target.name}.{os.getpid()}{end}") for end in ("", ".given"))
+    workers = str(min(4, os.cpu_count() or 1))
+    command = [sys.executable, "-W", "ignore", "-m", "deepspeed.checkpoint.ds_to_universal"]
+    command += ["--input_folder", str(given), "--output_folder", str(part), "--inject_missing_state"]
+    command += ["--num_extract_workers", workers, "--num_merge_workers", workers]
+    try:
+        _tensors_only(folder, given)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        if done.returncode:
+            told = "\n".join((done.stdout + done.stderr).splitlines()[-5:])
+            raise RestartError(
+                f"{folder}: DeepSpeed's ds_to_universal failed; start on the number of ranks that wrote it, or free disk "
+                f"space; it said:\n{told}"
+            )
+        (part / _SOURCE).write_text(json.dumps(source))
+        os.replace(part, target)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(given, ignore_errors=True)
+    (folder.parent / "latest_universal").write_text(target.name)
+    return True
+
+
+def _tensors_only(folder, given):
+    """A folder of links to a checkpoint, its model states without what is no tensor: megatron-core's empty `_extra_state`,
+    which ends ds_to_universal with an AttributeError (deepspeed 0.19.8)."""
+    given.mkdir()
+    for path in folder.glob("*.pt"):
+        if not path.name.startswith("mp_rank_"):
+            (given / path.name).symlink_to(path.resolve())
+            continue
+        state = torch.load(path, map_location="cpu", weights_only=False)
+        if state.get("module") is not None:
+            state["module"] = {
+                name: value for name, value in state["module"].items() if torch.is_tensor(value)
+            }
+        torch.save(state, given / path.name)
+
+
+def load(engine, folder, choice):
+    """The client state of the chosen checkpoint, loaded into the engine, or None for a fresh run.
+
+    From the universal form of ZeRO 3 DeepSpeed (0.19.8) gives every optimiser group the settings of the first, and all flat
+    parameters one step counter, which then counts once for each of them in every step; here each has its own.
+    """
+    if choice.tag is None:
+        return None
+    own = [
+        {key: value for key, value in group.items() if key != "params"}
+        for group in engine.optimizer.param_groups
+    ]
+    _, state = engine.load_checkpoint(folder, tag=choice.tag)
+    if choice.universal and engine.zero_optimization_stage() == 3:
+        for group, settings in zip(engine.optimizer.param_groups, own, strict=True):
+            group.update(settings)
+        for moments in engine.optimizer.optimizer.state.values():
+            if torch.is_tensor(moments.get("step")):
+                moments["step"] = moments["step"].clone()
+    return state

@@ -166,20 +166,13 @@ def probe_model(engine, micro_batch, method, loss=mean_loss):
     params = [p for p in module.parameters() if p.requires_grad]
     first = reduce.rank_in(here.model) == 0
     owned = [first or getattr(p, "tensor_model_parallel", False) for p in params]
-    both = zip(_partitions(engine), engine.optimizer.param_groups, strict=True)
-    decay = {id(p): bool(group.get("weight_decay")) for (members, _), group in both for p in members}
-    if any(id(p) not in decay for p in params):
-        kind = type(engine.optimizer).__name__
-        raise ValueError(
-            f"DeepSpeed's {kind} hides the model's parameters: set zero_optimization.stage to 1 or 2"
-        )
     model = torch_loop.probe_model(
         module,
         loss,
         micro_batch,
         lambda: second_moments(engine, params),
         owned,
-        [decay[id(p)] for p in params],
+        decayed(engine, params),
         here,
         lambda: twice.twice_differentiable(module),
         lambda *loss_params_square: twice.verify(module, *loss_params_square),
@@ -191,6 +184,18 @@ def probe_model(engine, micro_batch, method, loss=mean_loss):
             yield
 
     return dataclasses.replace(model, quiet=quiet)
+
+
+def decayed(engine, params):
+    """Per parameter, whether the optimiser's weight decay acts on it. ValueError where DeepSpeed hides the parameters."""
+    both = zip(_partitions(engine), engine.optimizer.param_groups, strict=True)
+    decay = {id(p): bool(group.get("weight_decay")) for (members, _), group in both for p in members}
+    if any(id(p) not in decay for p in params):
+        kind = type(engine.optimizer).__name__
+        raise ValueError(
+            f"DeepSpeed's {kind} hides the model's parameters: set zero_optimization.stage to 1 or 2"
+        )
+    return [decay[id(p)] for p in params]
 
 
 def in_float32(module):

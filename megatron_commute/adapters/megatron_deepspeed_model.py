@@ -1,5 +1,7 @@
 """The probe.Model of a run of Megatron-DeepSpeed, by the kind of its engine."""
 
+import contextlib
+
 from megatron_commute.adapters import megatron_core
 
 
@@ -11,24 +13,50 @@ def probe_model(engine, micro_batch, method):
     """
     from deepspeed.runtime.pipe.engine import PipelineEngine
 
-    if isinstance(engine, PipelineEngine):
+    staged = isinstance(engine, PipelineEngine)
+    if not staged and engine.zero_optimization_stage() < 3:
+        return megatron_core.probe_model(engine, micro_batch, method, mean_loss)
+    if method != "difference":
+        layout = "pipelines have" if staged else "ZeRO-3 has"
+        raise ValueError(f"{layout} no double backward: write `method: difference` under `probe`")
+    module, here = engine.module, megatron_core.groups()
+    params = [p for p in module.parameters() if p.requires_grad]
+    owned = _counted_here(params)
+
+    @contextlib.contextmanager
+    def quiet():
+        with megatron_core.in_float32(module), megatron_core.without_recomputing(module):
+            yield
+
+    if staged:
         from megatron_commute.adapters import pipeline
 
-        return pipeline.probe_model(engine, micro_batch, method)
-    if engine.zero_optimization_stage() == 3:
-        from megatron_commute.adapters import zero3
+        moments, decay = (lambda: megatron_core.second_moments(engine, params)), megatron_core.decayed
+        place = next(module.parameters()).device
+        return pipeline.probe_model(
+            *(engine, lambda tokens: pipeline_batch(tokens.to(place)), micro_batch, moments, owned),
+            *(decay(engine, params), here, quiet),
+        )
+    from megatron_commute.adapters import zero3
 
-        return zero3.probe_model(engine, micro_batch, method, mean_loss)
-    return megatron_core.probe_model(engine, micro_batch, method, mean_loss)
+    return zero3.probe_model(engine, mean_loss, micro_batch, owned, here, quiet)
 
 
-def mean_loss(module, tokens):
-    """Mean loss in nats per token that counts, as pretrain_gpt.py takes it; tokens: i64[b, s + 1] on any device."""
+def _counted_here(params):
+    """Per parameter, False where another tensor-parallel rank holds the same values and counts them."""
+    from megatron.core import parallel_state as mpu
+
+    first = mpu.get_tensor_model_parallel_rank() == 0
+    return [first or getattr(p, "tensor_model_parallel", False) for p in params]
+
+
+def _masked(tokens):
+    """(inputs, labels, attention mask, which tokens count, positions) of tokens i64[b, s + 1], as pretrain_gpt.py makes
+    them, without its broadcast: every rank draws the same tokens itself."""
     from megatron import get_args, get_tokenizer
     from megatron.utils import get_ltor_masks_and_position_ids
 
     args = get_args()
-    tokens = tokens.to(next(module.parameters()).device)
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     attention, counted, positions = get_ltor_masks_and_position_ids(
         inputs,
@@ -38,6 +66,18 @@ def mean_loss(module, tokens):
         args.eod_mask_loss,
         args.use_flash_attn or args.use_flash_attn_triton,
     )
+    return inputs, labels, attention, counted, positions
+
+
+def pipeline_batch(tokens):
+    """What get_batch_pipe of pretrain_gpt.py makes of tokens i64[b, s + 1]: inputs of the first stage, labels of the last."""
+    inputs, labels, attention, counted, positions = _masked(tokens)
+    return (inputs, positions, attention), (labels, counted)
+
+
+def mean_loss(module, tokens):
+    """Mean loss in nats per token that counts, as pretrain_gpt.py takes it; tokens: i64[b, s + 1] on any device."""
+    inputs, labels, attention, counted, positions = _masked(tokens.to(next(module.parameters()).device))
     found = module(inputs, positions, attention, labels=labels)
     losses = found[0] if isinstance(found, tuple) else found
     counted = counted.reshape(losses.shape).to(losses.dtype)

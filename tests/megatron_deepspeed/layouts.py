@@ -13,7 +13,7 @@ MODEL = """
     --num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 32 --max-position-embeddings 32
     --micro-batch-size 2 --global-batch-size 8 --lr 3e-3 --min-lr 1e-4 --lr-decay-style cosine
     --lr-warmup-iters 2 --weight-decay 0.01 --clip-grad 1.0 --log-interval 5 --eval-interval 10 --eval-iters 1
-    --tokenizer-type NullTokenizer --vocab-size 256 --make-vocab-size-divisible-by 16 --data-impl mmap
+    --tokenizer-type NullTokenizer --vocab-size 256 --data-impl mmap
     --no-gradient-accumulation-fusion --no-masked-softmax-fusion --distributed-backend gloo --deepspeed"""
 
 
@@ -26,6 +26,7 @@ class Layout(NamedTuple):
     config: dict | None = None
 
 
+TENSOR = "--tensor-model-parallel-size"
 PLAIN = "--no-pipeline-parallel"
 LAYOUTS = {
     "zero0": Layout(0, extra=PLAIN),
@@ -60,16 +61,18 @@ def flags(name, data, save, *more, iters=ITERS):
     }
     config.write_text(json.dumps(entries))
     words = [*MODEL.split(), *layout.extra.split(), "--train-iters", str(iters)]
+    shards = int(words[words.index(TENSOR) + 1]) if TENSOR in words else 1
+    words += ["--make-vocab-size-divisible-by", str(32 // shards)]  # the same padded size in every layout
     words += ["--zero-stage", str(layout.stage), "--deepspeed_config", str(config), "--save", str(save)]
     if "--num-workers" not in words:
         words += ["--num-workers", "0"]
     for split in ("train", "valid"):
-        words += [f"--{split}-data-path", *jobs_blend(data, split)]
+        words += [f"--{split}-data-path", *blend(data, split)]
     words += ["--data-cache-path", f"{data}/cache", "--save-interval", str(SAVED)]
     return [*words, *(str(word) for word in more)]
 
 
-def jobs_blend(data, split):
+def blend(data, split):
     """WEIGHT PREFIX pairs."""
     return [
         part for domain, share in jobs.DOMAINS.items() for part in (str(share), f"{data}/{domain}_{split}")

@@ -70,7 +70,7 @@ def _masked(tokens):
 
 
 def pipeline_batch(tokens):
-    """What get_batch_pipe of pretrain_gpt.py makes of tokens i64[b, s + 1]: inputs of the first stage, labels of the last."""
+    """What get_batch_pipe of pretrain_gpt.py makes of tokens i64[b, s + 1]: first inputs, last labels."""
     inputs, labels, attention, counted, positions = _masked(tokens)
     return (inputs, positions, attention), (labels, counted)
 

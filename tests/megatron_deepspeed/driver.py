@@ -7,6 +7,7 @@ OUT/rankR.log (what it printed). The driver looks over the host's shoulder only:
 """
 
 import contextlib
+import faulthandler
 import hashlib
 import json
 import os
@@ -16,9 +17,10 @@ import sys
 import time
 import types
 import warnings
+import zlib
 from pathlib import Path
 
-LIMIT = 240.0  # seconds for one job
+LIMIT = float(os.environ.get("DRIVER_LIMIT", "240"))  # seconds for one job
 
 
 def main(tree, jobs):
@@ -86,6 +88,7 @@ def child(tree, job, rank, port):
         log = os.open(f"{job['out']}/rank{rank}.log", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
         os.dup2(log, 1)
         os.dup2(log, 2)
+        faulthandler.dump_traceback_later(0.8 * LIMIT)  # where a rank that will be killed as late is waiting
         os.environ.update(
             RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job["ranks"]), LOCAL_WORLD_SIZE=str(job["ranks"]),
             LOCAL_SIZE=str(job["ranks"]), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo",
@@ -94,6 +97,8 @@ def child(tree, job, rank, port):
         sys.argv = [job["script"], f"--local_rank={rank}", *job["argv"]]
         seen = {"losses": [], "grad_norms": [], "delivered": [], "valid": []}
         watch(seen)
+        if job.get("seeded"):
+            seed_models()
         with inject(job.get("fault"), rank):
             runpy.run_path(job["script"], run_name="__main__")
         Path(job["out"], f"rank{rank}.json").write_text(json.dumps(seen))
@@ -147,6 +152,56 @@ def watch(seen):
     BlendableDataset.__getitem__ = lambda self, i: {**item(self, i), "position": self.dataset_sample_index[i]}
 
 
+def seed_models():
+    """Give every parameter values that depend on its name and place in the whole model alone, not on the layout."""
+    from megatron import training
+
+    build = training.get_model
+
+    def built(*args, **named):
+        models = build(*args, **named)
+        for name, p in models[0].named_parameters():
+            if hasattr(p, "ds_id"):
+                import deepspeed
+
+                with deepspeed.zero.GatheredParameters([p], modifier_rank=0):
+                    fill(name, p)
+            else:
+                fill(name, p)
+        return models
+
+    training.get_model = built
+
+
+def fill(name, param):
+    """param: the whole parameter `name` of this rank, perhaps a tensor-parallel shard."""
+    import torch
+    from megatron import get_args
+    from megatron.core import parallel_state as mpu
+
+    name, shape = of_whole_model(name, get_args().num_layers), list(param.shape)
+    split = getattr(param, "tensor_model_parallel", False)
+    if split:
+        shape[param.partition_dim] *= mpu.get_tensor_model_parallel_world_size()
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+    if split:
+        ranks, rank = mpu.get_tensor_model_parallel_world_size(), mpu.get_tensor_model_parallel_rank()
+        noise = noise.chunk(ranks, dim=param.partition_dim)[rank]
+    with torch.no_grad():
+        param.copy_((1.0 if "layernorm.weight" in name else 0.0) + 0.15 * noise)
+
+
+def of_whole_model(name, layers):
+    """The name in GPTModel of a parameter of GPTModel or GPTModelPipe."""
+    head, _, rest = name.partition(".")
+    if head == "tied_modules":
+        return rest.replace("embed.", "embedding.", 1)
+    if head.isdigit():
+        place = f"layers.{int(head) - 2}" if int(head) - 2 < layers else "final_layernorm"
+        return f"encoder.{place}.{rest}"
+    return rest
+
+
 class Noting:
     """An iterator that notes (domain, position) of every sample that passes."""
 
@@ -186,8 +241,12 @@ def inject(fault, rank):
         if fault["kind"] == "nan":
             import dataclasses
 
-            loss = model.loss
-            model = dataclasses.replace(model, loss=lambda *at: loss(*at) * float("nan"))
+            loss, gradient, nan = model.loss, model.gradient, float("nan")
+            model = dataclasses.replace(
+                model,
+                loss=lambda *at: loss(*at) * nan,
+                gradient=gradient and (lambda *at: [v * nan for v in gradient(*at)]),
+            )
         return measure(model, groups, team, drawn, *rest)
 
     hook.probe.measure = faulty

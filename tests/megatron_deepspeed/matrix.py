@@ -176,8 +176,11 @@ def judge(name, planned, seen):
         "off_identical": same(seen["off"], seen["stock"]),
         "shadow_identical": same(seen["shadow"], seen["stock"]),
         "fixed_stream_is_stock": bool(seen["fixed"][0]) and stream(seen["fixed"]) == stream(seen["stock"]),
-        "act_draws_as_logged": bool(act) and bool(seen["act"][0]) and draws_as_logged(act, stream(seen["act"])),
-        "resumed_identical": half["losses"] == [rank["losses"][layouts.SAVED :] for rank in whole]
+        "act_draws_as_logged": bool(act)
+        and bool(seen["act"][0])
+        and draws_as_logged(act, stream(seen["act"])),
+        "resumed_identical": bool(whole)
+        and half["losses"] == [rank["losses"][layouts.SAVED :] for rank in whole]
         and half["model"] == [rank["model"] for rank in whole],
         "resumed_log_identical": bool(act) and record(planned["resumed"]) == act,
         "exception_survived": survived(planned, seen, "exception"),

@@ -126,6 +126,11 @@ def scale_of(logs, confidence=CONFIDENCE):
     return scale, scale * math.exp(-half), scale * math.exp(half), spread / math.log(10)
 
 
+def signal_of(law, names):
+    """The signal that a law acts on, None where it acts on none that is calibrated; names: (metric, direction)."""
+    return {"tilt": f"P {'/'.join(names)}", "response": "persistence"}.get(law)
+
+
 def for_law(found):
     """(scale, scale_interval) of controller.Situation for the Calibration of the law's signal.
 

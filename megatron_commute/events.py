@@ -27,6 +27,7 @@ def start(config, plan, run, parameters):
         "config": config.digest,
         "probe": dataclasses.asdict(config.probe),
         "controller": dataclasses.asdict(config.controller),
+        "response": dataclasses.asdict(config.response),
         "warnings": plan.warnings,
         "parameters": parameters,
     }
@@ -62,6 +63,21 @@ def probe(config, plan, found, weights, decision, effective):
         "difference_step": found.step,
         "samples": settings.samples,
     }
+
+
+def laws(decisions):
+    """What each law decided: {law: controller.Decision} -> JSON values."""
+    return {
+        law: {"weights": d.weights, "expected": d.expected, "expected_se": d.expected_se, "reason": d.reason}
+        for law, d in decisions.items()
+    }
+
+
+def measured(known, worth):
+    """Measured effects and the worth of signals, as far as there are any: fields of a probe line."""
+    found = {key: known[key] for key in ("effect", "effect_se", "effect_dof") if key in known}
+    judged = {name: calibration._asdict() for name, calibration in worth.items()}
+    return found | ({"calibration": judged} if judged else {})
 
 
 def sentence(step, names, found, weights, decision, effective):

@@ -11,12 +11,14 @@ import time
 
 import numpy as np
 
-from megatron_commute import controller, events, probe, reduce
+from megatron_commute import control, events, laws, probe, reduce
 from megatron_commute.account import Account
 from megatron_commute.config import direction_samples
+from megatron_commute.steering import Steering
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 MOST_FAILURES = 3  # probes that may fail in a row before probing switches itself off
+WATCH_EVERY = 10  # steps between two looks at the control file
 
 
 class Hook:
@@ -26,7 +28,7 @@ class Hook:
     probe.Model. groups: reduce.Groups. draw: (part, domain, numbers i64[n]) -> tokens, numbers counted from 0 over the
     whole run and wrapped by the caller. record: record.Record (used on rank 0 only). learning_rate: step -> rate. decay:
     the optimiser's decoupled weight decay. sampler: what feeds training, told of new weights (None in mode shadow). say:
-    prints one line.
+    prints one line. host: response.Host for rollouts, or None.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Hook:
         decay,
         sampler,
         say,
+        host=None,
     ):
         self.config, self.plan, self.run, self.mixture, self.model = config, plan, run, mixture, model
         self.groups, self.draw, self.record, self.say, self.ledger = groups, draw, record, say, ledger
@@ -55,6 +58,11 @@ class Hook:
         self.domains = self.positions = np.zeros(0, dtype=np.int64)
         self.weights = np.asarray(mixture.weights, dtype=np.float64)  # once a step has begun, those it used
         self.fatal_step = None
+        watch = control.Watch(record.path.parent / control.NAME, plan.names, config.mode != "shadow")
+        self.steering = Steering(
+            *(config, plan, run, mixture, sampler, model, groups, draw, host, watch),
+            *(self._write, say, self._timed, self._leave_word),
+        )
         self.probe_seconds, self.started, self.step_started = 0.0, time.monotonic(), None
         self.step_seconds = []
 
@@ -72,8 +80,8 @@ class Hook:
         return reduce.rank() == 0
 
     def start(self, news=()):
-        """Open a new record, of a fresh run or of one whose mixture changed by consent (news: what changed). An older record
-        in its place is moved aside.
+        """Open a new record, of a fresh run or of one whose mixture changed by consent (news: what changed). An older
+        record in its place is moved aside.
         """
         settings, plan, run = self.config, self.plan, self.run
         here = sum(
@@ -87,21 +95,28 @@ class Hook:
             "start",
             **events.start(settings, plan, run, int(parameters)),
             memory={"mode": self.memory.mode, "bytes": self.memory.bytes},
+            responses=self.steering.responses.cost._asdict(),
             sample=self.mixture.index,
             news=news,
         )
         for note in (*news, *plan.warnings):
             self.say(f"note: {note}")
-        if settings.mode == "act":
+        if settings.mode == "act" and settings.controller.law in laws.MEASURED:
             self.say(
                 f"ACTING ON AN UNCALIBRATED SIGNAL: mode act lets the law `{settings.controller.law}` move the weights; "
-                "P has not been calibrated against measured order effects in this run"
+                "its signal has not been calibrated against measured order effects in this run"
             )
 
     def begin(self, step):
         """Before step `step` (0-based): probe if it is time, then take this step's samples from the stream."""
-        if step % self.config.every == 0 and step and not self.off:
-            self._probe(step)
+        if step % WATCH_EVERY == 0:
+            self.steering.look(step)
+        if self.mixture.index == self.steering.responses.next:
+            self.steering.read(step)
+        if step % self.config.every == 0:
+            if step and not self.off:
+                self._probe(step)
+            self.steering.modulate()
         self.step_started = time.monotonic()
         self.weights = np.asarray(self.mixture.weights, dtype=np.float64)
         self.domains, self.positions = self.mixture.take(self.run.global_batch)
@@ -113,7 +128,9 @@ class Hook:
         """After the step: this rank's sequences in the order trained, losses f64[n] and tokens i64[n, s]. delivered:
         (domain, position) i64[n] of what the loader brought, checked against the stream."""
         first = self.mixture.index - self.run.global_batch
+        before = self.account.losses.copy()
         self.account.add(first, self.domains, self.positions, losses, tokens)
+        self.steering.losses += self.account.losses - before
         self.step_seconds.append(time.monotonic() - self.step_started)
         if delivered is not None:
             expected = self.domains[self.account.mine], self.positions[self.account.mine]
@@ -172,13 +189,17 @@ class Hook:
         """Left behind by a probe that ended the run inside a collective; read on resume."""
         return self.record.path.with_suffix(".fault")
 
+    def _leave_word(self, step):
+        """Tell the restart to skip the probe of `step`."""
+        _write_json(self._fault_file, {"step": step})
+
     def _named(self, values):
         return dict(zip(self.plan.names, np.asarray(values).tolist(), strict=True))
 
     def _probe(self, step):
         begun = time.monotonic()
         flow = (self.decay, self._windows(step))
-        weights = np.asarray(self.mixture.weights, dtype=np.float64)
+        weights = self.steering.base()
         first = self.probes
         self.probes += 1
         if step == self.fatal_step:
@@ -193,14 +214,19 @@ class Hook:
             self._skip(step, str(fault), begun)
             return
         except Exception as fault:
-            _write_json(self._fault_file, {"step": step})
+            self._leave_word(step)
             raise RuntimeError(
                 f"a collective failed inside the probe at step {step}; a restart from the last checkpoint resumes and "
                 f"skips this probe"
             ) from fault
         self.failures = 0
-        decision, effective = self._decide(found)
-        self._measured(step, begun, found, weights, decision, effective)
+        self.steering.judge(step, weights)
+        decision, effective, told = self.steering.decide(found, weights)
+        responses, rate = self.steering.responses, self.learning_rate(step)
+        responses.foretell(self.mixture.index, found, weights, rate)
+        self._measured(step, begun, found, weights, decision, effective, told)
+        if responses.kind == "rollout" and step % responses.cost.steps == 0:
+            self.steering.excursion(step)
 
     def _drawn(self, number):
         """draw for probe `number`: each probe goes on in the held-out sequences where the last one stopped."""
@@ -215,64 +241,11 @@ class Hook:
         first, second = sum(rates[:length]), sum(rates[length:])
         return max(first, 1e-30), max(second, 1e-30)
 
-    def _decide(self, found):
-        """The controller's decision on rank 0, sent bit for bit to all, and the sample at which it takes effect."""
-        batch = self.run.global_batch
-        effective = -(-(self.mixture.index + self.plan.lead) // batch) * batch
-        if self.config.mode != "act":
-            return controller.Decision(
-                None, f"mode {self.config.mode}: measured, weights not touched"
-            ), effective
-        if len(self.plan.targets) > 1:
-            return controller.Decision(None, "target `each` is reported and never acted on"), effective
-        try:
-            decision = controller.decide(self.config.controller.law, self._situation(found, effective))
-        except Exception as fault:  # ours, and the same on every rank, since all look at the same numbers
-            why = f"weights stay: the controller failed, please report it: {type(fault).__name__}: {fault}"
-            decision = controller.Decision(None, why)
-        sent = decision.weights if decision.weights is not None else np.full(len(self.plan.names), np.nan)
-        weights = reduce.broadcast_numbers(sent, self.groups)
-        if np.isnan(weights).any():
-            return decision, effective
-        passed = self.sampler is not None and self.sampler.frontier.index > effective
-        if reduce.any_rank(passed, self.groups.world):
-            late = f"weights stay: the data loaders have read past sample {effective} already; write a longer `lead`"
-            return controller.Decision(None, late), effective
-        self.mixture.schedule(weights, effective)
-        if self.sampler is not None:
-            self.sampler.schedule(weights, effective)
-        return controller.Decision(weights, decision.reason), effective
-
-    def _situation(self, found, effective):
-        """What the controller may look at, at the sample where its decision would take effect."""
-        plan, settings = self.plan, self.config.controller
-        ahead = self.mixture.copy()
-        left = plan.samples - effective
-        if left > 0:
-            ahead.skip(effective - ahead.index)
-        budgets = np.array([np.nan if b is None else b for b in plan.budgets], dtype=np.float64)
-        K = len(plan.names)
-        return controller.Situation(
-            weights=np.asarray(ahead.weights, dtype=np.float64),
-            remaining=budgets - np.asarray(ahead.served),
-            initial=plan.weights,
-            samples_left=left,
-            window=self.config.every * self.run.global_batch,
-            score=found.score[0],
-            score_se=found.score_se[0],
-            dof=self.config.probe.splits - 1,
-            minimum=plan.minimum,
-            maximum=plan.maximum,
-            floors=np.array(settings.floors or [0.0] * K),
-            caps=np.array(settings.caps or [1.0] * K),
-            rate=settings.rate,
-            confidence=settings.confidence,
-            strength=settings.strength,
-        )
-
-    def _measured(self, step, begun, found, weights, decision, effective):
+    def _measured(self, step, begun, found, weights, decision, effective, told):
         rates = {"lr": self.learning_rate(step), "decay": self.decay, "windows": self._windows(step)}
         fields = events.probe(self.config, self.plan, found, weights, decision, effective)
+        fields |= events.measured(self.steering.responses.known(weights), self.steering.responses.worth())
+        fields |= told or {}
         self._write(
             "probe", step=step, sample=self.mixture.index, **rates, **fields, timing=self._timed(begun)
         )
@@ -321,6 +294,7 @@ class Hook:
             "lead": self.plan.lead,
             "seed": self.config.seed,
             "memory": self.memory.mode,
+            "steering": self.steering.state_dict(),
         }
 
     def load_state_dict(self, state, rewind=True):
@@ -335,6 +309,7 @@ class Hook:
         self.probes, self.failures, self.off = state["probes"], state["failures"], state["off"]
         if not rewind:
             return
+        self.steering.load_state_dict(state["steering"])
         if self.config.probe.memory == "auto" and state["memory"] != self.memory.mode:
             self._work_in(state["memory"])  # what is free today must not change the numbers of a run
         self.account.load_state_dict(state["account"])

@@ -45,7 +45,7 @@ def test_a_fault_in_a_collective_ends_the_run_and_the_restart_skips_that_probe(t
     kept = first.checkpoint()
 
     def broken(array, group, sum_of_numbers=reduce.sum_of_numbers):
-        if array.ndim == 4:  # the table of a probe's contractions
+        if array.size > 50:  # the table of a probe's contractions
             raise RuntimeError("Connection closed by peer")
         return sum_of_numbers(array, group)
 
@@ -108,7 +108,7 @@ def test_a_loader_that_has_read_too_far_keeps_its_weights_and_ends_nothing(tmp_p
     loop = Loop(tmp_path)
     ahead = loop.mixture.copy()
     ahead.skip(loop.plan.samples)
-    loop.hook.sampler = types.SimpleNamespace(frontier=ahead, schedule=ahead.schedule)
+    loop.hook.steering.sampler = types.SimpleNamespace(frontier=ahead, schedule=ahead.schedule)
     loop.until()
     assert all(line["effective_sample"] is None for line in lines(tmp_path, "probe"))
     assert "read past sample 24 already; write a longer `lead`" in lines(tmp_path, "probe")[0]["reason"]

@@ -26,9 +26,9 @@ class Size:
     runs: tuple = tuple(RUNS)
     states: tuple = (300, 800, 1600, 2400)
     windows: tuple = (8, 32, 128)
-    long_states: tuple = (800, 1600)
+    long_states: tuple = (800,)
     long_window: int = 512
-    seeds: int = 4
+    seeds: int = 3
     long_seeds: int = 2
     blocks: int = BLOCKS
 

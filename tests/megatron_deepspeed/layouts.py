@@ -27,6 +27,7 @@ class Layout(NamedTuple):
 
 
 TENSOR = "--tensor-model-parallel-size"
+BF16 = {"bf16": {"enabled": True}}
 PLAIN = "--no-pipeline-parallel"
 LAYOUTS = {
     "zero0": Layout(0, extra=PLAIN),
@@ -38,12 +39,31 @@ LAYOUTS = {
     "tp2": Layout(1, extra=f"{PLAIN} --tensor-model-parallel-size 2"),
     "pipe1": Layout(1),
     "pp2": Layout(1, extra="--pipeline-model-parallel-size 2"),
-    "bf16-zero1": Layout(1, extra=f"{PLAIN} --bf16", config={"bf16": {"enabled": True}}),
+    "bf16-zero1": Layout(1, extra=f"{PLAIN} --bf16", config=BF16),
     "checkpointing": Layout(
         1, extra=f"{PLAIN} --checkpoint-activations --deepspeed-activation-checkpointing"
     ),
+    "single": Layout(1, 1, PLAIN),
+    "bf16-single": Layout(1, 1, f"{PLAIN} --bf16", BF16),
+    "bf16-pp2": Layout(1, 2, "--pipeline-model-parallel-size 2 --bf16", BF16),
+    "pp2-tp2": Layout(1, 4, f"--pipeline-model-parallel-size 2 {TENSOR} 2"),
+    "pp2-dp2": Layout(1, 4, "--pipeline-model-parallel-size 2"),
     "workers2": Layout(1, extra=f"{PLAIN} --num-workers 2"),
 }
+
+
+MATRIX = (
+    "zero0",
+    "zero1",
+    "zero2",
+    "zero3",
+    "tp2",
+    "pipe1",
+    "pp2",
+    "bf16-zero1",
+    "checkpointing",
+    "workers2",
+)
 
 
 def flags(name, data, save, *more, iters=ITERS):

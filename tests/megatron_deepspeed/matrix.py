@@ -202,7 +202,7 @@ def main(names):
     with tempfile.TemporaryDirectory() as scratch:
         folder = os.environ.get("MATRIX_FOLDER", scratch)
         found = []
-        for row in rows(folder, names or list(layouts.LAYOUTS)):
+        for row in rows(folder, names or layouts.MATRIX):
             found.append(row)
             print("  ".join(f"{key}={value}" for key, value in row.items()), flush=True)
     if not names:

@@ -190,6 +190,7 @@ class Steering:
             self.responses.give_up(at)
         told = {"freeze": self.control.freeze, "weights": self.control.weights, "caps": self.control.caps}
         told |= {"version": self.watch.digest, "effective_sample": effective}
+        told = {key: value for key, value in told.items() if value is not None}
         self.write("control", step=step, sample=self.mixture.index, **told)
         self.say(f"control file, version {self.watch.digest}: {json.dumps(told)}")
 

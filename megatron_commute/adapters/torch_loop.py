@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from megatron_commute import config as mixture_file
-from megatron_commute import record, reduce, takeover
+from megatron_commute import control, record, reduce, takeover
 from megatron_commute.adapters import resume
 from megatron_commute.adapters.indexed_data import domain_datasets, inspect_data
 from megatron_commute.hook import Hook
@@ -180,7 +180,7 @@ def drawer(config, plan, seq_length, vocab_size=None):
 
     def draw(part, domain, numbers):
         parts = mixture_file.holdout_parts(len(held_out[domain]))
-        inside = {"gradient": parts.gradients, "direction": parts.direction}[part]
+        inside = dict(gradient=parts.gradients, direction=parts.direction, response=parts.responses)[part]
         tokens = torch.stack([held_out[domain][inside[int(n) % len(inside)]]["tokens"] for n in numbers])
         if vocab_size is not None and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
             raise ValueError(
@@ -204,6 +204,7 @@ class Plugin:
         self.config = mixture_file.load(file)
         counted = inspect_data(self.config, run.seq_length)
         self.plan = mixture_file.resolve(self.config, run, *counted)
+        control.refuse_blind(self.config, run)
         self.feeds = self.config.mode != "shadow"
         self.host_blend = tuple(host_blend)
         if not self.feeds and host_blend:
@@ -223,13 +224,14 @@ class Plugin:
 
     def attach(
         self, model, groups, run_dir, learning_rate, decay, *, vocab_size=None, state=None, consumed=0, accept=False,
-        take_over=False, listener=None, say=print,
+        take_over=False, listener=None, say=print, host=None,
     ):  # fmt: skip
         """Build hook and, in the modes that feed training, dataset and sampler; start or rewind the record.
 
         model: probe.Model; groups: reduce.Groups; run_dir: folder of the record; learning_rate: step -> rate; state: of
         Hook.state_dict, from a checkpoint after `consumed` samples, or None; accept, take_over: see resume.stream; listener:
-        of record.Record. Raises ConfigError where the state does not fit the mixture file.
+        of record.Record; host: response.Host, needed for rollouts, which train on `dataset`. Raises ConfigError where the
+        state does not fit the mixture file.
         """
         stock = None
         if take_over and self.host_blend:
@@ -237,9 +239,14 @@ class Plugin:
         mixture, ledger, news = resume.stream(
             self.config, self.plan, self.mixture(), state, consumed, stock, accept=accept, attach=take_over
         )
-        if self.feeds:
+        if self.config.response.kind == "rollout" and host is None:
+            raise self.config.error(
+                "response.kind", "this trainer cannot be put back after a rollout", "write lock-in or off"
+            )
+        if self.feeds or host is not None:
             training, _ = domain_datasets(self.config, self.plan, self.run.seq_length)
             self.dataset = MixedDataset(training, self.config.seed, ledger.keys)
+        if self.feeds:
             place = (reduce.rank_in(groups.data), reduce.size(groups.data))
             sizes = (self.run.global_batch, self.plan.samples)
             self.sampler = MixtureSampler(mixture.copy(), self.run.micro_batch, *place, *sizes)
@@ -247,7 +254,7 @@ class Plugin:
         draw = drawer(self.config, self.plan, self.run.seq_length, vocab_size)
         self.hook = Hook(
             *(self.config, self.plan, self.run, mixture, ledger, model, groups, draw, log),
-            *(learning_rate, decay, self.sampler, say),
+            *(learning_rate, decay, self.sampler, say, host),
         )
         if state is None or news:
             self.hook.start(news)

@@ -1,6 +1,7 @@
 """The trainer's command line, with Megatron's names, and all that is refused before anything is started or written."""
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -73,22 +74,28 @@ def prepare(args, world):
         raise SystemExit(2) from None
 
 
-def checkpoint_of(args, world):
-    """The restart.Choice of this job; rank 0 converts a checkpoint of another data-parallel size. What cannot go on ends
-    here, with one line and exit status 2."""
+@contextlib.contextmanager
+def checkpoint_of(args, world, rank):
+    """The restart.Choice of this job, which is the only one to write into --save meanwhile; rank 0 converts a checkpoint of
+    another data-parallel size. What cannot go on ends here, with one line and exit status 2."""
     from megatron_commute.adapters import restart
 
     tensor = args.tensor_model_parallel_size
     stage = json.loads(Path(args.deepspeed_config).read_text()).get("zero_optimization", {}).get("stage", 0)
-    first = os.environ.get("RANK", "0") == "0"
-    try:
-        return restart.choose(
-            args.load, world // tensor, tensor, stage, first, lambda line: print(line, file=sys.stderr)
-        )
-    except restart.RestartError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    with contextlib.ExitStack() as held:
+        try:
+            if rank == 0 and args.save:
+                held.enter_context(restart.only_job(args.save))
+            told = restart.choose(args.load, world // tensor, tensor, stage, rank == 0, _say)
+        except restart.RestartError as error:
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                _say(f"error: {error}")
+            raise SystemExit(2) from None
+        yield told
+
+
+def _say(line):
+    print(line, file=sys.stderr)
 
 
 def refuse(args, world):

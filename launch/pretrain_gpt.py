@@ -246,12 +246,27 @@ def attach(args, engine, plugin, groups, start, state, bar):
             take_over=args.commute_attach,
             listener=listener,
             say=bar.write if not bar.disable else lambda line: None,
+            host=excursions(args, engine, plugin, groups),
         )
     except ValueError as error:
         kind = "error" if isinstance(error, ConfigError) else f"error: {plugin.config.file}"
         if not bar.disable:
             print(f"{kind}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def excursions(args, engine, plugin, groups):
+    """What trains rollouts and is put back after them; None where the mixture file asks for none."""
+    from megatron_commute.adapters import rollouts
+
+    if plugin.config.response.kind != "rollout":
+        return None
+
+    def train(step, domains, positions):
+        micro = rollouts.micro_batches(plugin.dataset, domains, positions, args.micro_batch_size)
+        train_step(engine, micro, args, step, groups.data_rank)
+
+    return rollouts.Engine(engine, train)
 
 
 def account(hook, seen):
@@ -268,9 +283,14 @@ def account(hook, seen):
 
 def main(argv=None):
     args = parse(argv)
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world, rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0)))
     plugin, valid = prepare(args, world)  # refusals come before anything is imported, started or written
-    checkpoint = checkpoint_of(args, world)
+    with checkpoint_of(args, world, rank) as checkpoint:
+        run(args, world, rank, plugin, valid, checkpoint)
+
+
+def run(args, world, rank, plugin, valid, checkpoint):
+    """Start torch.distributed and the engine, and train."""
     for name in ("torch.utils.cpp_extension", "megatron.core"):
         logging.getLogger(name).setLevel(logging.ERROR)  # their notes about absent CUDA parts, once a rank
     import deepspeed
@@ -284,9 +304,10 @@ def main(argv=None):
     with contextlib.redirect_stdout(sys.stderr):
         limit = datetime.timedelta(minutes=args.distributed_timeout_minutes)
         deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", timeout=limit)
-    restart.initialise(args.tensor_model_parallel_size, args.seed, args.distributed_timeout_minutes)
-    engine = build_engine(args, world // args.tensor_model_parallel_size, checkpoint.universal)
-    train(args, engine, plugin, valid, checkpoint)
+    with restart.explained(rank, world, args.save):
+        restart.initialise(args.tensor_model_parallel_size, args.seed, args.distributed_timeout_minutes)
+        engine = build_engine(args, world // args.tensor_model_parallel_size, checkpoint.universal)
+        train(args, engine, plugin, valid, checkpoint)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""What lets a job end in time and start again on other ranks: a limit on waiting, and checkpoints of another size.
+"""What lets a job end in time and start again, on other ranks too: limits on waiting, one job a folder, other sizes.
 
 DeepSpeed's ZeRO checkpoints hold one shard of the optimiser for each data-parallel rank and load on as many ranks only. Its
 universal form has a file for each parameter and loads on any number; the conversion copies the client state, and with it
 this plug-in's, as it is. Without ZeRO (stage 0) every rank keeps everything and no conversion is needed.
 """
 
+import contextlib
+import fcntl
 import json
 import os
 import re
@@ -18,6 +20,9 @@ import torch
 
 _SHARD = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 _MODEL = re.compile(r"(?:zero_pp_rank_\d+_)?mp_rank_(\d+)_model_states\.pt")
+_LOST = re.compile(
+    r"closed by peer|reset by peer|broken pipe|timed out|timeout|nccl|socket|gloo|connect", re.IGNORECASE
+)
 _SOURCE = "converted_from.json"
 
 
@@ -52,6 +57,46 @@ def initialise(tensor_parallel, seed, minutes):
     sizes = {"tensor_model_parallel_size": tensor_parallel, "distributed_timeout_minutes": minutes}
     parallel_state.initialize_model_parallel(**sizes)
     megatron_core.seed_dropout(seed)
+
+
+@contextlib.contextmanager
+def explained(rank, ranks, folder):
+    """A collective that fails because another rank is gone ends with a message that says so and what to do.
+
+    folder: where checkpoints are saved, or None. Other exceptions pass. Under nccl the watchdog may abort the process
+    before Python sees anything.
+    """
+    try:
+        yield
+    except RuntimeError as fault:
+        if not _LOST.search(f"{fault} {fault.__cause__ or ''}"):
+            raise
+        latest = Path(folder or "", "latest")
+        at = f"from {latest.read_text().strip()}" if folder and latest.exists() else "at the beginning"
+        raise RuntimeError(
+            f"rank {rank} of {ranks} has lost the others: a rank or node has ended or is stuck, see its own output. Start "
+            f"the same command again on all nodes, it resumes {at}"
+        ) from fault
+
+
+@contextlib.contextmanager
+def only_job(folder):
+    """The only job that writes into `folder` while this lasts; freed by the system when the process dies, however it dies.
+
+    Raises RestartError where another job holds it. A file system without locks (OSError) is not guarded.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with open(Path(folder, ".lock"), "w") as file:
+        try:
+            # not flock, which a data loader's forked workers would keep when this process is killed
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise RestartError(
+                f"--save {folder}: another job writes there; wait until it has ended, or name another folder"
+            ) from None
+        except OSError:
+            pass
+        yield
 
 
 def saved(folder):

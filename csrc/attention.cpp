@@ -3,6 +3,7 @@
 // do not depend on the number of threads.
 #include <cmath>
 #include <cstdint>
+#include <stdexcept>
 #include <vector>
 
 #include "vectorise.h"
@@ -282,11 +283,17 @@ void backward(const Tensors& t, const Shape& shape, int threads) {
     share(unit, shape.b * shape.g, 16 * packed + 4 * shape.rows + 4 * TILE * TILE, threads);
 }
 
+void check(int dtype) {
+    if (dtype == FLOAT32 || dtype == BFLOAT16) return;
+    throw std::invalid_argument("attention is compiled for float32 and bfloat16: use the reference for float64");
+}
+
 }  // namespace
 
 void attention_forward_cpu(int dtype, const void* q, const void* dq, const void* k, const void* dk, const void* v,
                            const void* dv, void* o, void* d_o, void* saved, int64_t b, int64_t a, int64_t g, int64_t s,
                            int64_t c, double scale, int threads) {
+    check(dtype);
     const Shape shape(b, a, g, s, c, scale);
     const auto function = dtype == BFLOAT16 ? forward<bf16> : forward<float>;
     function(q, dq, k, dk, v, dv, o, d_o, static_cast<float*>(saved), shape, threads);
@@ -296,6 +303,7 @@ void attention_backward_cpu(int dtype, const void* go, const void* dgo, const vo
                             const void* dk, const void* v, const void* dv, const void* o, const void* d_o,
                             const void* saved, void* gq, void* dgq, void* gk, void* dgk, void* gv, void* dgv, int64_t b,
                             int64_t a, int64_t g, int64_t s, int64_t c, double scale, int threads) {
+    check(dtype);
     const Tensors tensors = {go, dgo, q,  dq,  k,  dk, v, dv, o, d_o, static_cast<const float*>(saved),
                              gq, dgq, gk, dgk, gv, dgv};
     const auto function = dtype == BFLOAT16 ? backward<bf16> : backward<float>;

@@ -18,10 +18,14 @@ WINDOWS = sys.platform == "win32"
 # Without contraction to fused multiply-add, compiled and plain code give the same bits on every machine.
 EXACT = [] if WINDOWS else ["-O3", "-ffp-contract=off"]
 # Loops become vector code only where no errno and no trap must be kept; NaN and infinity keep their meaning.
-FAST = [] if WINDOWS else ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+FAST = (
+    []
+    if WINDOWS
+    else ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fopenmp-simd", "-Wno-psabi"]
+)
 OPENMP = ["/openmp"] if WINDOWS else ["-fopenmp"]
 ARCHITECTURES = (80, 90, 100)
-KERNELS = [name for name in ("norm", "activation", "cross_entropy", "gram", "displace", "attention") if Path(f"csrc/{name}.cpp").exists()]
+KERNELS = ("norm", "activation", "cross_entropy", "gram", "displace", "attention")
 
 EXTENSIONS = [
     Pybind11Extension(
@@ -33,10 +37,9 @@ EXTENSIONS = [
         optional=True,
     ),
     Pybind11Extension(
-        "megatron_commute._kernels",
+        "megatron_commute._cpu",
         ["csrc/bindings.cpp", *(f"csrc/{name}.cpp" for name in KERNELS)],
         depends=[str(path) for path in Path("csrc").glob("*.h")],
-        define_macros=[("COMMUTE_ATTENTION", "1")] if "attention" in KERNELS else [],
         cxx_std=17,
         extra_compile_args=FAST + OPENMP,
         extra_link_args=[] if WINDOWS else OPENMP,
@@ -65,15 +68,15 @@ class OptionalBuild(build_ext):
         try:
             if extension.name.endswith("_cuda"):
                 self.build_cuda(extension)
-            elif extension.name.endswith("_kernels"):
-                self.build_kernels(extension)
+            elif extension.name.endswith("_cpu"):
+                self.build_cpu(extension)
             else:
                 super().build_extension(extension)
         except (BaseError, CCompilerError, CompileError) as error:
             reason = str(error).splitlines()[0]
             print(f"{extension.name} not compiled ({reason}): its Python twin gives the same results, slower")
 
-    def build_kernels(self, extension):
+    def build_cpu(self, extension):
         try:
             super().build_extension(extension)
         except (BaseError, CCompilerError, CompileError):

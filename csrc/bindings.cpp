@@ -1,5 +1,5 @@
 // Python face of kernels.h: the same functions without _cpu, addresses as integers. Arguments are checked in
-// megatron_commute/ops.py, the only caller. The interpreter runs on meanwhile.
+// megatron_commute/ops.py. The interpreter runs on meanwhile.
 #include <pybind11/pybind11.h>
 
 #include <type_traits>
@@ -32,18 +32,16 @@ void define(py::module_& module, const char* name, void (*function)(A...)) {
 
 }  // namespace
 
-PYBIND11_MODULE(_kernels, module) {
-    module.doc() = "Compiled kernels of megatron_commute.ops; same results as megatron_commute.reference.";
+PYBIND11_MODULE(_cpu, module) {
+    module.doc() = "Compiled kernels behind megatron_commute.ops; same results as megatron_commute.reference.";
     define(module, "norm_forward", commute::norm_forward_cpu);
     define(module, "norm_backward", commute::norm_backward_cpu);
     define(module, "activation_forward", commute::activation_forward_cpu);
     define(module, "activation_backward", commute::activation_backward_cpu);
     define(module, "cross_entropy_statistics", commute::cross_entropy_statistics_cpu);
     define(module, "cross_entropy_backward", commute::cross_entropy_backward_cpu);
-#if defined(COMMUTE_ATTENTION)
     define(module, "attention_forward", commute::attention_forward_cpu);
     define(module, "attention_backward", commute::attention_backward_cpu);
-#endif
     define(module, "gram", commute::gram_cpu);
     define(module, "displace", commute::displace_cpu);
     module.def("limit_machine", [](int newest) { commute::newest_machine = newest; });

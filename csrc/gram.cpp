@@ -1,6 +1,12 @@
-// Inner products of many vectors at once, and displaced copies. Elements of all tensors, laid end to end, are cut into
-// at most 256 pieces that depend on their number alone; a piece is read once, block by block: rows become double in a
-// buffer the cache holds, tiles of rows are multiplied in registers, and the pieces are added up in their order.
+// Inner products of many vectors at once. Elements of all tensors, laid end to end, are cut into at most 256 pieces that
+// depend on their number alone. A piece is read once, block by block: rows are copied into a buffer that the first cache
+// holds, tiles of 4 x 4 rows are multiplied in registers while the block after next is fetched, and the pieces are added
+// up in their order.
+//
+// Sums are double throughout for float64 tensors and below LEAST_FLOAT elements, where time does not count. Above, the
+// processor would wait for double arithmetic and not for memory, so products of CHAIN elements a lane are added in float
+// before they are added in double: independent rounding errors of 1e-7 of each product, 1e-10 of |X| |Y| at 2^20
+// elements. Where a float would overflow or come near its smallest number, the sums are taken again in double.
 #include "vectorise.h"
 
 namespace commute {
@@ -18,49 +24,78 @@ Piece piece_of(int64_t elements, int64_t index) {
 
 namespace {
 
-constexpr int64_t WIDTH = 4;    // doubles of one vector register
 constexpr int64_t BLOCK = 256;  // elements of every row in the buffer
+constexpr int64_t CHAIN = 128;  // elements whose products one float register adds up: 16 a lane
+constexpr int64_t STEP = 16;    // elements between two fetches
+constexpr int64_t LEAST_FLOAT = 1 << 20;
+
+// Addresses of rows, one block after next; a tile fetches those of from .. to - 1.
+struct Ahead {
+    const int64_t* rows;
+    int64_t from, to;
+
+    COMMUTE_INLINE void fetch(int64_t element) const {
+#if defined(__GNUC__)
+        for (int64_t row = from; row < to; ++row) {
+            __builtin_prefetch(reinterpret_cast<const void*>(rows[row] + 4 * element), 0, 2);
+        }
+#endif
+    }
+};
 
 #if defined(__GNUC__)
-typedef double Lanes __attribute__((vector_size(8 * WIDTH)));
-COMMUTE_INLINE void multiply_add(const Lanes& a, const Lanes& b, Lanes* sum) { *sum += a * b; }
-#else
-struct Lanes {
-    double lane[WIDTH];
-    double operator[](int64_t l) const { return lane[l]; }
-};
-inline void multiply_add(const Lanes& a, const Lanes& b, Lanes* sum) {
-    for (int64_t l = 0; l < WIDTH; ++l) sum->lane[l] += a.lane[l] * b.lane[l];
+typedef float Floats __attribute__((vector_size(32)));
+typedef double Doubles __attribute__((vector_size(32)));
+typedef float HalfFloats __attribute__((vector_size(16)));
+COMMUTE_INLINE Doubles add(Doubles total, const Floats& sum) {
+    HalfFloats half[2];
+    std::memcpy(half, &sum, sizeof(half));
+    return total + (__builtin_convertvector(half[0], Doubles) + __builtin_convertvector(half[1], Doubles));
 }
+COMMUTE_INLINE Doubles add(Doubles total, const Doubles& sum) { return total + sum; }
+COMMUTE_INLINE double across(const Doubles& x) { return (x[0] + x[1]) + (x[2] + x[3]); }
+#else
+using Floats = float;
+using Doubles = double;
+inline double add(double total, double sum) { return total + sum; }
+inline double across(double x) { return x; }
 #endif
 
-// out[i, j] += rows a[i] . b[j] over `size` elements, a multiple of WIDTH.
-template <int R, int C>
-COMMUTE_INLINE void tile(const double* a, const double* b, int64_t size, double* out, int64_t M) {
-    Lanes sum[R][C] = {};
-    for (int64_t e = 0; e < size; e += WIDTH) {
-        Lanes left[R], right;
-        for (int i = 0; i < R; ++i) std::memcpy(&left[i], a + i * BLOCK + e, sizeof(Lanes));
-        for (int j = 0; j < C; ++j) {
-            std::memcpy(&right, b + j * BLOCK + e, sizeof(Lanes));
-            for (int i = 0; i < R; ++i) multiply_add(left[i], right, &sum[i][j]);
+template <class S>
+struct Register {
+    using type = Floats;
+};
+template <>
+struct Register<double> {
+    using type = Doubles;
+};
+
+// out[i, j] += rows a[i] . b[j] over one block.
+template <int R, int C, class S>
+COMMUTE_INLINE void tile(const S* a, const S* b, const Ahead& ahead, double* out, int64_t M) {
+    using V = typename Register<S>::type;
+    constexpr int64_t width = sizeof(V) / sizeof(S);
+    Doubles total[R][C] = {};
+    for (int64_t begin = 0; begin < BLOCK; begin += CHAIN) {
+        V sum[R][C] = {};
+        for (int64_t step = begin; step < begin + CHAIN; step += STEP) {
+            ahead.fetch(step);
+            for (int64_t e = step; e < step + STEP; e += width) {
+                V left[R], right;
+                for (int i = 0; i < R; ++i) std::memcpy(&left[i], a + i * BLOCK + e, sizeof(V));
+                for (int j = 0; j < C; ++j) {
+                    std::memcpy(&right, b + j * BLOCK + e, sizeof(V));
+                    for (int i = 0; i < R; ++i) sum[i][j] += left[i] * right;
+                }
+            }
+        }
+        for (int i = 0; i < R; ++i) {
+            for (int j = 0; j < C; ++j) total[i][j] = add(total[i][j], sum[i][j]);
         }
     }
     for (int i = 0; i < R; ++i) {
-        for (int j = 0; j < C; ++j) {
-            double total = 0;
-            for (int64_t l = 0; l < WIDTH; ++l) total += sum[i][j][l];
-            out[i * M + j] += total;
-        }
+        for (int j = 0; j < C; ++j) out[i * M + j] += across(total[i][j]);
     }
-}
-
-template <int R>
-COMMUTE_INLINE void tiles(const double* a, const double* b, int64_t size, double* out, int64_t M, int64_t from) {
-    int64_t j = from;
-    for (; j + 4 <= M; j += 4) tile<R, 4>(a, b + j * BLOCK, size, out + j, M);
-    for (; j + 2 <= M; j += 2) tile<R, 2>(a, b + j * BLOCK, size, out + j, M);
-    if (j < M) tile<R, 1>(a, b + j * BLOCK, size, out + j, M);
 }
 
 struct Tables {
@@ -71,7 +106,10 @@ struct Tables {
     bool metric, same;
     double eps;
 
-    COMMUTE_INLINE void read(int64_t row, int64_t tensor, int64_t begin, int64_t size, double* to) const {
+    int64_t rows() const { return K + M + metric + (eps != 0 ? K : 0); }
+
+    template <class S>
+    COMMUTE_INLINE void read(int64_t row, int64_t tensor, int64_t begin, int64_t size, S* to) const {
         const int64_t address = addresses[row * tensors + tensor];
         const int32_t dtype = dtypes[row * tensors + tensor];
         if (dtype == FLOAT32) return copy(reinterpret_cast<const float*>(address) + begin, size, to);
@@ -79,13 +117,16 @@ struct Tables {
         copy(reinterpret_cast<const double*>(address) + begin, size, to);
     }
 
-    template <class T>
-    COMMUTE_INLINE static void copy(const T* from, int64_t size, double* to) {
+    template <class T, class S>
+    COMMUTE_INLINE static void copy(const T* from, int64_t size, S* to) {
 #pragma omp simd
-        for (int64_t e = 0; e < size; ++e) to[e] = widen(from[e]);
+        for (int64_t e = 0; e < size; ++e) to[e] = static_cast<S>(widen(from[e]));
+        for (int64_t e = size; e < BLOCK; ++e) to[e] = S(0);
     }
 };
 
+// The sums of every piece; S: float or double, the type of the buffer and of the sums of a chain.
+template <class S>
 struct Gram : Tables {
     int64_t elements;
     double* sums;  // [pieces, K, M]
@@ -94,67 +135,111 @@ struct Gram : Tables {
         const Piece piece = piece_of(elements, index);
         double* out = sums + index * K * M;
         std::fill(out, out + K * M, 0.0);
-        std::vector<double> buffer(static_cast<size_t>((K + (same ? 0 : M) + 1) * BLOCK));
+        std::vector<S> buffer(static_cast<size_t>((K + M + 1) * BLOCK));
+        std::vector<int64_t> next(static_cast<size_t>(rows()));
         int64_t start = 0;  // of the tensor among all elements
         for (int64_t tensor = 0; tensor < tensors; start += sizes[tensor++]) {
             const int64_t begin = std::max(piece.begin, start) - start;
             const int64_t end = std::min(piece.end, start + sizes[tensor]) - start;
-            for (int64_t e = begin; e < end; e += BLOCK) block(tensor, e, std::min(BLOCK, end - e), buffer.data(), out);
+            for (int64_t e = begin; e < end; e += BLOCK) {
+                for (int64_t row = 0; row < rows(); ++row) next[row] = after_next(row, tensor, e);
+                block(tensor, e, std::min(BLOCK, end - e), buffer.data(), next.data(), out);
+            }
         }
     }
 
-    COMMUTE_INLINE void block(int64_t tensor, int64_t begin, int64_t size, double* buffer, double* out) const {
-        double *spare = buffer, *left = buffer + BLOCK, *right = same ? left : left + K * BLOCK;
-        const int64_t padded = (size + WIDTH - 1) / WIDTH * WIDTH, rows = same ? K : K + M;
-        for (int64_t row = 0; row < rows; ++row) {
-            read(row, tensor, begin, size, left + row * BLOCK);
-            std::fill(left + row * BLOCK + size, left + row * BLOCK + padded, 0.0);
-        }
-        if (eps > 0) subtract(tensor, begin, size, spare, left);
+    COMMUTE_INLINE int64_t after_next(int64_t row, int64_t tensor, int64_t begin) const {
+        const int64_t bytes[] = {4, 2, 8};
+        return addresses[row * tensors + tensor] + (begin + 2 * BLOCK) * bytes[dtypes[row * tensors + tensor]];
+    }
+
+    COMMUTE_INLINE void block(int64_t tensor, int64_t begin, int64_t size, S* buffer, const int64_t* next,
+                              double* out) const {
+        S *spare = buffer, *left = buffer + BLOCK, *right = same ? left : left + K * BLOCK;
+        for (int64_t row = 0; row < K + (same ? 0 : M); ++row) read(row, tensor, begin, size, left + row * BLOCK);
+        if (eps != 0) subtract(tensor, begin, size, spare, left);
         if (metric) weigh(tensor, begin, size, spare, left);
-        int64_t i = 0;
-        for (; i + 4 <= K; i += 4) tiles<4>(left + i * BLOCK, right, padded, out + i * M, M, same ? i : 0);
-        for (; i < K; ++i) tiles<1>(left + i * BLOCK, right, padded, out + i * M, M, same ? i : 0);
+        const int64_t count = ((K + 3) / 4) * ((M + 3) / 4), share = (rows() + count - 1) / count;
+        int64_t done = 0;  // rows already fetched
+        for (int64_t i = 0; i < K; i += 4) {
+            for (int64_t j = same ? i : 0; j < M; j += 4) {
+                const Ahead ahead{next, done, std::min(done + share, rows())};
+                done = ahead.to;
+                corner(left + i * BLOCK, right + j * BLOCK, K - i, M - j, ahead, out + i * M + j);
+            }
+        }
     }
 
-    COMMUTE_INLINE void subtract(int64_t tensor, int64_t begin, int64_t size, double* spare, double* left) const {
-        const double factor = 0.5 / eps;
+    // One tile of 4 x 4, or what is left of it at the edges.
+    COMMUTE_INLINE void corner(const S* a, const S* b, int64_t rest, int64_t columns, const Ahead& ahead,
+                               double* out) const {
+        if (rest >= 4 && columns >= 4) return tile<4, 4>(a, b, ahead, out, M);
+        Ahead now = ahead;
+        const int64_t high = std::min<int64_t>(rest, 4), wide = std::min<int64_t>(columns, 4);
+        for (int64_t i = 0; i < high; i += high == 4 ? 4 : 1) {
+            for (int64_t j = 0; j < wide; j += high < 4 && wide == 4 ? 4 : 1) {
+                const S *x = a + i * BLOCK, *y = b + j * BLOCK;
+                double* to = out + i * M + j;
+                high == 4 ? tile<4, 1>(x, y, now, to, M) : wide == 4 ? tile<1, 4>(x, y, now, to, M) : tile<1, 1>(x, y, now, to, M);
+                now.to = now.from;
+            }
+        }
+    }
+
+    COMMUTE_INLINE void subtract(int64_t tensor, int64_t begin, int64_t size, S* spare, S* left) const {
+        const S factor = static_cast<S>(0.5 / eps);
         for (int64_t k = 0; k < K; ++k) {
             read(K + M + metric + k, tensor, begin, size, spare);
-            double* row = left + k * BLOCK;
+            S* row = left + k * BLOCK;
 #pragma omp simd
-            for (int64_t e = 0; e < size; ++e) row[e] = (row[e] - spare[e]) * factor;
+            for (int64_t e = 0; e < BLOCK; ++e) row[e] = (row[e] - spare[e]) * factor;
         }
     }
 
-    COMMUTE_INLINE void weigh(int64_t tensor, int64_t begin, int64_t size, double* spare, double* left) const {
+    COMMUTE_INLINE void weigh(int64_t tensor, int64_t begin, int64_t size, S* spare, S* left) const {
         read(K + M, tensor, begin, size, spare);
         for (int64_t k = 0; k < K; ++k) {
-            double* row = left + k * BLOCK;
+            S* row = left + k * BLOCK;
 #pragma omp simd
-            for (int64_t e = 0; e < size; ++e) row[e] *= spare[e];
+            for (int64_t e = 0; e < BLOCK; ++e) row[e] *= spare[e];
         }
     }
 };
+
+// Whether no product of floats overflowed and none that counts came near the smallest float.
+bool trustworthy(const double* out, int64_t count, int64_t elements) {
+    const double least = static_cast<double>(elements) * 0x1p-120;
+    return std::all_of(out, out + count, [&](double x) { return std::isfinite(x) && std::fabs(x) >= least; });
+}
+
+template <class S>
+void add_up(const Tables& t, int64_t elements, double* out, int threads) {
+    const int64_t pieces = pieces_of(elements);
+    std::vector<double> sums(static_cast<size_t>(pieces * t.K * t.M));
+    run(Gram<S>{t, elements, sums.data()}, pieces, threads);
+    for (int64_t i = 0; i < t.K; ++i) {
+        for (int64_t j = 0; j < t.M; ++j) {
+            const int64_t from = t.same && j < i ? j * t.M + i : i * t.M + j;
+            double total = 0;
+            for (int64_t piece = 0; piece < pieces; ++piece) total += sums[piece * t.K * t.M + from];
+            out[i * t.M + j] = total;
+        }
+    }
+}
 
 }  // namespace
 
 void gram_cpu(const int64_t* addresses, const int32_t* dtypes, const int64_t* sizes, int64_t tensors, int64_t K,
               int64_t M, int metric, double eps, int same, double* out, int threads) {
+    const Tables t{addresses, dtypes, sizes, tensors, K, M, metric != 0, same != 0, eps};
     int64_t elements = 0;
     for (int64_t tensor = 0; tensor < tensors; ++tensor) elements += sizes[tensor];
-    const int64_t pieces = pieces_of(elements);
-    std::vector<double> sums(static_cast<size_t>(pieces * K * M));
-    const Tables tables{addresses, dtypes, sizes, tensors, K, M, metric != 0, same != 0, eps};
-    run(Gram{tables, elements, sums.data()}, pieces, threads);
-    for (int64_t i = 0; i < K; ++i) {
-        for (int64_t j = 0; j < M; ++j) {
-            const int64_t from = same && j < i ? j * M + i : i * M + j;
-            double total = 0;
-            for (int64_t piece = 0; piece < pieces; ++piece) total += sums[piece * K * M + from];
-            out[i * M + j] = total;
-        }
+    const bool narrow = std::find(dtypes, dtypes + t.rows() * tensors, FLOAT64) == dtypes + t.rows() * tensors;
+    if (narrow && elements >= LEAST_FLOAT) {
+        add_up<float>(t, elements, out, threads);
+        if (trustworthy(out, K * M, elements)) return;
     }
+    add_up<double>(t, elements, out, threads);
 }
 
 }  // namespace commute

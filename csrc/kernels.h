@@ -48,7 +48,7 @@ void attention_backward_cpu(int dtype, const void* go, const void* dgo, const vo
                             int64_t a, int64_t g, int64_t s, int64_t c, double scale, int threads);
 
 // out [K, M] = sum over tensors and elements of X_k D Y_m. The tables hold the addresses and dtypes of T tensors a
-// vector: first K rows of X, then M of Y, then one of D if `metric`, then K of `minus` if eps > 0, when X stands for
+// vector: first K rows of X, then M of Y, then one of D if `metric`, then K of `minus` if eps is not 0, when X stands for
 // (X - minus) / (2 eps). sizes [T]. X and Y may be the same: give `same`, and half the products are taken.
 void gram_cpu(const int64_t* addresses, const int32_t* dtypes, const int64_t* sizes, int64_t tensors, int64_t K,
               int64_t M, int metric, double eps, int same, double* out, int threads);

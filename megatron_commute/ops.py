@@ -191,7 +191,7 @@ def gram(
     X: K vectors, Y: M vectors, each a list of tensors with the same shapes; metric: the diagonal D as such a list, or
     None for the identity. minus: K more vectors, with which X stands for (X - minus) / (2 eps). Sums run over the
     tensors of this rank alone. Compiled, every element is read once; dtypes may differ between tensors; below 2^20
-    elements and with float64 sums are exact to float64, above to 1e-10 |X[k]| |Y[m]|: see csrc/gram.cpp.
+    elements, and with float64, sums are exact to float64, above to 3e-8 |X[k]| |Y[m]|: see csrc/gram.cpp.
     """
     vectors = [*X, *Y, *([] if metric is None else [metric]), *(minus or [])]
     tensors = [t for vector in vectors for t in vector]

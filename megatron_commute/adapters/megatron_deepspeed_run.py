@@ -76,11 +76,9 @@ class TrainingRun:
             *(args.seq_length, args.global_batch_size, args.micro_batch_size, args.data_parallel_size, iters),
             2 * args.num_workers,
         )
-        plugin = _Plugin(args.commute, run)  # the file first: its mode says what of the host matters
+        plugin = _Plugin(args.commute, run, args.train_data_path or args.data_path or ())
         refuse(args, plugin.feeds)
-        if plugin.feeds:
-            return plugin
-        return _Plugin(args.commute, run, args.train_data_path or args.data_path)
+        return plugin
 
     @contextlib.contextmanager
     def installed(self, training):
@@ -160,7 +158,7 @@ class TrainingRun:
 
         def attached():
             return self.plugin.attach(
-                models.probe_model(self.engine, args.micro_batch_size, self.plugin.config.probe.method),
+                self._model(),
                 groups,
                 args.save or ".",
                 models.learning_rate(self.scheduler, args.global_batch_size, args.seq_length),
@@ -176,6 +174,16 @@ class TrainingRun:
         self.hook = _or_exit(attached, self.plugin.config.file)
         self.hook.account.over(groups.world)
         self._show_scalars()
+
+    def _model(self):
+        """The probe.Model of this run. ConfigError where the mixture file asks for what this layout cannot give."""
+        config = self.plugin.config
+        model = models.probe_model(self.engine, self.args.micro_batch_size, config.probe.method)
+        if model.loss is None and config.response.kind == "lock-in":
+            raise config.error(
+                "response.kind", "readings need losses, pipelines and ZeRO-3 give gradients only", "write off"
+            )
+        return model
 
     def _show_scalars(self):
         """On the last rank, which holds the writers but not the record: listen to every line as it is told."""

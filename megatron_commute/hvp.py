@@ -25,6 +25,7 @@ METHODS = ("difference", "exact")
 # at initialisation) and 1e-2 (trained ones) along gradients, and at ten times that along random directions.
 _LENGTH = 1.5e-3
 _FRACTION = (1e-6, 1e-3)  # of |params|: not lost in the spacing of float32, and small against the weights
+DIFFERENCE_FACTOR = 3 * math.sqrt(1.25)  # squared: of the products at eps and 2 eps, over the error at eps
 _DOUBLINGS = 8  # of a step that is tuned, either way
 
 
@@ -145,7 +146,7 @@ def difference_error(
     Where truncation rules the two differ by 3 errors, where rounding rules by sqrt(1 + 1/4); dividing by the
     geometric mean of the two factors is right within 1.64 in both cases.
     """
-    return math.sqrt(square(_minus(product, at_double_step)) / (3 * math.sqrt(1.25)))
+    return math.sqrt(square(_minus(product, at_double_step)) / DIFFERENCE_FACTOR)
 
 
 def tuned_step(

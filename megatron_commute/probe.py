@@ -16,7 +16,7 @@ import time
 import numpy as np
 import torch
 
-from megatron_commute import bracket, memory, reduce, replicate
+from megatron_commute import bracket, hvp, memory, reduce, replicate
 from megatron_commute.memory import vectors
 
 __all__ = ["Measurement", "Model", "ProbeFailed", "choose_memory", "measure", "team", "vectors"]
@@ -63,6 +63,8 @@ class Measurement:
     M [T, K, K], P [T, K, K], P_se, s [T, K], s_se, u_g [T, K], h_theta [T, K]; score [T, K]: s with the weight-decay and
     learning-rate terms, relative to the mixture's own (sum_k w_k score_k = 0); score_se.
     gap_se [T, K, K]: of score_i - score_j. replicates: M of each, [S, T, K, K]. step: median eps of the difference, or None.
+    numerical [T]: estimated error of a difference of gradients in P, by rounding and truncation, from u.H u of one
+    sequence at eps and 2 eps (hvp.difference_error); part of every standard error, in quadrature. Zero for other methods.
     With probe.memory scores M, P, P_se and replicates are not measured: NaN.
     """
 
@@ -78,6 +80,7 @@ class Measurement:
     replicates: np.ndarray
     step: float | None
     gap_se: np.ndarray
+    numerical: np.ndarray
 
 
 class ProbeFailed(RuntimeError):
@@ -96,6 +99,7 @@ def measure(model, groups, team, draw, settings, targets, weights, flow, time_li
     ballot = _Ballot(groups, deadline)
     way = replicate.way(settings.memory)
     numbers = np.zeros((settings.splits, len(targets), way.rows(len(weights)), len(weights)))
+    checks = np.zeros((len(targets), 3))
     params = sample = work = None
     with ballot.section("preparing"):
         _refuse(model, settings.method)
@@ -115,12 +119,16 @@ def measure(model, groups, team, draw, settings, targets, weights, flow, time_li
         ballot.settle()
         for turn in range(team.rounds):
             split = team.splits[turn] if turn < len(team.splits) else None
-            work.run(split, targets, numbers)
+            work.run(split, targets, numbers, checks)
     ballot.settle()
-    table = reduce.sum_of_numbers(numbers, groups.world)
+    table = reduce.sum_of_numbers(np.concatenate([numbers.ravel(), checks.ravel()]), groups.world)
     if not np.isfinite(table).all():
         raise ProbeFailed("the contractions are not finite; the weights stay as they are")
-    return _summary(table, weights, flow)
+    numbers, checks = (
+        table[: numbers.size].reshape(numbers.shape),
+        table[numbers.size :].reshape(checks.shape),
+    )
+    return _summary(numbers, _numerical(checks), weights, flow)
 
 
 def _refuse(model, method):
@@ -137,7 +145,14 @@ def team(model, groups, splits, memory):
     return reduce.team(groups, splits, together=memory == "sharded" or model.together)
 
 
-def _summary(table, weights, flow):
+def _numerical(checks):
+    """Error of P [T] from what _check of `replicate` has found. Errors of the parameter tensors add up where truncation
+    rules and are independent where rounding does; P is a difference of two contractions."""
+    _, together, apart = checks.T
+    return math.sqrt(2) * np.sqrt(np.maximum(together**2, apart) / hvp.DIFFERENCE_FACTOR)
+
+
+def _summary(table, numerical, weights, flow):
     """Means and standard errors over replicates of the table [S, T, rows, K] that a way of `replicate` fills."""
     K = table.shape[-1]
     measured, (u_g, u_g_decayed, h_theta, steps) = table[..., :-4, :], np.moveaxis(table[..., -4:, :], -2, 0)
@@ -151,16 +166,22 @@ def _summary(table, weights, flow):
     decay, times = flow
     score = bracket.full_score(s, u_g, h_theta, decay, times, u_g_decayed)
     score = score - (score @ weights)[..., None]
-    steps = steps[..., 0]
+    gaps = score[..., :, None] - score[..., None, :]
+    steps, apart, row = (
+        steps[..., 0],
+        (1 - np.eye(K)) * numerical[:, None, None],
+        numerical[:, None] * (K > 1),
+    )
     return Measurement(
-        *(M.mean(0), P.mean(0), _error(P), s.mean(0), _error(s), u_g.mean(0), h_theta.mean(0)),
-        *(score.mean(0), _error(score), M, float(np.median(steps)) if steps.any() else None),
-        _error(score[..., :, None] - score[..., None, :]),
+        *(M.mean(0), P.mean(0), _error(P, apart), s.mean(0), _error(s, row), u_g.mean(0), h_theta.mean(0)),
+        *(score.mean(0), _error(score, row), M, float(np.median(steps)) if steps.any() else None),
+        *(_error(gaps, math.sqrt(2) * apart), numerical),
     )
 
 
-def _error(replicates):
-    return replicates.std(0, ddof=1) / math.sqrt(len(replicates))
+def _error(replicates, numerical):
+    """Standard error of the mean over replicates, the numerical error of each included."""
+    return np.hypot(replicates.std(0, ddof=1) / math.sqrt(len(replicates)), numerical)
 
 
 def choose_memory(model, groups, settings, domains):

@@ -34,11 +34,16 @@ class _Replicate:
         """Rows of the table: those of M and the four others."""
         return domains + 4
 
-    def run(self, split, targets, numbers):
-        """Fill numbers[split] with this rank's share, which sums over all ranks; split: None for a rank without work."""
+    def run(self, split, targets, numbers, checks):
+        """Fill numbers[split] with this rank's share, which sums over all ranks; split: None for a rank without work.
+        checks [targets, 3]: likewise, of `_check`, by the ranks that work on the first split."""
         for t, target in enumerate(targets):
             self._direction(split, target)
             step = self._displacement(split)
+            if self.settings.method == "difference":
+                if split == 0:
+                    self._check(step, int(np.argmax(target)), checks[t])
+                self.ballot.settle()
             self._products(split, step, None if split is None else numbers[split, t])
 
     def _direction(self, split, target):
@@ -68,6 +73,27 @@ class _Replicate:
                 step = hvp.difference_step(self.params, self.u, v_square=squares[0], params_square=squares[1])
         self.ballot.settle()
         return step
+
+    def _check(self, step, domain, out):
+        """u.H u of one sequence at eps; how far it is off at 2 eps; that of each parameter tensor, squared and summed.
+
+        Costs four gradients of one sequence (of one on every rank where vectors are shards).
+        """
+        if self.team.rank and not self.model.together:
+            return
+        share = 1 / self.team.size if self.model.together else 1.0
+        with self.ballot.section("numerical error"):
+            along = []
+            for scale in (1.0, -1.0, 2.0, -2.0):
+                at = self._displaced(scale, step)
+                with self._agreed():
+                    tokens = self.draw("gradient", domain, np.array([self.team.rank]))
+                for vector, part in self._slopes(at, iter([(tokens, share)])):
+                    along.append(np.array([part * _dot(self.u, vector, [i]) for i in self.once]))
+                    del vector
+                del at
+            one, two = (along[0] - along[1]) / (2 * step), (along[2] - along[3]) / (4 * step)
+            out[:] = one.sum(), (one - two).sum(), ((one - two) ** 2).sum()
 
     def _sweep(self, split, step, take, domains):
         """take(k, vector, to_g, to_h) for every gradient of `domains`: g_k = sum to_g vector, h_k = sum to_h vector."""
@@ -107,7 +133,9 @@ class _Replicate:
 
     def _gradients(self, part, domain, split, n, at):
         """(vector, share) of this rank's micro-batches at the tensors `at`; of all of them at once where the model asks."""
-        batches = self._batches(part, domain, split, n)
+        return self._slopes(at, self._batches(part, domain, split, n))
+
+    def _slopes(self, at, batches):
         if self.model.gradient is None:
             for tokens, share in batches:
                 yield self._gradient(tokens, at), share

@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 import torch
 
-VOCABULARY, LENGTH, WIDTH, BLOCKS = 24, 7, 12, 3
+VOCABULARY, LENGTH, WIDTH, BLOCKS = 24, 7, 12, 2
 WEIGHTS, FLOW = np.array([0.5, 0.2, 0.3]), (0.1, (0.02, 0.01))
 TARGET = np.array([[0.6, 0.4, 0.0]])
 K = 3
@@ -40,7 +40,10 @@ class Words(torch.nn.Module):
 class Block(torch.nn.Module):
     def __init__(self, seed):
         super().__init__()
-        self.norm, self.mixed = torch.nn.LayerNorm(WIDTH), torch.nn.Linear(WIDTH, 3 * WIDTH)
+        self.norm, self.mixed = (
+            torch.nn.LayerNorm(WIDTH, bias=False),
+            torch.nn.Linear(WIDTH, 3 * WIDTH, bias=False),
+        )
         self.first, self.second = torch.nn.Linear(WIDTH, 17), torch.nn.Linear(17, WIDTH, bias=False)
         self.dropout = torch.nn.Dropout(0.1)
         seeded(self, seed)
@@ -56,7 +59,7 @@ class Block(torch.nn.Module):
 class Last(torch.nn.Module):
     def __init__(self):
         super().__init__()
-        self.norm = torch.nn.LayerNorm(WIDTH)
+        self.norm = torch.nn.LayerNorm(WIDTH, bias=False)
         seeded(self, 99)
 
     def forward(self, inputs):
@@ -111,7 +114,7 @@ def draw(part, domain, numbers):
     return torch.from_numpy(np.array(rows))
 
 
-def settings(method="difference", metric="identity", memory="full", samples=10, splits=2):
+def settings(method="difference", metric="identity", memory="full", samples=6, splits=2):
     return types.SimpleNamespace(samples=samples, splits=splits, method=method, metric=metric, memory=memory)
 
 
@@ -161,6 +164,7 @@ def pipeline_engine(stages, data, accumulation=2, bf16=False, checkpoint_interva
         loss_fn=cross_entropy,
         partition_method="uniform",
         activation_checkpoint_interval=checkpoint_interval,
+        activation_checkpoint_func=deepspeed.checkpointing.non_reentrant_checkpoint,
     )
     made = config(data, accumulation, stage=1 if bf16 else 0, bf16=bf16)
     return deepspeed.initialize(model=module, optimizer=optimizer(module), config=made)[0]

@@ -151,7 +151,8 @@ def test_scores_of_one_domain_are_zero_and_harmless():
 
 @pytest.mark.parametrize("method", ["difference", "exact"])
 def test_work_grows_linearly_with_the_number_of_domains(method):
-    """Loss evaluations, each of one micro-batch: K (direction) + 2 K or K (difference or exact), a split."""
+    """Loss evaluations, each of one micro-batch: K (direction) + 2 K or K (difference or exact), a split; and the four of
+    one sequence that tell the error of differences."""
     counts = {}
     for domains in (2, 8, 32):
         calls = []
@@ -166,9 +167,10 @@ def test_work_grows_linearly_with_the_number_of_domains(method):
         how = settings(samples=16, splits=2, method=method)
         probe.measure(model, reduce.Groups(), team, text, how, target, target[0], FLOW)
         counts[domains] = (len(calls), sum(calls))
-    passes, products = (2, 2) if method == "difference" else (1, 1)
+    passes, products, check = (2, 2, 4) if method == "difference" else (1, 1, 0)
     # a split has 8 sequences (2 micro-batches) for gradients, 4 (1 micro-batch) for the direction
-    assert counts == {k: (2 * k * (1 + 2 * passes), 2 * k * (4 + 8 * products)) for k in (2, 8, 32)}
+    expected = {k: (check + 2 * k * (1 + 2 * passes), check + 2 * k * (4 + 8 * products)) for k in (2, 8, 32)}
+    assert counts == expected
 
 
 # --- several ranks --------------------------------------------------------------------------------------------------
@@ -221,9 +223,9 @@ def test_traffic_is_votes_and_one_table_of_numbers_unless_a_team_shares_a_split(
             assert kinds == {}
             continue
         rounds = -(-splits // ranks_)
-        votes = 3 + rounds * 3 * T  # preparing, metric, end; direction, step and products of a target
+        votes = 3 + rounds * 4 * T  # preparing, metric, end; direction, step, check and products of a target
         assert kinds["max"] == (votes, 4 * votes)
-        assert kinds["sum"] == (1, 8 * splits * T * (K + 4) * K)
+        assert kinds["sum"] == (1, 8 * T * (splits * (K + 4) * K + 3))
         shared = ranks_ > splits
         assert set(kinds) == ({"max", "sum", "vector"} if shared and splits == 2 else {"max", "sum"})
         if shared and splits == 2:

@@ -226,7 +226,7 @@ class Hook:
         responses.foretell(self.mixture.index, found, weights, rate)
         self._measured(step, begun, found, weights, decision, effective, told)
         if responses.kind == "rollout" and step % responses.cost.steps == 0:
-            self.steering.excursion(step)
+            self.steering.excursion(step, self.account.mine)
 
     def _drawn(self, number):
         """draw for probe `number`: each probe goes on in the held-out sequences where the last one stopped."""

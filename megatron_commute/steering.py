@@ -139,13 +139,13 @@ class Steering:
         else:
             self.timed(begun)
 
-    def excursion(self, step):
-        """One rollout; training goes on from where it was."""
+    def excursion(self, step, mine):
+        """One rollout; training goes on from where it was. mine: this rank's samples of a global batch."""
         begun, sample = time.monotonic(), self.mixture.index
         if self.plan.samples - sample < self.run.global_batch or self.control.freeze:
             return
         try:
-            fields = self.responses.excursion(step, self.mixture, *self.bounds(), self.account.mine)
+            fields = self.responses.excursion(step, self.mixture, *self.bounds(), mine)
         except Exception as fault:
             if reduce.size(self.groups.world) > 1 and not isinstance(fault, probe.ProbeFailed):
                 self.fault(step)

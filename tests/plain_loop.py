@@ -9,8 +9,8 @@ import oracles
 import torch
 
 from megatron_commute import record, reduce, takeover
-from megatron_commute.adapters import torch_loop
-from megatron_commute.config import Config, Controller, Domain, Plan, Probe, Run
+from megatron_commute.adapters import rollouts, torch_loop
+from megatron_commute.config import Config, Controller, Domain, Plan, Probe, Response, Run
 from megatron_commute.hook import Hook
 from megatron_commute.mixture import Mixture
 
@@ -43,7 +43,8 @@ class Loop:
 
     def __init__(
         self, folder, steps=24, mode="act", draw=held_out, state=None, groups=None, watched=True, confidence=0.5,
-        names=NAMES, weights=WEIGHTS, targets=None, every=EVERY, budgets="shares",
+        names=NAMES, weights=WEIGHTS, targets=None, every=EVERY, budgets="shares", response=None, law="tilt", compare=(),
+        batch=BATCH, cooldown=1,
     ):  # fmt: skip
         torch.manual_seed(0)
         gpt = oracles.GPT(VOCABULARY, 8, 2, 1, LENGTH, spread=0.2)
@@ -56,20 +57,23 @@ class Loop:
             [],
             [],
         )
-        self.step, self.hook = 0, None
+        self.step, self.hook, self.batch, self.fails = 0, None, batch, None
         ranks_ = reduce.size(self.groups.data)
-        self.run = Run(LENGTH, BATCH, 1, ranks_, steps)
-        K, samples = len(names), steps * BATCH
+        self.run = Run(LENGTH, batch, 1, ranks_, steps)
+        K, samples = len(names), steps * batch
         shares = np.array(weights)
         budget = [round(samples * w) for w in weights[1:]]
         budget = [samples - sum(budget), *budget] if budgets == "shares" else list(budgets)
         self.plan = Plan(
             names, shares, tuple(budget), (100,) * K, (64,) * K, np.array([weights] if targets is None else targets),
-            np.zeros(K), np.ones(K), samples, 2 * BATCH, ("a note",), shares,
+            np.zeros(K), np.ones(K), samples, 2 * batch, ("a note",), shares,
         )  # fmt: skip
         config = Config(
             domains=tuple(Domain(n, (n,)) for n in names), mode=mode, every=every, probe=Probe(samples=16, splits=4),
-            controller=Controller(confidence=confidence, floors=(0.0,) * K, caps=(1.0,) * K, rate=0.2), digest="d",
+            controller=Controller(
+                confidence=confidence, floors=(0.0,) * K, caps=(1.0,) * K, rate=0.2, law=law, compare=tuple(compare),
+                cooldown=cooldown,
+            ), digest="d", response=response or Response(), measure_budget=100.0,
         )  # fmt: skip
         self.mixture = Mixture(shares, budget, samples=samples)
         if state is not None:
@@ -93,29 +97,43 @@ class Loop:
         self.hook = Hook(
             *(config, self.plan, self.run, self.mixture.copy(), ledger, model, self.groups, draw, log),
             *(lambda step: 1e-2 * (1 - step / self.steps), 0.01, self.sampler, self.said.append),
+            rollouts.Loop(self.module, self.optimizer, self._excursion),
         )
         self.hook.start() if state is None else self.hook.load_state_dict(json.loads(state["hook"]))
+
+    def _train(self, step, domains, positions):
+        """One step on this rank's samples, dropout seeded by the step: its tokens and its loss."""
+        tokens = torch.cat([text(d, [p], 3) for d, p in zip(domains, positions, strict=True)])
+        torch.manual_seed(step)
+        self.optimizer.zero_grad()
+        loss = mean_loss(self.module, tokens)
+        loss.backward()
+        for p in self.module.parameters():
+            p.grad.copy_(reduce.all_reduce_sum(p.grad, self.groups.data))
+        self.optimizer.step()
+        return tokens, loss
+
+    def _excursion(self, step, domains, positions):
+        """A step of a rollout; `fails`: a countdown after which one raises."""
+        if self.fails is not None:
+            self.fails -= 1
+            if self.fails < 0:
+                raise self.fault
+        self._train(step, domains, positions)
 
     def until(self, stop=None):
         while self.step < (stop or self.steps):
             if self.hook is not None:
                 self.hook.begin(self.step)
-            domains, positions = self.sampler.take(BATCH)
-            tokens = torch.cat([text(d, [p], 3) for d, p in zip(domains, positions, strict=True)])
+            domains, positions = self.sampler.take(self.batch)
             mine = slice(None) if self.hook is None else self.hook.account.mine
-            torch.manual_seed(self.step)
-            self.optimizer.zero_grad()
-            loss = mean_loss(self.module, tokens[mine])
-            loss.backward()
-            for p in self.module.parameters():
-                p.grad.copy_(reduce.all_reduce_sum(p.grad, self.groups.data))
-            self.optimizer.step()
+            tokens, loss = self._train(self.step, domains[mine], positions[mine])
             self.losses.append(loss.item())
             self.drawn += list(zip(domains.tolist(), positions.tolist(), strict=True))
             self.step += 1
             if self.hook is not None:
-                losses = np.full(len(tokens[mine]), loss.item())
-                self.hook.end(losses, tokens[mine].numpy(), (domains[mine], positions[mine]))
+                losses = np.full(len(tokens), loss.item())
+                self.hook.end(losses, tokens.numpy(), (domains[mine], positions[mine]))
                 if self.step % 3 == 0:
                     self.hook.log_losses(self.step)
         if self.step == self.steps and self.hook is not None:

@@ -23,6 +23,9 @@ from megatron_commute.sampler import MixedDataset, MixtureSampler
 # a floor of a tenth of the mean sqrt(v) bounds D at ten times its usual size.
 METRIC_FLOOR = 0.1
 
+# what a probe asks for -> field of config.HoldoutParts
+PARTS = {"gradient": "gradients", "direction": "direction", "response": "responses"}
+
 # the backward pass comes after functional_call has put the module's own weights back
 HOOKS_REFUSED = (
     "activation checkpointing, or another hook on saved tensors, would recompute with the module's own weights instead of "
@@ -180,7 +183,7 @@ def drawer(config, plan, seq_length, vocab_size=None):
 
     def draw(part, domain, numbers):
         parts = mixture_file.holdout_parts(len(held_out[domain]))
-        inside = dict(gradient=parts.gradients, direction=parts.direction, response=parts.responses)[part]
+        inside = getattr(parts, PARTS[part])
         tokens = torch.stack([held_out[domain][inside[int(n) % len(inside)]]["tokens"] for n in numbers])
         if vocab_size is not None and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
             raise ValueError(

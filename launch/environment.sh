@@ -1,4 +1,5 @@
-# Sourced by quickstart.sh and tests/run.sh: a virtual environment and what is installed in it.
+# shellcheck shell=bash
+# Sourced by the other scripts: a virtual environment, what is installed in it, and messages.
 
 say() { printf '\n== %s\n' "$*"; }
 fail() {
@@ -38,6 +39,6 @@ sys.exit(pathlib.Path(path).resolve() != pathlib.Path(sys.argv[1]).resolve())
 PY
     then
         say "Installing megatron_commute[$extra] with PyTorch, DeepSpeed and megatron-core: minutes, once"
-        python -m pip install --quiet -e "$root[$extra]" || fail "pip could not install it, see above"
+        python -m pip install --quiet -e "${root}[$extra]" || fail "pip could not install it, see above"
     fi
 }

@@ -23,11 +23,11 @@
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-# shellcheck source=environment.sh
+# shellcheck source-path=SCRIPTDIR source=environment.sh
 source "$root/launch/environment.sh"
 
 hostfile='' node='' address='' port=29500 ssh_port='' dry='' names=()
-value() { (($# > 1)) && [[ -n $2 && $2 != --* ]] || fail "$1: write a value after it, see --help"; }
+value() { [[ -n ${2:-} && $2 != --* ]] || fail "$1: write a value after it, see --help"; }
 while (($#)); do
     case $1 in
         --hostfile) value "$@"; hostfile=$2; shift 2 ;;
@@ -47,7 +47,7 @@ done
 [[ -f $hostfile ]] || fail "--hostfile $hostfile: no such file; write one like $root/launch/hostfile.example"
 (($#)) || fail "no training script: write -- launch/pretrain_gpt.py and its flags at the end"
 [[ -f $1 ]] || fail "$1: no such training script; name it with its path"
-[[ $port =~ ^[0-9]+$ ]] && ((port > 0 && port < 65536)) || fail "--master-port $port: write a port between 1 and 65535"
+[[ $port =~ ^[1-9][0-9]{0,4}$ && $port -lt 65536 ]] || fail "--master-port $port: write a port between 1 and 65535"
 
 hosts=() ranks=0
 number=0
@@ -94,7 +94,7 @@ carry() {
 }
 
 if [[ -n $node ]]; then
-    [[ $node =~ ^[0-9]+$ ]] && ((node < ${#hosts[@]})) ||
+    [[ $node =~ ^(0|[1-9][0-9]{0,8})$ && $node -lt ${#hosts[@]} ]] ||
         fail "--node-rank $node: $hostfile has ${#hosts[@]} nodes; write 0 to $((${#hosts[@]} - 1))"
     command+=(--no_ssh --node_rank "$node")
     say "node $node of ${#hosts[@]}, $ranks ranks in all; rendezvous at $address:$port"

@@ -43,16 +43,16 @@ class Found(NamedTuple):
 
 def folder():
     """The folder of our diffs: that of the repository, or what the installed package brought along. PatchError without."""
-    beside = Path(__file__).resolve().parent.parent / "patches"
-    if (beside / "hook.patch").is_file():
-        return beside
+    above = Path(__file__).resolve().parent.parent
     try:
         files = importlib.metadata.files("megatron-commute") or []
     except importlib.metadata.PackageNotFoundError:
         files = []
-    for file in files:
-        if file.name == "hook.patch":
-            return Path(file.locate()).resolve().parent
+    installed = [Path(file.locate()).parent for file in files if file.name == "hook.patch"]
+    # the last is where `pip install --target` puts them
+    for found in (above / "patches", *installed, above / "share/megatron_commute/patches"):
+        if (found / "hook.patch").is_file():
+            return found.resolve()
     raise PatchError("the diffs were not installed with the package: reinstall megatron-commute")
 
 

@@ -189,16 +189,7 @@ class TrainingRun:
         """On the last rank, which holds the writers but not the record: listen to every line as it is told."""
         from megatron_commute.adapters import megatron_deepspeed_scalars as scalars
 
-        listen = scalars.listener(self.plugin.plan)
-        if listen is None:
-            return
-        write = self.hook._write
-
-        def written(event, **fields):
-            write(event, **fields)
-            listen({"event": event, **fields})
-
-        self.hook._write = written
+        self.hook._write = scalars.heard(self.hook._write, scalars.listener(self.plugin.plan))
 
     def train_step(self, forward_step, batches, model, *rest):
         """One step of the host's, between the two calls of the hook. The save comes later, so it holds what was consumed."""

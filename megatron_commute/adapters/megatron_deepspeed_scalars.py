@@ -35,6 +35,26 @@ def listener(plan):
     return listen
 
 
+def heard(write, listen):
+    """`write` of hook.Hook with `listen` told of every line; a writer that fails is told of nothing more, and training goes
+    on."""
+    listeners = [] if listen is None else [listen]
+
+    def written(event, **fields):
+        write(event, **fields)
+        for one in list(listeners):
+            try:
+                one({"event": event, **fields})
+            except Exception as fault:
+                listeners.clear()
+                print(
+                    f"commute: no more scalars, the writer failed: {type(fault).__name__}: {fault}",
+                    flush=True,
+                )
+
+    return written
+
+
 def _pairs(names, values):
     """(name, number) of a dict or of an array [K] in the order of `names`; several targets and missing numbers are left
     out."""

@@ -12,7 +12,6 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import jobs
 import layouts
 import matrix
 import numpy as np
@@ -35,7 +34,8 @@ ROWS = (  # layout, method, compared with: the single process in the same precis
     ("checkpointing", "exact", "single"),
 )
 LIMITS = {"difference": 1e-4, "exact": 1e-6}
-STILL = ["--lr", "0", "--min-lr", "0", "--hidden-dropout", "0", "--attention-dropout", "0"]
+STILL = ["--lr", "0", "--lr-warmup-iters", "0", "--min-lr", "0"]
+STILL += ["--hidden-dropout", "0", "--attention-dropout", "0"]
 
 
 def job(folder, data, tree, name, method):
@@ -43,7 +43,7 @@ def job(folder, data, tree, name, method):
     out = Path(folder, "probes", f"{name}-{method}")
     shutil.rmtree(out, ignore_errors=True)
     extra = f"probe: {{samples: 8, splits: 2, metric: identity, method: {method}}}"
-    file = jobs.write_mixture(
+    file = matrix.jobs.write_mixture(
         str(data), f"{method}.yaml", mode="shadow", iters=2, batch=layouts.BATCH, extra=extra
     )
     Path(file).write_text(Path(file).read_text().replace("every: 8", "every: 1"))

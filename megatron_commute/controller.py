@@ -174,7 +174,8 @@ def before_the_end(situation):
 
 
 def doubt(wish, situation):
-    """Why a predicted gain does not count, or None: it must exceed its own error and `gate` of the loss."""
+    """Why a predicted gain does not count, or None: it must exceed its own error and, for a law that was not acting before,
+    `gate` of the loss (at the end of the run, where the law predicts that)."""
     from scipy.special import ndtri, stdtrit
 
     s = situation
@@ -187,7 +188,9 @@ def doubt(wish, situation):
         or -wish.expected <= quantile * wish.expected_se
     ):
         return f"the expected change {wish.expected:+.2g} is inside its error"
-    if s.loss is not None and -wish.expected < s.gate * abs(s.loss):
+    loss = s.loss if wish.loss is None else wish.loss
+    acting = s.memory.get("acting", False)  # what is left to gain shrinks as a plan is carried out
+    if loss is not None and not acting and -wish.expected < s.gate * abs(loss):
         return f"the expected gain {-wish.expected:.2g} is below {s.gate:g} of the loss"
     return None
 
@@ -237,7 +240,8 @@ def decide(law, situation):
         asked = np.clip(asked, *guardrails(s))
     weights = granted(asked, low, high, np.isnan(s.remaining), *endless_share(s))
     moved = float(np.abs(weights - s.weights).max())
-    told = {"expected": wish.expected, "expected_se": wish.expected_se, "memory": wish.memory or {}}
+    memory = dict(wish.memory or {}) | ({"acting": True} if wish.active and wish.expected is not None else {})
+    told = {"expected": wish.expected, "expected_se": wish.expected_se, "memory": memory}
     # a sample more or less of a budget moves its share by 1 / samples_left
     if moved < max(DEAD_BAND, 1.5 / s.samples_left):
         why = "the wish is no further than rounding" if wish.active else _quiet(wish)

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from megatron_commute.receding import propose, segments
+
 TRUST = 0.2  # deviation from the shares, relative, up to which effects measured at that amplitude stay linear
 ODM_SMOOTHING = 0.9  # of the moving average of rewards, as published
 
@@ -18,7 +20,8 @@ class Wish(NamedTuple):
 
     weights f64[K]; active: whether it is more than the remaining-budget shares; why: one clause; expected, expected_se:
     predicted change of the final target loss in nats against the shares (negative: better) with its standard error, None
-    where the law does not predict; dof: of that error, None for a normal one; memory: for the next decision.
+    where the law does not predict; dof: of that error, None for a normal one; memory: for the next decision; loss: the
+    target loss at the end under the shares, None where the law does not know it.
     """
 
     weights: np.ndarray
@@ -28,6 +31,7 @@ class Wish(NamedTuple):
     expected_se: float | None = None
     dof: int | None = None
     memory: dict | None = None
+    loss: float | None = None
 
 
 def remaining_shares(remaining, samples_left, initial):
@@ -126,7 +130,7 @@ def tilt(situation):
 
 
 def response(situation):
-    """A step along the measured effects, short enough for them to be linear: w_k = shares_k (1 - TRUST z_k), |z| <= strength.
+    """A step along the measured effects, short enough to be linear: w_k = shares_k (1 - TRUST z_k), |z| <= strength.
 
     Effects inside their error bars count as zero. expected = scale * sum_k effect_k (w_k - shares_k): what giving the moved
     weight back later is measured to be worth; scale 1 while uncalibrated.
@@ -150,6 +154,36 @@ def response(situation):
     error = float(abs(scale) * np.sqrt(moved[counts] ** 2 @ s.effect_se[counts] ** 2))
     why = f"{int(counts.sum())} of {len(counts)} measured effects outside their error bars"
     return Wish(wish, True, why, expected, error, s.effect_dof)
+
+
+def receding(situation):
+    """The first window of the best plan for the rest of the run, made anew at every decision on the small quadratic model of
+    receding.py (RH-Nys); no more of it than is surer than its error. No oracle: the model knows only products and gradients.
+    """
+    s, shares = situation, shares_of(situation)
+    if s.quadratic is None:
+        return Wish(shares, False, "no quadratic model yet")
+    times, sizes = segments(s.samples_left, min(s.window, s.samples_left), s.quadratic.clock)
+    found = propose(
+        s.quadratic, times, sizes, shares * s.samples_left, _continued(s.memory, sizes, len(shares))
+    )
+    kept = {"plan": found.plan.round(9).tolist(), "sizes": sizes.tolist()}
+    if not found.active:
+        return Wish(shares, False, "no plan gains more than its error", memory=kept)
+    loss = None if s.loss is None else s.loss + float(found.constant)
+    told = float(found.expected), float(found.error), None, kept, loss
+    return Wish(found.wish, True, "the first window of the best plan for the rest of the run", *told)
+
+
+def _continued(memory, sizes, K):
+    """The last decision's plan over segments of `sizes` f64[M] that end where it ends, f64[M, K]; None without one."""
+    plan, before = (np.array(memory.get(key, []), dtype=np.float64) for key in ("plan", "sizes"))
+    if plan.ndim != 2 or plan.shape != (len(before), K) or before.sum() < sizes.sum():
+        return None
+    at = before.sum() - sizes.sum() + np.concatenate([[0.0], np.cumsum(sizes)])
+    ends = np.concatenate([[0.0], np.cumsum(before)])
+    spent = np.concatenate([np.zeros((1, K)), np.cumsum(plan * before[:, None], 0)])
+    return np.diff(np.stack([np.interp(at, ends, column) for column in spent.T], 1), axis=0) / sizes[:, None]
 
 
 def odm(situation):
@@ -180,6 +214,7 @@ LAWS = {
     "proportional": proportional,
     "tau-tail": tau_tail,
     "tilt": tilt,
+    "receding": receding,
     "response": response,
     "odm": odm,
 }

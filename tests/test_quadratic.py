@@ -123,9 +123,23 @@ def test_tilt_gains_over_short_horizons():
     assert np.median(gains[16.0]) < 0
 
 
-def test_commute_names_the_law_that_is_not_there_yet():
-    with pytest.raises(NotImplementedError, match="receding"):
-        quadratic.run(**arguments(), schedule="commute")
+@pytest.mark.parametrize(("time", "budgets"), [(1.0, (1 / 3, 1 / 3, 1 / 3)), (16.0, (0.6, 0.3, 0.1))])
+def test_commute_keeps_every_budget_and_gains_most_of_what_a_search_gains(time, budgets):
+    """Over the horizon at which tilt harms it must not; the search is the optimum, found with the exact adjoint."""
+    for seed in range(2):
+        given = arguments(seed, domains=3, n=12, steps=16, time=time) | {"budgets": budgets}
+        constant = quadratic.run(**given, schedule="constant").loss
+        found = quadratic.run(**given, schedule="commute")
+        np.testing.assert_allclose(found.weights.sum(1), 1)
+        np.testing.assert_allclose(found.weights.sum(0), np.multiply(budgets, 16), atol=1e-9)
+        assert found.weights.min() >= 0
+        problem = quadratic_domains.quadratic(given["A"], given["b"])
+        best = quadratic_search.search(
+            problem, given["theta0"], np.array(budgets), time, 16, given["target"], 1000
+        )[1]
+        assert constant - found.loss > 0.8 * (constant - best) > 0
+        again = quadratic.run(**given, schedule="commute")
+        assert (again.weights == found.weights).all(), "the same problem, the same decisions"
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_commute import bracket
+from megatron_commute.controller import Situation, decide
 from megatron_commute.experiments import (
     quadratic_errata,
     quadratic_figures,
@@ -24,8 +25,10 @@ from megatron_commute.experiments import (
 from megatron_commute.experiments.quadratic_domains import quadratic
 from megatron_commute.feasible import nearest
 from megatron_commute.laws import tilted
+from megatron_commute.receding import Recycled
 
 TILT_STRENGTH = 0.5  # of the law `tilt`; larger is worse over long horizons
+START, GRAIN = 12, 1000  # directions multiplied at the first decision; samples that one step stands for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,13 +46,14 @@ def run(A, b, theta0, budgets, time, steps, target, schedule):
 
     A[K, n, n], b[K, n], theta0[n]; budgets[K]: fractions of the run, summing to 1; target[K]: the final
     loss is target . L. schedule: "constant" (weights = budgets), "tilt" (the paper's criterion as a law,
-    local direction), "commute" (the law `receding`; NotImplementedError until there is one), or weights
-    f64[steps, K] whose columns sum to budgets * steps. ValueError names what does not fit.
+    local direction), "commute" (the law `receding`: at most K + 1 exact Hessian-vector products a decision
+    on average, no oracle), or weights f64[steps, K] whose columns sum to budgets * steps. ValueError names what does
+    not fit.
     """
     problem = quadratic(A, b)
     theta, budgets, target = (np.asarray(x, dtype=np.float64) for x in (theta0, budgets, target))
     _check(problem, theta, budgets, time, steps, target)
-    choose = _weights_of(schedule, problem, budgets, steps, target)
+    choose = _weights_of(schedule, problem, budgets, time, steps, target)
     used = np.empty((steps, len(budgets)))
     remaining = budgets * steps
     for step in range(steps):
@@ -98,7 +102,7 @@ def _check(problem, theta, budgets, time, steps, target):
         raise ValueError(f"time {time}, steps {steps}: pass a positive flow time and at least one step")
 
 
-def _weights_of(schedule, problem, budgets, steps, target):
+def _weights_of(schedule, problem, budgets, time, steps, target):
     """A function (step, theta, remaining[K]) -> weights[K] for a schedule of `run`."""
     if not isinstance(schedule, str):
         weights = np.asarray(schedule, dtype=np.float64)
@@ -109,10 +113,7 @@ def _weights_of(schedule, problem, budgets, steps, target):
     if schedule == "tilt":
         return lambda step, theta, remaining: _tilt(problem, theta, remaining, target)
     if schedule == "commute":
-        raise NotImplementedError(
-            "schedule 'commute' is the law `receding`, which megatron_commute.controller does not have yet: "
-            "use 'constant', 'tilt' or weights[steps, K]"
-        )
+        return _Commute(problem, budgets, time, steps, target)
     raise ValueError(f"schedule {schedule!r}: pass 'constant', 'tilt', 'commute' or weights[steps, K]")
 
 
@@ -127,6 +128,44 @@ def _check_schedule(weights, budgets, steps):
             f"schedule spends {spent.tolist()} steps, the budgets are {(budgets * steps).tolist()}: "
             "make the column sums equal budgets * steps"
         )
+
+
+class _Commute:
+    """The law `receding` at every step of a run: one new direction a decision, START at the first."""
+
+    def __init__(self, problem, budgets, time, steps, target):
+        self.problem, self.time, self.steps, self.target = problem, time, steps, target
+        self.budgets, self.before = budgets, budgets
+        self.recycled, self.memory = Recycled(len(budgets)), {}
+
+    def __call__(self, step, theta, remaining):
+        gradients, left = self.problem.gradients(theta), self.steps - step
+        shares = remaining / remaining.sum()
+        if left == 1:
+            return shares
+        for _ in range(START if step == 0 else 1):
+            direction = self.recycled.direction(gradients, shares)
+            if direction is not None:
+                self.recycled.add(direction, list(self.problem.A @ direction))
+        if not self.recycled.basis:
+            return shares
+        model = self.recycled.model(gradients, self.target, [0.0, self.time * left / self.steps])
+        loss = float(self.target @ self.problem.losses(theta))
+        found = decide("receding", self._situation(remaining, left, model, loss))
+        self.memory = found.memory
+        wish = self.before if found.weights is None else found.weights
+        self.before = nearest(wish, np.zeros_like(wish), np.minimum(remaining, 1.0))
+        return self.before
+
+    def _situation(self, remaining, left, model, loss):
+        """A step counts as GRAIN samples, so that the least change of a live run is far below a weight that matters."""
+        K = len(self.budgets)
+        silent = np.zeros(K), np.full(K, np.inf), 1
+        bounds = np.zeros(K), np.ones(K), np.zeros(K), np.ones(K)
+        return Situation(
+            self.before, remaining * GRAIN, self.budgets, left * GRAIN, GRAIN, *silent, *bounds, 1.0, 0.95, 1.0,
+            quadratic=model, loss=loss, memory=self.memory, cooldown=0,
+        )  # fmt: skip
 
 
 def _tilt(problem, theta, remaining, target):

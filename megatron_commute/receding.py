@@ -1,0 +1,267 @@
+"""A small quadratic model of K domains learned from recycled Hessian-vector products (RH-Nys).
+
+An orthonormal basis V grows by one direction a decision, and every direction is multiplied by the Hessian of each domain: K
+products a decision. On V the Hessians are then known (Galerkin); on the strongest part of what the products leave V into
+they are completed by Nystrom, which is exact on V and never negative. Vectors may be anything: all that is asked of them is
+an inner product and a linear combination, so the same lines serve numpy rows and lists of tensors of model size.
+
+Source of the completion: Nystrom approximation (Williams & Seeger 2001). Cost of one `add`: K products (by the caller) and
+(K + 1)^2 r inner products; memory: r (K + 1) vectors, or r with products=False, which leaves out the completion.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+
+from megatron_commute import planning
+
+WIDTH, COMPLETED = 24, 12  # most basis vectors; most coordinates of the completion
+SILENT = 1e-7  # relative noise below which products count as exact
+LEFT_OUT = 6  # newest basis vectors that the leaner model does without
+MOST_PIECES = 32  # of a plan: windows of equal length while they are few, then growing
+FIRST, NEXT = 30, 6  # rounds of descent of the first plan, and of one that begins with the last decision's
+STEPS = (1.0, 0.7, 0.4, 0.2, 0.1)  # parts of the planned deviation that are weighed against each other
+DRAWS = 4  # models as they might have been measured, where the products carry noise
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """What the products say in r coordinates, at the parameters of now. K domains; all but clock may carry a batch shape.
+
+    full: the planning.Quadratic; lean: the same learned without the newest LEFT_OUT products (other coordinates), whose
+    disagreement says how much the products that are still missing matter. H_se f64[K, r, r], g_se f64[K, r]: standard errors
+    of full.H and full.g, zero where exact. clock f64[P + 1]: flow time from now to the ends of P equal parts of the samples
+    left (two numbers, 0 and the whole, for a constant learning rate).
+    """
+
+    full: planning.Quadratic
+    lean: planning.Quadratic
+    H_se: np.ndarray
+    g_se: np.ndarray
+    clock: np.ndarray
+
+    @property
+    def noisy(self):
+        """bool[...]: whether anything was measured with an error."""
+        return (self.H_se > 0).any((-1, -2, -3)) | (self.g_se > 0).any((-1, -2))
+
+    def draws(self, count):
+        """`count` Quadratics as they would be measured again: errors added anew, negative curvature cut. Always the same."""
+        rng = np.random.default_rng(0)
+        for _ in range(count):
+            noise = np.tril(rng.standard_normal(self.H_se.shape))
+            noise = noise + np.tril(noise, -1).swapaxes(-1, -2)
+            values, vectors = np.linalg.eigh(self.full.H + self.H_se * noise)
+            H = (vectors * np.maximum(values, 0.0)[..., None, :]) @ vectors.swapaxes(-1, -2)
+            g = self.full.g + self.g_se * rng.standard_normal(self.g_se.shape)
+            yield planning.Quadratic(H, g, self.full.target)
+
+
+class Proposal(NamedTuple):
+    """wish f64[..., K] for the coming window, the shares where active bool[...] is False; expected, error f64[...]: change
+    of the target loss at the end against the shares, and its standard error; constant f64[...]: its change under the shares
+    from now on; plan f64[..., M, K], pace: for the next call."""
+
+    wish: np.ndarray
+    active: np.ndarray
+    expected: np.ndarray
+    error: np.ndarray
+    constant: np.ndarray
+    plan: np.ndarray
+    pace: np.ndarray
+
+
+def rows_dots(X, Y):
+    """Inner products f64[len(X), len(Y)] of lists of numpy vectors."""
+    return np.array(X) @ np.array(Y).T
+
+
+def rows_combine(coefficients, X):
+    """sum_i coefficients[i] X[i] of numpy vectors."""
+    return np.asarray(coefficients) @ np.array(X)
+
+
+class Recycled:
+    """The basis, its products and their Gram matrix. K = domains.
+
+    dots(X, Y) -> f64[len(X), len(Y)] and combine(c f64[m], X) -> vector act on lists of vectors; under a metric D pass
+    vectors in its geometry (D^1/2 g, D^1/2 H D^1/2 v).
+    """
+
+    def __init__(self, domains, dots=rows_dots, combine=rows_combine, width=WIDTH, completed=COMPLETED):
+        self.K, self.dots, self.combine, self.width, self.completed = domains, dots, combine, width, completed
+        self.basis, self.products, self._gram = [], [], np.zeros((0, 0))
+
+    def direction(self, gradients, shares):
+        """The unit vector to multiply next: the strongest part outside the basis of the gradients and of the mixed Hessian's
+        last products; None when nothing is left outside it.
+
+        gradients: K vectors; shares f64[K].
+        """
+        recent = [self.combine(shares, products) for products in self.products[-self.K :]]
+        candidates = [*gradients, *recent]
+        size = self.dots(candidates, candidates)
+        inside = self.dots(self.basis, candidates) if self.basis else np.zeros((0, len(candidates)))
+        outside = size - inside.T @ inside
+        scale = np.sqrt(np.maximum(np.diag(size), 1e-300))
+        values, vectors = np.linalg.eigh(outside)
+        if values[-1] <= 1e-12 * scale.max() ** 2:
+            return None
+        found = self.combine(vectors[:, -1], candidates)
+        return self._orthonormal(found)
+
+    def _orthonormal(self, vector):
+        for _ in range(2):
+            if self.basis:
+                along = self.dots(self.basis, [vector])[:, 0]
+                vector = self.combine([1.0, *-along], [vector, *self.basis])
+            vector = self.combine([float(self.dots([vector], [vector])[0, 0]) ** -0.5], [vector])
+        return vector
+
+    def add(self, direction, products):
+        """Keep a unit direction orthogonal to the basis (from `direction`) and its K products; the oldest make room."""
+        if len(self.basis) == self.width:
+            self.basis, self.products = self.basis[1:], self.products[1:]
+            self._gram = self._gram[self.K + 1 :, self.K + 1 :]
+        new = [direction, *products]
+        old = [vector for v, y in zip(self.basis, self.products, strict=True) for vector in (v, *y)]
+        corner = self.dots(new, new)
+        side = self.dots(old, new) if old else np.zeros((0, len(new)))
+        self._gram = np.block([[self._gram, side], [side.T, corner]])
+        self.basis.append(direction)
+        self.products.append(list(products))
+
+    def blocks(self, without=0):
+        """(a f64[K, r, r] with a[k, i, j] = v_i . H_k v_j, products' Gram f64[K, r, K, r]); without: newest left out."""
+        r, K = len(self.basis), self.K
+        gram = self._gram.reshape(r, K + 1, r, K + 1)[: r - without, :, : r - without]
+        return gram[:, 0, :, 1:].transpose(2, 0, 1), gram[:, 1:, :, 1:].transpose(1, 0, 3, 2)
+
+    def noise(self):
+        """Relative error f64[K] of a product along any one direction: from V'HV, which would be symmetric without noise."""
+        a, gram = self.blocks()
+        r = len(self.basis)
+        if r < 2:
+            return np.zeros(self.K)
+        norms = np.einsum("kjkj->kj", gram)
+        upper = np.triu_indices(r, 1)
+        apart = ((a - a.swapaxes(1, 2)) ** 2)[:, upper[0], upper[1]].sum(1)
+        return np.sqrt(apart / np.maximum((norms[:, upper[0]] + norms[:, upper[1]]).sum(1), 1e-300))
+
+    def model(self, gradients, target, clock, g_se=None):
+        """The Model at the point where the K `gradients` were measured; target f64[K]; clock as in Model.
+
+        g_se f64[K]: standard error of a gradient along any one direction (None: exact). Curvature is that of the points
+        where the products were measured. ValueError before the first `add`.
+        """
+        if not self.basis:
+            raise ValueError("no product yet: add one direction with its K products first")
+        target, r, K = np.asarray(target, dtype=np.float64), len(self.basis), self.K
+        every = [vector for v, y in zip(self.basis, self.products, strict=True) for vector in (v, *y)]
+        dots = self.dots(every, gradients).reshape(r, K + 1, K)
+        full, error = self._completed(dots, target, r)
+        lean, _ = self._completed(dots, target, max(r - LEFT_OUT, 1))
+        H_se = np.zeros_like(full.H)
+        H_se[:, :r, :r] = error
+        slope = np.zeros(K) if g_se is None else np.asarray(g_se, dtype=np.float64)
+        return Model(
+            full,
+            lean,
+            H_se,
+            np.repeat(slope[:, None], full.g.shape[1], 1),
+            np.asarray(clock, dtype=np.float64),
+        )
+
+    def _completed(self, dots, target, r):
+        """(Quadratic learned from the r oldest products, standard errors f64[K, r, r] of its measured block)."""
+        a, gram = self.blocks(len(self.basis) - r)
+        K, inside = self.K, a.transpose(1, 0, 2).reshape(r, self.K * r)
+        A, error = self._measured(a, np.einsum("kjkj->kj", gram))
+        values, vectors = np.linalg.eigh(A)
+        outside = gram.reshape(K * r, K * r) - inside.T @ inside
+        strength, U = np.linalg.eigh(outside)
+        take = np.flatnonzero(strength > 1e-10 * max(strength[-1], 1e-6 * float(np.einsum("kjkj->", gram))))
+        take = take[-self.completed :] if self.completed else take[:0]
+        strength, U = strength[take], U[:, take]
+        B = (np.sqrt(strength)[:, None] * U.T).reshape(-1, K, r).swapaxes(0, 1)  # [K, q, r]
+        inverse = np.where(values > 1e-3 * values[:, -1:], 1 / np.maximum(values, 1e-300), 0.0)
+        along = B @ vectors
+        D = (along * inverse[:, None, :]) @ along.swapaxes(1, 2) + values[:, :1, None] * np.eye(len(take))
+        H = np.concatenate([np.concatenate([A, B.swapaxes(1, 2)], 2), np.concatenate([B, D], 2)], 1)
+        on_rest = dots[:r, 1:].transpose(1, 0, 2).reshape(K * r, K) - inside.T @ dots[:r, 0]
+        g = np.concatenate([dots[:r, 0], (U / np.sqrt(strength)).T @ on_rest]).T
+        return planning.Quadratic(H, g, target), error
+
+    def _measured(self, a, norms):
+        """(V'HV f64[K, r, r] of both readings weighted by their precision, never negative; its standard errors)."""
+        noise = self.noise()
+        noise = np.where(noise > SILENT, noise, 0.0)[:, None, None]
+        sure = 1 / np.maximum(norms, 1e-300)  # the error of a product grows with its length
+        both = sure[:, None, :] + sure[:, :, None]
+        A = (a * sure[:, None, :] + a.swapaxes(1, 2) * sure[:, :, None]) / both
+        values, vectors = np.linalg.eigh(A)
+        A = (vectors * np.maximum(values, 0.0)[:, None, :]) @ vectors.swapaxes(1, 2)
+        return (A + A.swapaxes(1, 2)) / 2, noise / np.sqrt(both)
+
+
+def segments(samples_left, window, clock):
+    """(times f64[M], sizes f64[M]) of the rest of a run: the coming window first, then equal or growing pieces."""
+    count = -(-samples_left // window)
+    if count <= MOST_PIECES:
+        sizes = np.full(int(count), float(window))
+        sizes[-1] = samples_left - sizes[:-1].sum()
+    else:
+        low, high = 1.0, 2.0
+        for _ in range(60):  # the ratio at which MOST_PIECES growing pieces fill the run
+            ratio = (low + high) / 2
+            low, high = (
+                (ratio, high)
+                if window * (ratio**MOST_PIECES - 1) / (ratio - 1) < samples_left
+                else (low, ratio)
+            )
+        sizes = window * ratio ** np.arange(MOST_PIECES)
+        sizes *= samples_left / sizes.sum()
+    ends = np.concatenate([[0.0], np.cumsum(sizes)]) / samples_left
+    return np.diff(np.interp(ends, np.linspace(0, 1, len(clock)), clock)), sizes
+
+
+def propose(model, times, sizes, rest, start=None, pace=None):
+    """The Proposal for the coming window: plan the rest of the run on the small model, apply no more of it than is sure.
+
+    times f64[..., M], sizes f64[M] as from `segments`, rest f64[..., K] samples left of every domain (their sum is that of
+    sizes); start f64[..., M, K], pace: the last plan for the windows that remain. Where the model carries noise the plan is
+    the mean over models as they might have been measured, and the gain that those plans keep in this model says what noise
+    costs. The step is the part of the deviation from the shares with the largest gain minus two errors; the error takes a
+    quarter of the disagreement with the leaner model, which errs by more than the fuller one.
+    """
+    shares = rest / rest.sum(-1, keepdims=True)
+    base = np.repeat(shares[..., None, :], len(sizes), -2)
+    begin = (
+        base if start is None else planning.spread(np.maximum(0.98 * start + 0.02 * base, 1e-6), sizes, rest)
+    )
+    rounds = FIRST if start is None else NEXT
+    plan, value, pace = planning.descend(model.full, begin, times, sizes, rest, rounds, pace)
+    constant = planning.loss_change(model.full, base, times)
+    noisy, loss, noise = model.noisy, np.zeros_like(value), np.zeros_like(value)
+    if np.any(noisy):
+        plans = [planning.descend(q, plan, times, sizes, rest, NEXT)[0] for q in model.draws(DRAWS)]
+        kept = np.array([constant - planning.loss_change(model.full, w, times) for w in plans])
+        loss = np.where(noisy, np.maximum(constant - value - kept.mean(0), 0.0), 0.0)
+        noise = np.where(noisy, kept.std(0, ddof=1), 0.0)
+        plan = np.where(noisy[..., None, None], np.mean(plans, 0), plan)
+    lean_constant = planning.loss_change(model.lean, base, times)
+    best, expected, error = np.zeros_like(value), np.zeros_like(value), np.zeros_like(value)
+    wish = shares.copy()
+    for step in STEPS:
+        tried = base + step * (plan - base)
+        gain = constant - planning.loss_change(model.full, tried, times)
+        other = lean_constant - planning.loss_change(model.lean, tried, times)
+        mean = gain - step * loss
+        doubt = np.sqrt((0.25 * (gain - other)) ** 2 + (step * noise) ** 2)
+        sure = mean - 2 * doubt
+        better = sure > best
+        best, expected = np.where(better, sure, best), np.where(better, -mean, expected)
+        error = np.where(better, doubt, error)
+        wish = np.where(better[..., None], tried[..., 0, :], wish)
+    return Proposal(wish, best > 0, expected, error, constant, plan, pace)

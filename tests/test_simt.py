@@ -25,8 +25,9 @@ KINDS = {
     ],
     "tsan": ["-fsanitize=thread"],
 }
-CASES = ["bfloat16", "attention_float", "attention_bf16", "attention_columns"]
-UNORDERED = ["+attention_blocks"]  # for races between blocks
+CASES = ["bfloat16", "attention_float", "attention_bf16", "attention_columns", "norm_float", "norm_bf16"]
+CASES += ["activation_float", "activation_bf16", "cross_entropy_float", "cross_entropy_bf16", "gram"]
+UNORDERED = ["+attention_blocks", "+elementwise_blocks", "+gram_blocks"]  # for races between blocks
 
 pytestmark = [
     pytest.mark.skipif(

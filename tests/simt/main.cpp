@@ -2,6 +2,8 @@
 // descending; a name with a leading + runs with unordered blocks, one with ! is a fault. Exit status 1: a result
 // is off its reference; 2: the executor refused; anything else comes from a sanitizer.
 #include "case_attention.h"
+#include "case_elementwise.h"
+#include "case_gram.h"
 #include "case_headers.h"
 #include "faults.h"
 
@@ -18,6 +20,15 @@ const Case CASES[] = {
     {"attention_bf16", cases::attention_bf16},
     {"attention_columns", cases::attention_columns},
     {"attention_blocks", cases::attention_blocks},
+    {"norm_float", cases::norms<float>},
+    {"norm_bf16", cases::norms<__nv_bfloat16>},
+    {"activation_float", cases::activations<float>},
+    {"activation_bf16", cases::activations<__nv_bfloat16>},
+    {"cross_entropy_float", cases::cross_entropies<float>},
+    {"cross_entropy_bf16", cases::cross_entropies<__nv_bfloat16>},
+    {"elementwise_blocks", cases::elementwise_blocks},
+    {"gram", cases::grams},
+    {"gram_blocks", cases::gram_blocks},
 };
 
 bool run(const char* name) {

@@ -29,7 +29,6 @@
 #define __host__
 #define __constant__ static
 #define __forceinline__ inline
-#define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
 #define __align__(n) alignas(n)
 // Shared arrays lie in a section of their own: it is filled with NaN before every block.

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from megatron_commute import bracket
+from megatron_commute.lockin import Effect
 
 LAST = "last gains"
 ENOUGH = 5  # comparisons without which a signal counts as uncalibrated
@@ -104,6 +105,16 @@ def update(book, predictions, effect, weights):
     return book
 
 
+def book_of(lines):
+    """The book that the calibration lines of a record add up to."""
+    book = {}
+    for line in lines:
+        value, se = np.array([line["effect"]]), np.array([line["effect_se"]], dtype=np.float64)
+        measured = Effect(value, se, line["effect_dof"])
+        book = update(book, line["signals"], measured, line["weights"])
+    return book
+
+
 def judged(entry):
     """The Calibration that a book's entry amounts to."""
     hits, n = entry["hits"], entry["hits"] + entry["misses"]
@@ -142,6 +153,30 @@ def for_law(found):
     high = found.scale_high if found.scale_high is not None else found.scale
     low = found.scale_low if found.scale_low is not None else found.scale
     return found.scale, (low, high) if found.trusted else (-high, high)
+
+
+def table(book):
+    """Headers and rows of text, one for each signal, the best-trusted first."""
+    headers = [
+        "signal",
+        "hits",
+        "hit rate, 95 %",
+        "measured / foretold, 95 %",
+        "spread, dex",
+        "hits beyond the constant",
+    ]
+    beyond, text = against_constant(book), []
+    order = sorted(book, key=lambda name: (-(judged(book[name]).low or 0.0), name))
+    for name in order:
+        found = judged(book[name])
+        rate = "-" if found.rate is None else f"{found.rate:.0%} ({found.low:.0%} to {found.high:.0%})"
+        scale = "-" if found.scale is None else f"{found.scale:.2g}"
+        if found.scale_low is not None:
+            scale += f" ({found.scale_low:.2g} to {found.scale_high:.2g})"
+        dex = "-" if found.dex is None else f"{found.dex:.2f}"
+        more = "-" if beyond[name] is None or name == LAST else f"{beyond[name] / 2:+g}".replace("-", "−")
+        text.append([name, f"{found.hits} of {found.n}", rate, scale, dex, more])
+    return headers, text
 
 
 def against_constant(book):

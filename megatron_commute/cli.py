@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from megatron_commute import __version__, memory
-from megatron_commute.config import Config, ConfigError, Plan, Run, load, probe_cost, resolve
+from megatron_commute.config import Config, ConfigError, Plan, Run, load, probe_cost, resolve, response_cost
 from megatron_commute.schedule import drawing
 
 PREFETCH_FACTOR = 2  # micro-batches that each worker of a torch DataLoader holds ready
@@ -70,6 +70,7 @@ def plan(
 ) -> None:
     """Check a mixture file against run and data; show what would happen. Nothing is written."""
     from megatron_commute.adapters.indexed_data import inspect_data
+    from megatron_commute.control import refuse_blind
 
     try:
         if world_size < 1 or tensor_model_parallel_size < 1 or world_size % tensor_model_parallel_size:
@@ -87,6 +88,8 @@ def plan(
             prefetched=PREFETCH_FACTOR * max(0, num_workers),
         )
         planned = resolve(config, run, *inspect_data(config, seq_length))
+        refuse_blind(config, run)
+        responses = response_cost(config, run)
     except ConfigError as error:
         raise _Refusal(str(error)) from error
     cost = probe_cost(config, run)
@@ -102,6 +105,7 @@ def plan(
                 "targets": planned.targets.tolist(),
                 "schedule": [[at, weights.tolist()] for at, weights in planned.schedule],
                 "probes": {**cost._asdict(), "measure_budget": config.measure_budget},
+                "responses": responses._asdict(),
                 "memory": {"wish": config.probe.memory, "modes": held},
                 "warnings": list(planned.warnings),
             }
@@ -120,6 +124,11 @@ def plan(
         f"{config.probe.samples} sequences per domain), {cost.share:.2%} of training; "
         f"measure_budget {config.measure_budget:.2%}"
     )
+    if responses.kind != "off":
+        click.echo(
+            f"responses: {responses.kind}, {responses.count} measurements, one every {responses.steps} steps, of "
+            f"{responses.gradients:.4g} sequence-gradients each, {responses.share:.2%} of training"
+        )
     click.echo(f"probe memory: {config.probe.memory}; {memory_words(held)}")
     for warning in planned.warnings:
         click.echo(f"warning: {warning}")
@@ -202,6 +211,37 @@ def report(run: str, out: str | None, export_dir: str | None, as_json: bool) -> 
         _print_json({"report": str(path)})
     else:
         click.echo(str(path))
+
+
+@main.command()
+@click.argument("record", type=click.Path(exists=True))
+@click.option("--law", help="The law that decides; default the one that ran.")
+@click.option(
+    "--guard",
+    "guards",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Another guardrail, such as rate=0.1; repeat it.",
+)
+@click.option("--out", type=click.Path(dir_okay=False), help="Draw it beside what happened, as PNG or SVG.")
+@as_json
+def replay(record: str, law: str | None, guards: tuple[str, ...], out: str | None, as_json: bool) -> None:
+    """What a law would have decided on the measurements of a record (a file or the folder that holds it)."""
+    from megatron_commute import plots
+    from megatron_commute import replay as replays
+
+    try:
+        found = replays.told(record, law, guards)
+        if out:
+            plots.replayed(record, found, out)
+    except (FileNotFoundError, ValueError) as error:
+        raise _Refusal(str(error)) from error
+    if as_json:
+        _print_json(replays.as_dict(found))
+    else:
+        headers, rows = replays.rows(found.decisions, found.names)
+        click.echo(f"law {found.law}; {replays.sentence(found)}\n")
+        click.echo(_table(rows, headers))
 
 
 @main.command()

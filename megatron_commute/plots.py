@@ -10,7 +10,7 @@ import pathlib
 
 import numpy as np
 
-from megatron_commute import record, series
+from megatron_commute import calibration, record, series
 from megatron_commute.drawing import (
     COLOURS,
     GREY,
@@ -74,6 +74,7 @@ def pictures(run):
     """Every Picture a series.Run has numbers for, in the order of the report."""
     with house_style():
         drawn = [_weights(run), _budgets(run), _losses(run), _overhead(run), *_scores(run), *_brackets(run)]
+        drawn += [_effects(run), _calibration(run)]
     return [picture for picture in drawn if picture is not None]
 
 
@@ -295,6 +296,97 @@ def _overhead(run):
         axes.set_ylabel(words)
     caption = "Time spent in probes since the start as a share of training time, and the time of each probe."
     return Picture("overhead", "Cost of the probes", caption, figure)
+
+
+def _effects(run):
+    """Measured effects of every domain with error bars."""
+    sample, value, error = series.effects(run)
+    if not len(sample):
+        return None
+    figure, panels = canvas(run, len(run.names), height=1.25, sharey=True)
+    factor, power = series.power_of_ten(value)
+    for k, axes in enumerate(panels):
+        axes.axhline(0, color="black", linewidth=0.8)
+        x, y, bar = sample / sample_unit(run)[0], value[:, k] / factor, error[:, k] / factor
+        axes.errorbar(x, y, yerr=bar, fmt="o", color=COLOURS[k % len(COLOURS)], elinewidth=0.9)
+        axes.set_title(label(run.names[k]))
+    figure.supylabel(
+        f"effect ({power} nats per unit of weight)".replace("( ", "("), fontsize=STYLE["font.size"]
+    )
+    kind = (run.start.get("response") or {}).get("kind", "")
+    caption = (
+        f"Measured by {kind}: change of the target loss, judged after a common tail, per unit of weight moved onto the "
+        "domain and given back later. Above zero: the domain earlier raises the loss. Error bars: one standard error."
+    )
+    return Picture("effects", "Measured effects", caption, figure)
+
+
+def _calibration(run):
+    """Hit rate and scale of every signal with their intervals."""
+    book = calibration.book_of(run.judgements)
+    names = [name for name in sorted(book) if calibration.judged(book[name]).n]
+    if not names:
+        return None
+    figure, _ = canvas(run, 1, height=1.6 + 0.5 * len(names), over_samples=False)
+    figure.clear()
+    hits, scales = figure.subplots(2, 1)  # each with an axis of its own
+    for y, name in enumerate(names):
+        found, colour = calibration.judged(book[name]), GREY if name == calibration.LAST else COLOURS[0]
+        bar = [[found.rate - found.low], [found.high - found.rate]]
+        hits.errorbar([100 * found.rate], [y], xerr=100 * np.maximum(bar, 0), fmt="o", color=colour)
+        if found.scale is not None and found.scale_low is not None:
+            bar = [[found.scale - found.scale_low], [found.scale_high - found.scale]]
+            scales.errorbar([found.scale], [y], xerr=np.maximum(bar, 0), fmt="o", color=colour)
+        elif found.scale is not None:
+            scales.plot([found.scale], [y], "o", color=colour, markerfacecolor="white")
+    for axes, at, words in ((hits, 50, "right signs (%)"), (scales, 1, "measured / foretold size")):
+        axes.axvline(at, color="black", linewidth=0.8)
+        axes.set_yticks(range(len(names)), names)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.set_xlabel(words)
+    hits.set_xlim(-2, 102)
+    scales.set_xscale("log")
+    scales.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    scales.xaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "25" else "")
+    caption = (
+        f"What {len(run.judgements)} comparisons with effects measured later say of each signal. Bars: 95 % intervals, "
+        "Wilson's for the signs, Student's on the logarithm for the size; lines: chance, and faithful size. Grey: the "
+        "constant “the domain trained last gains”. Hollow: a single comparison. Foretold sizes of constants mean nothing."
+    )
+    return Picture("calibration", "Calibration of the signals", caption, figure)
+
+
+def replayed(run, found, out):
+    """Draw a replay.Told beside what happened and write it to `out` (.png or .svg). run: a record or its folder."""
+    events, out = series.by_event(record.read(run), run), pathlib.Path(out)
+    if out.suffix not in (".png", ".svg"):
+        raise ValueError(f"--out {out}: write a name that ends in .png or .svg")
+    with house_style():
+        figure, panels = canvas(events, len(events.names), height=1.35)
+        unit, (sample, value) = sample_unit(events)[0], series.weights(events)
+        for k, axes in enumerate(panels):
+            end = max(events.samples, 1) / unit
+            axes.step(
+                np.append(sample / unit, end), np.append(value[:, k], value[-1, k]), where="post", color=GREY
+            )
+            rows = [row for row in found.decisions if row.weights is not None]
+            at = np.array([row.effective_sample for row in rows]) / unit
+            before, after = (
+                np.array([getattr(row, key)[k] for row in rows]) for key in ("before", "weights")
+            )
+            axes.vlines(at, before, after, color=COLOURS[k % len(COLOURS)], linewidth=1.2)
+            axes.plot(at, after, "o", color=COLOURS[k % len(COLOURS)])
+            axes.yaxis.set_major_formatter(percent)
+            axes.set_title(label(events.names[k]))
+        figure.supylabel("weight (% of samples)", fontsize=STYLE["font.size"])
+    words = f"Grey: what happened. Dots: where law {found.law} would have gone from there."
+    picture = Picture("replay", f"Replay of law {found.law}", words, figure)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.suffix == ".svg":
+        out.write_text(picture.svg(), encoding="utf-8")
+    else:
+        picture.save_png(out)
+    return out
 
 
 def _bars(run):

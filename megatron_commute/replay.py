@@ -9,7 +9,7 @@ import dataclasses
 
 import numpy as np
 
-from megatron_commute import calibration, control
+from megatron_commute import calibration, control, record
 from megatron_commute.laws import LAWS
 
 GUARDS = {
@@ -44,6 +44,50 @@ class Replayed:
     expected_se: float | None
     calibrated: float | None
     calibrated_se: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Told:
+    """A replay of one record: law and guardrails asked for, Replayed decisions, and (repeated exactly, logged) of the
+    law that ran.
+    """
+
+    law: str
+    names: list
+    guards: dict
+    decisions: list
+    repeated: tuple
+
+
+def told(run, law=None, texts=()):
+    """The Told of a record (a file, or the folder that holds it). ValueError, FileNotFoundError as `replay` and
+    `record.find`.
+    """
+    lines = record.read(run)
+    changed = guards(texts)
+    decisions = replay(lines, law, changed)
+    start = next(line for line in lines if line["event"] == "start")
+    return Told(law or start["controller"]["law"], start["names"], changed, decisions, agreement(lines))
+
+
+def as_dict(found):
+    """JSON form of a Told."""
+    return dataclasses.asdict(found) | {"repeated": list(found.repeated)}
+
+
+def sentence(found):
+    """One line about what a replay is worth and what it says."""
+    moved = sum(1 for row in found.decisions if row.weights is not None)
+    known = [row for row in found.decisions if row.calibrated is not None]
+    text = f"{moved} of {len(found.decisions)} decisions would have moved the weights"
+    if known:
+        total, error = sum(r.calibrated for r in known), sum(r.calibrated_se**2 for r in known) ** 0.5
+        text += (
+            f"; by the measured effects they change the target loss by {total:+.2g} ± {error:.1g} nats in all"
+        )
+    else:
+        text += "; no effect was measured, so none is expected of them"
+    return f"{text}; the law that ran repeats {found.repeated[0]} of {found.repeated[1]} decisions exactly"
 
 
 def guards(texts):

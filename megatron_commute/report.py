@@ -10,7 +10,7 @@ import hashlib
 import re
 from html import escape
 
-from megatron_commute import series
+from megatron_commute import calibration, series
 from megatron_commute.memory import in_units
 
 STYLE = """
@@ -105,6 +105,7 @@ def page(run, pictures, torn=0):
         section(
             "Pictures", f'<div class="pictures">{"".join(map(figure, pictures))}</div>' if pictures else ""
         ),
+        section("Calibration of the signals", calibrated(run)),
         section("Decisions", decisions(run)),
         section("Skipped probes", skips(run)),
     ]
@@ -184,8 +185,8 @@ def loud(run):
     if not series.uncalibrated(run):
         return ""
     return (
-        '<p class="loud" role="note">Acting on an uncalibrated signal: the weights of this run follow scores '
-        "whose predictions were not compared with measured effects.</p>\n"
+        '<p class="loud" role="note">Acting on an uncalibrated signal: the weights of this run follow a signal '
+        "whose predictions have not stood the comparison with measured effects.</p>\n"
     )
 
 
@@ -224,6 +225,20 @@ def figure(picture):
     caption = f"<figcaption>{text(picture.caption)}</figcaption>"
     tall = ' class="tall"' if picture.name == "scores" else ""  # the two heat maps fit beside it
     return f'<figure id="{text(picture.name)}"{tall}><h3>{text(picture.title)}</h3>{svg}{caption}</figure>\n'
+
+
+def calibrated(run):
+    """What every signal was worth when it was compared with effects measured later, judged after a common tail."""
+    if not run.judgements:
+        return ""
+    headers, rows = calibration.table(calibration.book_of(run.judgements))
+    note = (
+        f"{len(run.judgements)} times every signal's word on each domain was compared with the effect measured after it, "
+        "where that differs from zero with 95 % confidence. A hit has the right sign. The last column compares with the "
+        "constant “the domain trained last gains”, which needs no measurement: half of hits minus misses beyond its own."
+    )
+    cells = [[text(cell) for cell in row] for row in rows]
+    return f'{table(headers, cells, "calibrations")}\n<p class="soft">{text(note)}</p>'
 
 
 def decisions(run):

@@ -10,7 +10,8 @@ import dataclasses
 
 import numpy as np
 
-from megatron_commute import controller
+from megatron_commute import calibration, controller
+from megatron_commute.laws import MEASURED
 
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -26,6 +27,8 @@ class Run:
     readings: list  # every line with a validation loss: `valid` events and `loss` lines at evaluation steps
     end: dict | None
     samples: int  # largest sample any line speaks of
+    responses: list = dataclasses.field(default_factory=list)  # readings and rollouts that did not fail
+    judgements: list = dataclasses.field(default_factory=list)  # what was foretold, beside what was measured
 
     @property
     def names(self):
@@ -73,6 +76,8 @@ def by_event(records, source="the record"):
         readings=[r for r in records if r["event"] in ("loss", "valid") and _any_number(r.get("valid"))],
         end=groups["end"][-1] if groups["end"] else None,
         samples=max([0, *(line["sample"] for line in records if line.get("sample") is not None)]),
+        responses=[line for line in groups.get("response", ()) if line.get("wave") is not None],
+        judgements=groups.get("calibration", []),
     )
 
 
@@ -265,9 +270,24 @@ def overhead(run):
     return _samples_of(lines), *_numbers(pairs).reshape(len(lines), 2).T
 
 
+def effects(run):
+    """Samples i64[n], measured effect and its standard error f64[n, K], nats per unit of weight, of probes that knew one."""
+    lines = [probe for probe in run.probes if probe.get("effect") is not None]
+    pair = [
+        _numbers([probe[key] for probe in lines]).reshape(-1, len(run.names))
+        for key in ("effect", "effect_se")
+    ]
+    return _samples_of(lines), *pair
+
+
 def uncalibrated(run):
-    """Whether the run acts on scores whose predictions nobody has compared with measured effects."""
-    return run.start.get("mode") == "act" and not (run.start.get("controller") or {}).get("calibrated")
+    """Whether the run acts on a signal that has not earned trust by measured effects."""
+    law, probe = (run.start.get("controller") or {}).get("law"), run.start.get("probe") or {}
+    if run.start.get("mode") != "act" or law not in MEASURED:
+        return False
+    signal = calibration.signal_of(law, (probe.get("metric"), probe.get("direction")))
+    entry = calibration.book_of(run.judgements).get(signal)
+    return entry is None or not calibration.judged(entry).trusted
 
 
 def tables(run):
@@ -297,6 +317,10 @@ def tables(run):
     result["skips"] = (["step", "sample", "reason", "failures", "off"],
                        [[line.get(key) for key in ("step", "sample", "reason", "failures", "off")]
                         for line in run.skips])  # fmt: skip
+    sample, value, error = effects(run)
+    result["effects"] = (["sample", "domain", "value", "standard_error"],
+                         [[sample[n], names[k], value[n, k], error[n, k]] for n, k in np.ndindex(value.shape)])  # fmt: skip
+    result["calibration"] = calibration.table(calibration.book_of(run.judgements))
     result["summary"] = summary_rows(run)
     return result
 

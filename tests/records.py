@@ -152,6 +152,37 @@ def _loss(rng, names, step, sample, loss, valid, served, weight, spent):
     )
 
 
+def responded(lines, seed=0, faithful=("persistence", "P adam/local")):
+    """The lines with readings, measured effects and comparisons of signals; `faithful` ones foretell the effects."""
+    rng, found = np.random.default_rng(seed), []
+    names, w = lines[0]["names"], np.array(lines[0]["weights"])
+    lines[0]["response"] = {
+        "kind": "lock-in",
+        "delta": 0.2,
+        "window": 8,
+        "tail": 64,
+        "period": None,
+        "sequences": 64,
+    }
+    true = rng.normal(size=len(names)) * 0.02
+    for line in lines:
+        if line["event"] == "probe":
+            value = (true - w @ true) * (1 + 0.1 * rng.normal(size=len(w)))
+            value -= w @ value
+            line["effect"], line["effect_se"], line["effect_dof"] = value.tolist(), [2e-3] * len(w), 6
+            signals = {}
+            for name in ("P adam/local", "recency adam", "persistence", "lock-in", "last gains"):
+                sign = 1 if name in faithful or rng.random() < 0.5 else -1
+                signals[name] = (sign * value * np.exp(0.2 * rng.normal()) / 4).tolist()
+            measured = {key: line[key] for key in ("effect", "effect_se", "effect_dof")}
+            more = {"foretold_at": line["sample"] - 1, "signals": signals, "weights": w.tolist(), **measured}
+            found.append(_at("calibration", line["step"], line["sample"], schema=1, **more))
+            wave = {"kind": "lock-in", "wave": (0.1 * w).tolist(), "tail": [2.0] * len(w), "switch": None}
+            found.append(_at("response", line["step"], line["sample"], schema=1, **wave))
+        found.append(line)
+    return found
+
+
 def write(folder, records, torn=False):
     """commute.jsonl in `folder`; torn: half of one more line, as SIGKILL leaves it. Returns its path."""
     path = pathlib.Path(folder) / "commute.jsonl"

@@ -10,6 +10,14 @@ import records
 from megatron_commute import plots, series
 
 
+def test_effects_and_calibration_are_drawn_where_they_were_measured():
+    run = series.by_event(records.responded(records.lines()))
+    names = [picture.name for picture in plots.pictures(run)]
+    assert names[-2:] == ["effects", "calibration"]
+    assert not {"effects", "calibration"} & {picture.name for picture in plots.pictures(run_of())}
+    assert len(series.tables(run)["effects"][1]) == 3 * len(run.probes)
+
+
 def run_of(**options):
     return series.by_event(records.lines(**options))
 

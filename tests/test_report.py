@@ -84,12 +84,21 @@ def test_markup_in_names_and_reasons_stays_text(tmp_path):
         assert word in read.text
 
 
+def test_a_signal_that_failed_its_comparisons_stays_loud_and_all_of_them_are_in_the_table():
+    lines = records.responded(records.lines(mode="act"), faithful=("persistence",))
+    read = words(lines)
+    assert ("p", "class", "loud") in read.attributes and "Calibration of the signals" in read.text
+    for signal in ("P adam/local", "recency adam", "persistence", "lock-in", "last gains"):
+        assert signal in read.text
+    assert "100% (81% to 100%)" in read.text and "16 of 16" in read.text
+
+
 @pytest.mark.parametrize(
     "mode, calibrated", [("act", False), ("act", True), ("shadow", False), ("fixed", False)]
 )
 def test_acting_uncalibrated_is_said_loudly(mode, calibrated):
     lines = records.lines(mode=mode)
-    lines[0]["controller"]["calibrated"] = calibrated
+    lines = records.responded(lines) if calibrated else lines
     read, loud = words(lines), mode == "act" and not calibrated
     assert (("p", "class", "loud") in read.attributes) == loud
     assert ("Acting on an uncalibrated signal" in read.text) == loud

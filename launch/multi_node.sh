@@ -16,9 +16,9 @@
 #     --env NAME           also carry this variable to the nodes; may be given again
 #     --dry-run            print the command and the variables, start nothing
 #
-# Over ssh these variables travel to the nodes: NCCL_*, GLOO_*, DS_*, TORCH_*, UCX_*, CUDA_DEVICE_MAX_CONNECTIONS,
-# CUDA_HOME, OMP_NUM_THREADS, MEGATRON_DEEPSPEED, PATH, LD_LIBRARY_PATH, TMPDIR, XDG_CACHE_HOME and PYTHON*, then the lines of
-# ~/.deepspeed_env and ./.deepspeed_env, which win. Without ssh every node has its own environment. CPU ranks need
+# Over ssh these variables travel to the nodes: what DeepSpeed carries itself (PYTHON*, UCX*), NCCL_*, GLOO_*, DS_*, TORCH_*,
+# CUDA_DEVICE_MAX_CONNECTIONS, CUDA_HOME, OMP_NUM_THREADS, MEGATRON_DEEPSPEED, PATH, LD_LIBRARY_PATH, TMPDIR and
+# XDG_CACHE_HOME, then the lines of ~/.deepspeed_env and ./.deepspeed_env, which win. Without ssh every node has its own environment. CPU ranks need
 # DS_ACCELERATOR=cpu, and GLOO_SOCKET_IFNAME (NCCL_SOCKET_IFNAME on GPUs) where a node has several networks.
 set -euo pipefail
 
@@ -72,7 +72,7 @@ command=(deepspeed --hostfile "$hostfile" --master_addr "$address" --master_port
 # DeepSpeed reads one file of variables for the nodes; what is set here comes first, the user's own files win.
 carry() {
     local name line
-    local wanted='^(NCCL_|GLOO_|DS_|TORCH_|UCX_|PYTHON)|^(CUDA_DEVICE_MAX_CONNECTIONS|CUDA_HOME|OMP_NUM_THREADS|MEGATRON_DEEPSPEED|PATH|LD_LIBRARY_PATH|TMPDIR|XDG_CACHE_HOME)$'
+    local wanted='^(NCCL_|GLOO_|DS_|TORCH_)|^(CUDA_DEVICE_MAX_CONNECTIONS|CUDA_HOME|OMP_NUM_THREADS|MEGATRON_DEEPSPEED|PATH|LD_LIBRARY_PATH|TMPDIR|XDG_CACHE_HOME)$'
     while IFS= read -r name; do
         [[ $name =~ $wanted && $name != DS_ENV_FILE ]] && names+=("$name")
     done < <(compgen -e)

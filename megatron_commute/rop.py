@@ -37,11 +37,9 @@ from megatron_commute.rop_layers import (
 
 __all__ = ["Block", "Dual", "Linear", "Norm", "Rotary", "Stack", "gradient_and_product"]
 
-# tokens of whole sequences that go through the stack at a time: on a CPU few enough for temporary tensors to stay in its
-# cache and its allocator's hands, on a GPU enough to fill it
-import os
-
-_ROWS = {"cpu": int(os.environ.get("ROWS", "256")), "cuda": 1 << 14}
+# tokens of whole sequences that go through the stack at a time: enough for large matrix products, few enough for what is
+# kept between the passes not to count beside the parameters
+_ROWS = {"cpu": 1024, "cuda": 1 << 14}
 # logits of a slice of tokens that exist at a time, value and tangent each: few enough for a CPU's cache, enough for a GPU
 _LOGITS = {"cpu": 1 << 18, "cuda": 1 << 26}
 

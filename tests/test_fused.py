@@ -1,16 +1,15 @@
 """The fused pass on megatron-core's own GPTModel: against its loss, its gradient and its double backward."""
 
 import contextlib
-import os
-import warnings
+import dataclasses
 
 import oracles
 import pytest
 import ranks
+import test_megatron_core
 import torch
 from test_twice_differentiable import (
     HEADS,
-    LAYERS,
     LENGTH,
     LLAMA,
     VOCABULARY,
@@ -23,8 +22,7 @@ from test_twice_differentiable import (
 )
 from torch.nn import functional as F
 
-from megatron_commute import hvp, rop
-from megatron_commute.adapters import fused as fused_module
+from megatron_commute import hvp
 from megatron_commute.adapters import fused_stacks
 from megatron_commute.adapters.fused import fused, refuse, verify
 from megatron_commute.adapters.twice_differentiable import twice_differentiable
@@ -78,8 +76,6 @@ def changed(stack_of):
 
 def wrong_layer(model):
     """What verification says of a stack whose second block has another scale."""
-    import dataclasses
-
     right = fused_stacks.stack(model)
     blocks = right.blocks[0], dataclasses.replace(right.blocks[1], scale=0.4 * right.blocks[1].scale)
     with changed(lambda module: dataclasses.replace(right, blocks=blocks)):
@@ -104,6 +100,9 @@ def on_rank(rank):
     answers["tanh"] = compared(megatron_gpt(1, torch.float64, bias_activation_fusion=True), 1, None)
     answers["wrong layer"] = wrong_layer(megatron_gpt(1, torch.float32))
     answers["refused"] = {name: message(ValueError, refuse, model) for name, model in refused()}
+    parallel_state.destroy_model_parallel()
+    test_megatron_core.CASES = [("exact", "adam"), ("fused", "adam")]
+    answers["probe"] = test_megatron_core._measured(rank, 2)[0]
     return answers
 
 
@@ -152,6 +151,14 @@ def test_float32_is_as_exact_as_double_backward(found, size, name):
 def test_the_tanh_form_where_megatron_fuses(found):
     for answers in found:
         assert max(answers["tanh"]) < 1e-8  # Megatron writes its constants with nine digits
+
+
+def test_a_probe_measures_what_exact_measures(found):
+    """Two tensor-parallel ranks, float32, the metric of Adam; verification included."""
+    for answers in found:
+        exact, fused_ = (answers["probe"][method, "adam"] for method in ("exact", "fused"))
+        for a, b in zip(exact, fused_, strict=True):
+            assert abs(a - b).max() < 1e-5 * abs(exact[0]).max()
 
 
 def test_a_layer_that_is_read_wrongly_is_named(found):

@@ -1,11 +1,12 @@
 """The fused Hessian-vector product of Megatron's GPTModels: rop.py on the parameters of a module, read in place.
 
-`fused` gives a probe its pass, `verify` checks once that this pass computes what the module computes, `refuse` says before
-anything is run why it could not.
+`fused` gives a probe its pass, `verify` checks that this pass computes what the module computes, `refuse` says before
+anything is run why it could not; `with_fused` does all of it for a probe.Model.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
@@ -14,7 +15,7 @@ from megatron_commute import hvp, rop
 from megatron_commute.adapters import fused_stacks
 from megatron_commute.adapters.fused_stacks import refuse
 
-__all__ = ["fused", "refuse", "verify"]
+__all__ = ["fused", "refuse", "verify", "with_fused"]
 
 # float32: of the loss; of a parameter's gradient, and of the whole gradient where a parameter's own is rounding alone (a
 # key's bias shifts all scores of a row alike)
@@ -71,3 +72,18 @@ def verify(module, loss, parameters, tokens, tensor_parallel_group=None):
             f"the fused loss is {found.loss:.6f}, the model's own {own_loss:.6f}, but their gradients agree: are the "
             "losses of some tokens left out? use method difference"
         )
+
+
+def with_fused(model, module, tensor_parallel_group=None):
+    """The probe.Model of a GPTModel with its fused pass, which is verified before the first probe that uses it.
+
+    Raises ValueError where refuse does. A module in half precision is measured in float32, as by the other methods.
+    """
+    passed = []
+
+    def verify_once(params, tokens):
+        if not passed:
+            verify(module, lambda at: model.loss(at, tokens), params, tokens, tensor_parallel_group)
+            passed.append(True)
+
+    return dataclasses.replace(model, fused=fused(module, tensor_parallel_group), verify=verify_once)

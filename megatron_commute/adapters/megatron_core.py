@@ -154,8 +154,10 @@ def probe_model(engine, micro_batch, method, loss=mean_loss):
     """The probe.Model of a GPTModel under a DeepSpeed engine with ZeRO stage 0 to 2; loss as for torch_loop.probe_model.
 
     Raises ValueError for ZeRO stage 3, whose parameters are partitioned, for an optimiser that hides them (bf16 without
-    ZeRO), and for method exact where a part of the model cannot be differentiated twice.
+    ZeRO), for method exact where a part of the model cannot be differentiated twice, and for method fused where it is not
+    known to the hand-written pass.
     """
+    from megatron_commute.adapters import fused
     from megatron_commute.adapters import twice_differentiable as twice
 
     if engine.zero_optimization_stage() > 2:
@@ -177,6 +179,8 @@ def probe_model(engine, micro_batch, method, loss=mean_loss):
         lambda: twice.twice_differentiable(module),
         lambda *loss_params_square: twice.verify(module, *loss_params_square),
     )
+    if method == "fused":
+        model = fused.with_fused(model, module, here.model)
 
     @contextlib.contextmanager
     def quiet(method):

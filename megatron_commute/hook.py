@@ -143,6 +143,8 @@ class Hook:
         """Write the loss line of the steps since the last one, and start anew. Returns {name: mean training loss}."""
         means = dict(zip(self.plan.names, self.account.means(), strict=True))
         fields = {"valid": valid} if valid is not None else {}
+        if self.steering.responses.kind == "lock-in":
+            fields["base"] = self._named(self.steering.base())
         self._write(
             "loss",
             step=step,

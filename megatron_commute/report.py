@@ -107,6 +107,7 @@ def page(run, pictures, torn=0):
         ),
         section("Calibration of the signals", calibrated(run)),
         section("Decisions", decisions(run)),
+        section("Interventions", interventions(run)),
         section("Skipped probes", skips(run)),
     ]
     return f"""<!doctype html>
@@ -272,6 +273,17 @@ def _weights(probe):
     now, after = probe["weights"], probe["weights_next"]
     moved = probe.get("effective_sample") is not None
     return [f"{a:.3f} → {b:.3f}" if moved else f"{a:.3f}" for a, b in zip(now, after, strict=True)]
+
+
+def interventions(run):
+    """What people wrote into the control file while the run went on."""
+    rows = []
+    for line in run.interventions:
+        said = [f"{key} {line[key]}" for key in ("freeze", "weights", "caps") if line.get(key) is not None]
+        what = f"ignored: {line['error']}" if line.get("error") else ", ".join(said)
+        when = "" if line.get("effective_sample") is None else f"sample {line['effective_sample']:,}"
+        rows.append([text(cell) for cell in (f"{line['step']:,}", f"{line['sample']:,}", what, when)])
+    return table(["step", "sample", "control file", "in force from"], rows, "interventions") if rows else ""
 
 
 def skips(run):

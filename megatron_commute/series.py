@@ -29,6 +29,7 @@ class Run:
     samples: int  # largest sample any line speaks of
     responses: list = dataclasses.field(default_factory=list)  # readings and rollouts that did not fail
     judgements: list = dataclasses.field(default_factory=list)  # what was foretold, beside what was measured
+    interventions: list = dataclasses.field(default_factory=list)  # versions of the control file
 
     @property
     def names(self):
@@ -78,6 +79,7 @@ def by_event(records, source="the record"):
         samples=max([0, *(line["sample"] for line in records if line.get("sample") is not None)]),
         responses=[line for line in groups.get("response", ()) if line.get("wave") is not None],
         judgements=groups.get("calibration", []),
+        interventions=groups.get("control", []),
     )
 
 
@@ -124,6 +126,9 @@ def weights(run):
             knots[probe["effective_sample"]] = probe["weights_next"]
     # once every budget is used up no weights are in force
     in_force = [line for line in run.losses if any((line.get("weights") or {}).values())]
+    in_force = [
+        {**line, "weights": line.get("base") or line["weights"]} for line in in_force
+    ]  # without a wave
     seen, values = _by_domain(run, in_force, "weights")
     knots |= dict(zip(seen.tolist(), values.tolist(), strict=True))
     sample = sorted(knots)

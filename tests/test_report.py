@@ -93,6 +93,21 @@ def test_a_signal_that_failed_its_comparisons_stays_loud_and_all_of_them_are_in_
     assert "100% (81% to 100%)" in read.text and "16 of 16" in read.text
 
 
+def test_what_people_wrote_into_the_control_file_is_listed():
+    lines = records.lines()
+    wrote = {"event": "control", "schema": 1, "step": 7, "sample": 448}
+    lines[1:1] = [
+        wrote | {"freeze": True, "effective_sample": 512},
+        wrote | {"error": "file:1: freeze: got <b>"},
+    ]
+    read = words(lines)
+    assert (
+        "freeze True" in read.text
+        and "sample 512" in read.text
+        and "ignored: file:1: freeze: got <b>" in read.text
+    )
+
+
 @pytest.mark.parametrize(
     "mode, calibrated", [("act", False), ("act", True), ("shadow", False), ("fixed", False)]
 )

@@ -141,6 +141,7 @@ def test_the_wave_is_given_back_within_every_cycle_and_budgets_end_exact(waved):
         np.testing.assert_allclose((up - down) / 40, line["wave"], atol=1e-12)
         assert np.abs(np.array(line["wave"])).max() <= 0.2 * 0.6 + 1 / 40
     ridden = np.array([list(line["weights"].values()) for line in lines(folder, "loss")])
+    assert all(list(line["base"].values()) == pytest.approx([0.6, 0.4]) for line in lines(folder, "loss")[:-1])
     assert np.ptp(ridden[:-1, 0]) > 0.02, "loss lines name the weights that were used"
 
 

@@ -108,6 +108,12 @@ def refuse(args, world):
             raise ConfigError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: write a positive number")
     if not args.distributed_timeout_minutes > 0:
         raise ConfigError("--distributed-timeout-minutes: write a positive number")
+    try:
+        json.loads(Path(args.deepspeed_config).read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"--deepspeed_config {args.deepspeed_config}: {error}; name a JSON file like launch/ds_zero1.json"
+        ) from None
     if args.num_workers < 0 or args.save_interval < 0:
         raise ConfigError("--num-workers and --save-interval: write 0 or a positive number")
     tensor = args.tensor_model_parallel_size

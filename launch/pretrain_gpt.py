@@ -301,11 +301,12 @@ def run(args, world, rank, plugin, valid, checkpoint):
     if shutil.which(os.environ.get("CXX") or "c++") is None:
         # DeepSpeed would die building its CPU operator; gloo does the work
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    with contextlib.redirect_stdout(sys.stderr):
-        limit = datetime.timedelta(minutes=args.distributed_timeout_minutes)
-        deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", timeout=limit)
+    limit = args.distributed_timeout_minutes
     with restart.explained(rank, world, args.save):
-        restart.initialise(args.tensor_model_parallel_size, args.seed, args.distributed_timeout_minutes)
+        with contextlib.redirect_stdout(sys.stderr):
+            backend = "nccl" if torch.cuda.is_available() else "gloo"
+            deepspeed.init_distributed(backend, timeout=datetime.timedelta(minutes=limit))
+        restart.initialise(args.tensor_model_parallel_size, args.seed, limit)
         engine = build_engine(args, world // args.tensor_model_parallel_size, checkpoint.universal)
         train(args, engine, plugin, valid, checkpoint)
 

@@ -208,3 +208,14 @@ def test_a_lost_rank_is_explained_and_other_faults_are_not(tmp_path, text):
     with pytest.raises(RuntimeError) as told, restart.explained(3, 8, None):
         raise RuntimeError("shapes differ")
     assert str(told.value) == "shapes differ"
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("deepspeed_config", "nowhere.json"), ("distributed-timeout-minutes", "0")]
+)
+def test_flags_of_a_restart_are_checked(flag, value, monkeypatch, capsys):
+    trainer = jobs.trainer()
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(SystemExit) as end:
+        trainer.prepare(trainer.parse([f"--{flag}", value]), 1)
+    assert end.value.code == 2 and capsys.readouterr().err.startswith(f"error: --{flag}")

@@ -21,7 +21,7 @@ import torch
 _SHARD = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 _MODEL = re.compile(r"(?:zero_pp_rank_\d+_)?mp_rank_(\d+)_model_states\.pt")
 _LOST = re.compile(
-    r"closed by peer|reset by peer|broken pipe|timed out|timeout|nccl|socket|gloo|connect", re.IGNORECASE
+    r"closed by peer|reset by peer|broken pipe|timed out|timeout|nccl|socket|gloo|connection", re.IGNORECASE
 )
 _SOURCE = "converted_from.json"
 
@@ -71,11 +71,11 @@ def explained(rank, ranks, folder):
     except RuntimeError as fault:
         if not _LOST.search(f"{fault} {fault.__cause__ or ''}"):
             raise
-        latest = Path(folder or "", "latest")
+        latest, what = Path(folder or "", "latest"), str(fault).splitlines()[0][:200]
         at = f"from {latest.read_text().strip()}" if folder and latest.exists() else "at the beginning"
         raise RuntimeError(
-            f"rank {rank} of {ranks} has lost the others: a rank or node has ended or is stuck, see its own output. Start "
-            f"the same command again on all nodes, it resumes {at}"
+            f"rank {rank} of {ranks} has lost the others ({what}): a rank or node has ended or is stuck, see its output. "
+            f"Start the same command again on all nodes, it resumes {at}"
         ) from fault
 
 

@@ -20,7 +20,7 @@
 #else
 #define COMMUTE_INLINE inline
 #endif
-#if defined(__GNUC__) && defined(__x86_64__)
+#if defined(__GNUC__) && defined(__x86_64__) && !defined(COMMUTE_ONE_MACHINE)
 #define COMMUTE_MACHINES 1
 #endif
 

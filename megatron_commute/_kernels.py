@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +25,8 @@ except ImportError:  # not built: the references take over
     _cpu = None
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
-_NO_DOUBLE = ("attention_forward", "attention_backward")
+_GRAM_BLOCKS = 256  # as GRAM_BLOCKS in csrc/gram.cuh
+_KERNELS = {}
 _KINDS = {kind: code for kinds in (NORMS, ACTIVATIONS) for code, kind in enumerate(kinds)}
 _enabled = os.environ.get("MEGATRON_COMMUTE_KERNELS", "on") != "off"
 
@@ -62,38 +65,57 @@ def wide(x):
     return torch.float64 if x.dtype is torch.float64 else torch.float32
 
 
-def _launch(name, device, numbers, pointers, scratch_bytes=0):
-    """Call the CPU or CUDA kernel `name`: numbers[0] is the dtype's code, then pointers, then the other numbers."""
+class _Kernel(NamedTuple):
+    """What a kernel needs besides the arguments, each a function of them.
+
+    outputs: new tensors, which the fake kernel returns as well; sizes: the 64-bit sizes; scratch: bytes of memory to
+    work in, on CUDA alone. A kernel takes the dtype's code, the tensors among the arguments, the outputs, (the scratch,)
+    the sizes, the numbers among the arguments, and the number of threads (the stream).
+    """
+
+    outputs: Callable
+    sizes: Callable
+    scratch: Callable = lambda *args: 0
+
+    def prepare(self, args):
+        """New outputs, and the numbers and pointers that the kernel takes."""
+        results = _tuple(self.outputs(*args))
+        tensors = [t for t in args if t is None or isinstance(t, torch.Tensor)]
+        rest = [_KINDS.get(t, t) for t in args if t is not None and not isinstance(t, torch.Tensor)]
+        pointers = [0 if t is None else t.data_ptr() for t in (*tensors, *results)]
+        return results, [_CODES[args[0].dtype], *self.sizes(*args), *rest], pointers
+
+
+def _call(library, name, numbers, pointers, stream):
+    """Call a launcher of csrc/launch.cu; the last pointer is the scratch memory."""
+    typed = [ctypes.c_double(x) if isinstance(x, float) else ctypes.c_int64(x) for x in numbers]
+    addresses = [ctypes.c_void_p(p) for p in pointers]
+    status = getattr(library, name)(typed[0], *addresses, *typed[1:], ctypes.c_void_p(stream))
+    if status != 0:
+        raise RuntimeError(f"{name} could not be launched: CUDA error {status}")
+
+
+def _launch(name, device, numbers, pointers, scratch_bytes):
     if device.type == "cpu":
         return getattr(_cpu, name)(numbers[0], *pointers, *numbers[1:], torch.get_num_threads())
     with torch.cuda.device(device):
         scratch = torch.empty(scratch_bytes, dtype=torch.uint8, device=device)
-        typed = [ctypes.c_double(x) if isinstance(x, float) else ctypes.c_int64(x) for x in numbers]
-        addresses = [ctypes.c_void_p(p) for p in (*pointers, scratch.data_ptr())]
-        stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
-        status = getattr(_cuda, name)(typed[0], *addresses, *typed[1:], stream)
-    if status != 0:
-        raise RuntimeError(f"{name} could not be launched on {device}: CUDA error {status}")
+        stream = torch.cuda.current_stream(device).cuda_stream
+        _call(_cuda, name, numbers, [*pointers, scratch.data_ptr()], stream)
 
 
-def _operator(name, schema, outputs, sizes, scratch=lambda *args: 0):
-    """Register torch.ops.megatron_commute.<name>.
-
-    outputs: arguments -> new tensors; also the fake kernel. sizes: arguments -> the 64-bit sizes the kernel takes.
-    The kernel takes the dtype, the tensors among the arguments, the outputs, the sizes, the numbers among the arguments.
-    """
+def _operator(name, schema, *layout):
+    """Register torch.ops.megatron_commute.<name>; layout: the fields of _Kernel."""
+    kernel = _KERNELS[name] = _Kernel(*layout)
 
     def implementation(*args):
         x = args[0]
-        if not compiled(x.device, x.dtype) or (name in _NO_DOUBLE and x.dtype is torch.float64):
+        if not _has(name, x):
             found = getattr(reference, name)(*args)
             return _one_or_all([x.new_empty(0, dtype=wide(x)) if t is None else t for t in _tuple(found)])
-        results = _tuple(outputs(*args))
-        tensors = [t for t in args if t is None or isinstance(t, torch.Tensor)]
-        rest = [_KINDS.get(t, t) for t in args if t is not None and not isinstance(t, torch.Tensor)]
-        pointers = [0 if t is None else t.data_ptr() for t in (*tensors, *results)]
+        results, numbers, pointers = kernel.prepare(args)
         if x.numel():
-            _launch(name, x.device, [_CODES[x.dtype], *sizes(*args), *rest], pointers, scratch(*args))
+            _launch(name, x.device, numbers, pointers, kernel.scratch(*args))
         else:
             for t in results:
                 t.zero_()
@@ -102,8 +124,16 @@ def _operator(name, schema, outputs, sizes, scratch=lambda *args: 0):
     operator = torch.library.custom_op(
         f"megatron_commute::{name}", implementation, mutates_args=(), schema=schema
     )
-    operator.register_fake(outputs)
+    operator.register_fake(kernel.outputs)
     return operator
+
+
+def _has(name, x):
+    """Whether a kernel takes these arguments: attention has none in float64, on CUDA none beyond 128 columns."""
+    attention = name.startswith("attention")
+    if attention and (x.dtype is torch.float64 or (x.device.type == "cuda" and x.shape[-1] > 128)):
+        return False
+    return compiled(x.device, x.dtype)
 
 
 def _tuple(found):
@@ -221,15 +251,26 @@ attention_backward = _operator(
 
 
 def _gram(tensors, K, M, metric, eps, same):
-    x = tensors[0]
-    rows = len(tensors) // (K + M + metric + (K if eps else 0)) if tensors else 0
+    device = tensors[0].device
+    per_vector = len(tensors) // (K + M + metric + (K if eps else 0))
     addresses = np.array([t.data_ptr() for t in tensors], dtype=np.int64)
     dtypes = np.array([_CODES[t.dtype] for t in tensors], dtype=np.int32)
-    sizes = np.array([t.numel() for t in tensors[:rows]], dtype=np.int64)
-    out = torch.empty(K, M, dtype=torch.float64)
-    tables = [addresses.ctypes.data, dtypes.ctypes.data, sizes.ctypes.data]
-    _cpu.gram(*tables, rows, K, M, int(metric), eps, int(same), out.data_ptr(), torch.get_num_threads())
-    return out.to(x.device)
+    sizes = np.array([t.numel() for t in tensors[:per_vector]], dtype=np.int64)
+    out = torch.empty(K, M, dtype=torch.float64, device=device)
+    tables = [table.ctypes.data for table in (addresses, dtypes, sizes)]
+    if device.type == "cpu":
+        ends = out.data_ptr(), torch.get_num_threads()
+        _cpu.gram(*tables, per_vector, K, M, int(metric), eps, int(same), *ends)
+        return out
+    with torch.cuda.device(device):
+        scratch = torch.empty(_GRAM_BLOCKS, K, M, dtype=torch.float64, device=device)
+        pointers = [ctypes.c_void_p(p) for p in (*tables, out.data_ptr(), scratch.data_ptr())]
+        numbers = [ctypes.c_int64(x) for x in (per_vector, K, M, int(metric))]
+        stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
+        status = _cuda.gram(*pointers[:3], *numbers, ctypes.c_double(eps), *pointers[3:], stream)
+    if status != 0:
+        raise RuntimeError(f"gram could not be launched on {device}: CUDA error {status}")
+    return out
 
 
 gram = torch.library.custom_op(

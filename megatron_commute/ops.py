@@ -197,7 +197,7 @@ def gram(
     tensors = [t for vector in vectors for t in vector]
     shapes = [t.shape for t in X[0]] if X else []
     fits = bool(X and Y and shapes) and all([t.shape for t in vector] == shapes for vector in vectors)
-    fits &= all(t.device.type == "cpu" and compiled(t.device, t.dtype) for t in tensors)
+    fits &= all(t.device == tensors[0].device and compiled(t.device, t.dtype) for t in tensors)
     fits &= (minus is None) == (eps is None) and eps != 0 and (minus is None or len(minus) == len(X))
     if not fits or max(len(X), len(Y)) > _MOST_VECTORS:
         return reference.gram(X, Y, metric, minus, eps)  # which also says what does not fit

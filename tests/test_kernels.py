@@ -1,5 +1,11 @@
 """Every compiled kernel against its reference in float64, for all dtypes, odd sizes, machines and numbers of threads."""
 
+import ctypes
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -233,3 +239,128 @@ def test_nan_stays_in_its_row(dtype):
         rows = [t for t in results(getattr(ops, function)(*given)) if t.dim() == 2 and t.shape[0] == 3]
         assert any(t[1].isnan().any() for t in rows), name
         assert not any(t[[0, 2]].isnan().any() for t in rows), name
+
+
+ROOT = Path(__file__).resolve().parent.parent
+needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="g++ is not on PATH")
+
+
+def compile_with(*arguments):
+    done = subprocess.run(
+        ["g++", "-std=c++17", *map(str, arguments)], capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def executor(tmp_path_factory):
+    """The launchers of csrc/launch.cu compiled for tests/simt: every CUDA thread runs on the CPU."""
+    library = tmp_path_factory.mktemp("simt") / "launch.so"
+    simt = ROOT / "tests" / "simt"
+    folders = [f"-I{simt}", f"-I{simt / 'headers'}", f"-I{ROOT / 'csrc'}"]
+    flags = ["-O1", "-Wno-unknown-pragmas", "-DCOMMUTE_SIMT", "-fPIC", "-shared", "-x", "c++"]
+    compile_with(*flags, *folders, ROOT / "csrc" / "launch.cu", simt / "simt.cpp", "-o", library)
+    return ctypes.CDLL(str(library))
+
+
+def on_executor(library, function, arguments):
+    kernel = _kernels._KERNELS[function]
+    found, numbers, pointers = kernel.prepare(arguments)
+    scratch = torch.full((kernel.scratch(*arguments),), 255, dtype=torch.uint8)  # NaN
+    _kernels._call(library, function, numbers, [*pointers, scratch.data_ptr()], 0)
+    return found
+
+
+on_x86 = pytest.mark.skipif(
+    platform.machine() != "x86_64", reason="the executor switches stacks in x86-64 assembly"
+)
+
+
+@needs_compiler
+@on_x86
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [(1, 1), (3, 6), (70, 24), (2, 1032), (66, 17)], ids=str)
+def test_cuda_launchers_thread_by_thread(executor, size, dtype):
+    for name, function, arguments in cases(*size):
+        given = converted(arguments, dtype)
+        found = [t for t in on_executor(executor, function, given) if t.numel()]
+        plain = results(getattr(ops, function)(*given))
+        for i, (f, p) in enumerate(zip(found, plain, strict=True)):
+            limit = 1e-2 if f.dtype is torch.bfloat16 else 2e-6
+            assert distance(f, p.double()) <= limit, f"{name} result {i}: {distance(f, p):.1e}"
+
+
+def gram_on_executor(library, x, y, metric, minus, eps):
+    rows = [*x, *y, *([] if metric is None else [metric]), *(minus or [])]
+    codes = [[_kernels._CODES[t.dtype] for t in row] for row in rows]
+    addresses = torch.tensor([[t.data_ptr() for t in row] for row in rows])
+    sizes, K, M = torch.tensor([t.numel() for t in x[0]]), len(x), len(y)
+    dtypes = torch.tensor(codes, dtype=torch.int32)
+    out = torch.full((K, M), torch.nan, dtype=torch.float64)
+    scratch = torch.full((256, K, M), torch.nan, dtype=torch.float64)
+    tables = [ctypes.c_void_p(t.data_ptr()) for t in (addresses, dtypes, sizes)]
+    numbers = [ctypes.c_int64(i) for i in (len(x[0]), K, M, metric is not None)]
+    ends = [ctypes.c_void_p(t.data_ptr()) for t in (out, scratch)]
+    assert library.gram(*tables, *numbers, ctypes.c_double(eps or 0.0), *ends, ctypes.c_void_p(0)) == 0
+    return out
+
+
+@needs_compiler
+@on_x86
+@pytest.mark.parametrize("counts", [(1, 1), (3, 5), (8, 8), (33, 64)], ids=str)
+def test_cuda_gram_thread_by_thread(executor, counts):
+    shapes = [(67,), (3, 5), (0,), (256,)]
+    x, y, minus = (
+        [draw(*shapes, seed=50 * i + k, dtype=torch.float32) for k in range(n)]
+        for i, n in enumerate((*counts, counts[0]))
+    )
+    y[0] = [t.bfloat16() for t in y[0]]
+    metric = [t.abs() for t in draw(*shapes, seed=99, dtype=torch.float32)]
+    for arguments in ((None, None, None), (metric, minus, 0.3)):
+        found, truth = gram_on_executor(executor, x, y, *arguments), reference.gram(x, y, *arguments)
+        assert distance(found, truth) < 1e-6
+
+
+SANITIZERS = {
+    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fopenmp"],
+    # libgomp is not instrumented and raises false alarms: threads of the standard library take its place
+    "thread": ["-fsanitize=thread", "-DCOMMUTE_STD_THREAD", "-pthread", "-fopenmp-simd"],
+}
+
+
+def run_driver(program, prefix=()):
+    environment = {
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "TSAN_OPTIONS": "halt_on_error=1",
+        "PATH": "/usr/bin:/bin",
+    }
+    done = subprocess.run([*prefix, program], capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", SANITIZERS)
+def test_cpu_kernels_are_clean_under_sanitizers(tmp_path, kind):
+    sources = [
+        ROOT / "csrc" / f"{name}.cpp" for name in ("norm", "activation", "cross_entropy", "gram", "displace")
+    ]
+    flags = ["-O1", "-g1", "-Wno-psabi", "-DCOMMUTE_ONE_MACHINE", f"-I{ROOT / 'csrc'}"]
+    compile_with(
+        *SANITIZERS[kind], *flags, ROOT / "tests" / "kernels_driver.cpp", *sources, "-o", tmp_path / "driver"
+    )
+    # the shadow of ThreadSanitizer does not fit beside a heap at a very random address
+    fixed = ["setarch", platform.machine(), "-R"] if kind == "thread" and shutil.which("setarch") else []
+    run_driver(tmp_path / "driver", fixed)
+
+
+@needs_compiler
+@on_x86
+def test_cuda_launchers_are_clean_under_sanitizers(tmp_path):
+    simt = ROOT / "tests" / "simt"
+    folders = [f"-I{simt}", f"-I{simt / 'headers'}", f"-I{ROOT / 'csrc'}"]
+    compile_with("-DSIMT_ASAN", "-O1", "-c", *folders, simt / "simt.cpp", "-o", tmp_path / "simt.o")
+    flags = ["-O1", "-g1", "-Wno-unknown-pragmas", "-DCOMMUTE_SIMT", *SANITIZERS["address"][:2], *folders]
+    compile_with(
+        *flags, ROOT / "tests" / "kernels_driver.cpp", tmp_path / "simt.o", "-o", tmp_path / "driver"
+    )
+    run_driver(tmp_path / "driver")

@@ -233,7 +233,7 @@ struct AttentionRow {
 
 // Grid: b a tiles blocks of ATTENTION_THREADS; shared memory: attention_floats(C, 6, 2) floats.
 template <class T, int C>
-__global__ void __launch_bounds__(ATTENTION_THREADS) attention_forward_kernel(AttentionForward<T> x) {
+__global__ void __launch_bounds__(ATTENTION_THREADS, 1) attention_forward_kernel(AttentionForward<T> x) {
     COMMUTE_SHARED(float, memory);
     constexpr int SIZE = ATTENTION_TILE * (C + 4), SCORES = ATTENTION_TILE * ATTENTION_SCORES;
     float *const q = memory, *const dq = q + SIZE, *const k = dq + SIZE, *const dk = k + SIZE, *const v = dk + SIZE;

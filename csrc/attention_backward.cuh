@@ -7,7 +7,7 @@ namespace commute {
 
 // delta [n, 2] = rowsum(go o) and its tangent rowsum(dgo o + go do), n = b a s rows of c; a warp takes a row.
 template <class T>
-__global__ void __launch_bounds__(ATTENTION_THREADS)
+__global__ void __launch_bounds__(ATTENTION_THREADS, 1)
     attention_delta_kernel(const T* go, const T* dgo, const T* o, const T* d_o, float* delta, int64_t n, int c) {
     const int lane = threadIdx.x % 32;
     const int64_t warps = static_cast<int64_t>(gridDim.x) * (ATTENTION_THREADS / 32);
@@ -60,7 +60,7 @@ __device__ inline void attention_gradients(AttentionScores& score, AttentionScor
 
 // gq of one tile of queries. Grid: b a tiles blocks; shared memory: attention_floats(C, 8, 2) floats.
 template <class T, int C>
-__global__ void __launch_bounds__(ATTENTION_THREADS) attention_queries_kernel(AttentionBackward<T> x) {
+__global__ void __launch_bounds__(ATTENTION_THREADS, 1) attention_queries_kernel(AttentionBackward<T> x) {
     COMMUTE_SHARED(float, memory);
     constexpr int SIZE = ATTENTION_TILE * (C + 4), SCORES = ATTENTION_TILE * ATTENTION_SCORES;
     float *const q = memory, *const dq = q + SIZE, *const go = dq + SIZE, *const dgo = go + SIZE, *const k = dgo + SIZE;
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS) attention_queries_kernel(At
 
 // gk and gv of one tile of keys. Grid: b g tiles blocks; shared memory: attention_floats(C, 8, 4) floats.
 template <class T, int C>
-__global__ void __launch_bounds__(ATTENTION_THREADS) attention_keys_kernel(AttentionBackward<T> x) {
+__global__ void __launch_bounds__(ATTENTION_THREADS, 1) attention_keys_kernel(AttentionBackward<T> x) {
     COMMUTE_SHARED(float, memory);
     constexpr int SIZE = ATTENTION_TILE * (C + 4), SCORES = ATTENTION_TILE * ATTENTION_SCORES;
     float *const q = memory, *const dq = q + SIZE, *const go = dq + SIZE, *const dgo = go + SIZE, *const k = dgo + SIZE;

@@ -120,3 +120,12 @@ def test_a_missing_barrier_shows_in_the_result_of_some_order(run, fault):
     orders = ["random", "ascending", "descending"]
     assert len({run("plain", order, "!" + fault) for order in orders}) > 1
     assert len({run("plain", order, f"!{fault}_ok") for order in orders}) == 1
+
+
+def test_kernels_touch_the_bytes_counted_on_paper(tmp_path):
+    """Every operand is read or written, nothing else is; repeated reads stay within what each kernel states."""
+    compile_with("-fsanitize=thread", "-c", HERE / "traffic.cpp", "-o", tmp_path / "traffic.o")
+    parts = [tmp_path / "traffic.o", HERE / "traffic_hooks.cpp", HERE / "simt.cpp"]  # without ThreadSanitizer
+    compile_with(*parts, "-o", tmp_path / "traffic")
+    done = subprocess.run([tmp_path / "traffic"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout.count("ok ") == 19, done.stdout + done.stderr

@@ -186,7 +186,11 @@ def fill(name, param):
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
     if split:
         ranks, rank = mpu.get_tensor_model_parallel_world_size(), mpu.get_tensor_model_parallel_rank()
-        noise = noise.chunk(ranks, dim=param.partition_dim)[rank]
+        # this Megatron splits queries, keys and values into thirds of what a rank holds
+        parts = noise.chunk(3 if "query_key_value" in name else 1, dim=param.partition_dim)
+        noise = torch.cat(
+            [part.chunk(ranks, dim=param.partition_dim)[rank] for part in parts], param.partition_dim
+        )
     with torch.no_grad():
         param.copy_((1.0 if "layernorm.weight" in name else 0.0) + 0.15 * noise)
 

@@ -358,6 +358,13 @@ def _warnings(
             f"measure_budget: probes cost {cost.share:.2%} of training, over {config.measure_budget:.2%}"
         )
     told = response_cost(config, run)
+    moved = config.response.delta * config.response.window * run.global_batch * weights
+    if told.kind != "off" and (moved[weights > 0] < 1).any():
+        name = config.names[int(np.argmin(np.where(weights > 0, moved, np.inf)))]
+        window = math.ceil(config.response.window / moved[weights > 0].min())
+        found.append(
+            f"response.window: moves less than a sample of {name} a half; from {window} steps on it moves one"
+        )
     if told.why:
         found.append(f"response: {config.response.kind} is off, the budget pays for none: {told.why}")
     elif cost.share + told.share > config.measure_budget >= cost.share:

@@ -61,7 +61,7 @@ class Hook:
         watch = control.Watch(record.path.parent / control.NAME, plan.names, config.mode != "shadow")
         self.steering = Steering(
             *(config, plan, run, mixture, sampler, model, groups, draw, host, watch),
-            *(self._write, say, self._timed, self._leave_word),
+            *(lambda event, **fields: self._write(event, **fields), say, self._timed, self._leave_word),
         )
         self.probe_seconds, self.started, self.step_started = 0.0, time.monotonic(), None
         self.step_seconds = []

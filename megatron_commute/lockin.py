@@ -148,13 +148,28 @@ class Waves:
         self.base = base
         changes = []
         for start in range(first, last - period + 1, period):
-            v = wave(base, walsh(self.count + 1, self.domains)[-1], delta, low, high)
-            self.count += 1
+            v = self.draw(base, delta, low, high)
             if not v.any():
-                continue
+                break
             self.cycles.append(Cycle(start, half, start + period, v.tolist(), self.epoch))
             changes += [(start, base + v), (start + half, base - v), (start + 2 * half, base)]
         return changes
+
+    def draw(self, base, delta, low, high):
+        """The next wave f64[K]; signs that would move nothing are passed over, and after four periods all are turned round,
+        so that responses of even order cancel in the long run.
+
+        Zeros where bounds leave no room at all.
+        """
+        signs = walsh(2 << self.domains.bit_length(), self.domains)
+        period = len(signs) // 2
+        for _ in range(period):
+            turned = 1.0 if self.domains == 2 else (-1.0) ** (self.count // (4 * period))
+            v = wave(base, turned * signs[self.count % period], delta, low, high)
+            self.count += 1
+            if v.any():
+                return v
+        return np.zeros(self.domains)
 
     def drop(self, sample):
         """Give up the cycles that reach beyond `sample`: other weights hold from there."""

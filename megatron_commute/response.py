@@ -104,6 +104,10 @@ def measure(host, step, weights, v, settings, batch, position, evaluate, mine=sl
     Raises ProbeFailed where a loss is not finite.
     """
     both, served = orders(weights, v, settings.window, settings.tail, batch, position)
+    if not served.any():
+        raise ProbeFailed(
+            "the two orders are one: bounds leave no room, or the window no sample; write a longer window"
+        )
     losses = paired(host, step, both, settings.window, evaluate, mine)
     if not np.isfinite(losses).all():
         raise ProbeFailed("a held-out loss of a rollout is not finite; the run goes on from where it was")
@@ -218,10 +222,8 @@ class Responses:
 
     def excursion(self, step, mixture, low, high, mine):
         """One rollout from here, everything put back: the fields of a response line."""
-        K, weights = len(self.plan.names), np.asarray(mixture.weights, dtype=np.float64)
-        signs = lockin.walsh(self.waves.count + 1, K)[-1]
-        self.waves.count += 1
-        v = lockin.wave(weights, signs, self.settings.delta, low, high)
+        weights = np.asarray(mixture.weights, dtype=np.float64)
+        v = self.waves.draw(weights, self.settings.delta, low, high)
         place = (self.settings, self.run.global_batch, np.asarray(mixture.served))
         pair = measure(self.host, step, weights, v, *place, self.losses, mine)
         self.pairs = [*self.pairs, {"sample": mixture.index, "wave": pair.wave, "losses": pair.losses}][

@@ -242,6 +242,9 @@ class Plugin:
         mixture, ledger, news = resume.stream(
             self.config, self.plan, self.mixture(), state, consumed, stock, accept=accept, attach=take_over
         )
+        if self.config.response.kind != "off" and model.loss is None:
+            problem = "held-out losses are not read in pipelines and under ZeRO stage 3"
+            raise self.config.error("response.kind", problem, "write off, or another layout")
         if self.config.response.kind == "rollout" and host is None:
             raise self.config.error(
                 "response.kind", "this trainer cannot be put back after a rollout", "write lock-in or off"

@@ -47,15 +47,15 @@ class Model:
         return (self.H_se > 0).any((-1, -2, -3)) | (self.g_se > 0).any((-1, -2))
 
     def draws(self, count):
-        """`count` Quadratics as they would be measured again: errors added anew, negative curvature cut. Always the same."""
+        """`count` models as they would be measured again, one Quadratic with a new leading axis: errors added anew, negative
+        curvature cut. The same at every call."""
         rng = np.random.default_rng(0)
-        for _ in range(count):
-            noise = np.tril(rng.standard_normal(self.H_se.shape))
-            noise = noise + np.tril(noise, -1).swapaxes(-1, -2)
-            values, vectors = np.linalg.eigh(self.full.H + self.H_se * noise)
-            H = (vectors * np.maximum(values, 0.0)[..., None, :]) @ vectors.swapaxes(-1, -2)
-            g = self.full.g + self.g_se * rng.standard_normal(self.g_se.shape)
-            yield planning.Quadratic(H, g, self.full.target)
+        noise = np.tril(rng.standard_normal((count, *self.H_se.shape)))
+        noise = noise + np.tril(noise, -1).swapaxes(-1, -2)
+        values, vectors = np.linalg.eigh(self.full.H + self.H_se * noise)
+        H = (vectors * np.maximum(values, 0.0)[..., None, :]) @ vectors.swapaxes(-1, -2)
+        g = self.full.g + self.g_se * rng.standard_normal((count, *self.g_se.shape))
+        return planning.Quadratic(H, g, np.broadcast_to(self.full.target, (count, *self.full.target.shape)))
 
 
 class Proposal(NamedTuple):
@@ -245,23 +245,21 @@ def propose(model, times, sizes, rest, start=None, pace=None):
     constant = planning.loss_change(model.full, base, times)
     noisy, loss, noise = model.noisy, np.zeros_like(value), np.zeros_like(value)
     if np.any(noisy):
-        plans = [planning.descend(q, plan, times, sizes, rest, NEXT)[0] for q in model.draws(DRAWS)]
-        kept = np.array([constant - planning.loss_change(model.full, w, times) for w in plans])
+        begin = np.repeat(plan[None], DRAWS, 0)
+        plans, _, _ = planning.descend(model.draws(DRAWS), begin, times, sizes, rest, NEXT)
+        kept = constant - planning.loss_change(model.full, plans, times)
         loss = np.where(noisy, np.maximum(constant - value - kept.mean(0), 0.0), 0.0)
         noise = np.where(noisy, kept.std(0, ddof=1), 0.0)
-        plan = np.where(noisy[..., None, None], np.mean(plans, 0), plan)
-    lean_constant = planning.loss_change(model.lean, base, times)
-    best, expected, error = np.zeros_like(value), np.zeros_like(value), np.zeros_like(value)
-    wish = shares.copy()
-    for step in STEPS:
-        tried = base + step * (plan - base)
-        gain = constant - planning.loss_change(model.full, tried, times)
-        other = lean_constant - planning.loss_change(model.lean, tried, times)
-        mean = gain - step * loss
-        doubt = np.sqrt((0.25 * (gain - other)) ** 2 + (step * noise) ** 2)
-        sure = mean - 2 * doubt
-        better = sure > best
-        best, expected = np.where(better, sure, best), np.where(better, -mean, expected)
-        error = np.where(better, doubt, error)
-        wish = np.where(better[..., None], tried[..., 0, :], wish)
-    return Proposal(wish, best > 0, expected, error, constant, plan, pace)
+        plan = np.where(noisy[..., None, None], plans.mean(0), plan)
+    steps = np.reshape(STEPS, (-1,) + (1,) * value.ndim)
+    tried = base + steps[..., None, None] * (plan - base)
+    gain = constant - planning.loss_change(model.full, tried, times)
+    other = planning.loss_change(model.lean, base, times) - planning.loss_change(model.lean, tried, times)
+    mean = gain - steps * loss
+    error = np.sqrt((0.25 * (gain - other)) ** 2 + (steps * noise) ** 2)
+    best = np.argmax(mean - 2 * error, 0)[None]
+    mean, error = (np.take_along_axis(x, best, 0)[0] for x in (mean, error))
+    wish = np.take_along_axis(tried[..., 0, :], best[..., None], 0)[0]
+    active = mean - 2 * error > 0
+    wish = np.where(active[..., None], wish, shares)
+    return Proposal(wish, active, -mean, error, constant, plan, pace)

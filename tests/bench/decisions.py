@@ -1,0 +1,273 @@
+"""What decisions are worth: every law on random quadratics with exact flows, against the best schedule of each problem.
+
+    python tests/bench/decisions.py            # base cells and one axis at a time
+    python tests/bench/decisions.py --quick    # three seeds, two flow times, two noise levels, for CI
+    python tests/bench/decisions.py --all      # every axis at every noise level
+    python tests/bench/decisions.py --laws tilt receding --axes base --times 1 4 --noise 0 --seeds 10 --out /tmp
+
+Writes decisions.csv (a line for each cell and law), decisions.png and prints the table. 32 decisions a run, all through
+controller.decide, without floors, caps, rate limit and cool-down. share: part of the attainable gain (decisions_optima.csv)
+in percent, median and worst over seeds; harm: worst increase of the final loss over the constant mixture, percent of the
+loss. noise: relative, on every gradient and product, isotropic, each the mean of two independent halves whose difference is
+the only thing a law is told about it. products: Hessian-vector products a decision, mean over the run.
+"""
+
+import argparse
+import csv
+import itertools
+import os
+import sys
+import time as clock
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from decisions_optima import AXES, BUDGETS, SEEDS, TIMES, WINDOWS, cached, problem, shares
+
+from megatron_commute import bracket
+from megatron_commute.controller import Situation, decide
+from megatron_commute.feasible import nearest
+from megatron_commute.receding import Recycled
+
+HERE = Path(__file__).resolve().parent
+LAWS = ("proportional", "tau-tail", "tilt", "odm", "response", "receding")
+NOISE = (0.0, 0.1, 0.3, 1.0)
+START, GRAIN, SWING = (
+    12,
+    1000,
+    0.2,
+)  # directions at the first decision; samples a window; amplitude of measured responses
+FIELDS = (
+    "axis",
+    "time",
+    "budgets",
+    "noise",
+    "law",
+    "seeds",
+    "share_median",
+    "share_worst",
+    "harm_worst_percent",
+    "products",
+)
+
+
+class Run:
+    """One problem under one law; observe() is all that the law sees."""
+
+    def __init__(self, axis, time, budgets, noise, seed):
+        self.domains, self.theta = problem(axis, seed)
+        self.budget, self.h, self.noise = shares(axis, budgets), time / WINDOWS, noise
+        self.K, self.n = self.domains.b.shape
+        self.target = np.full(self.K, 1 / self.K)
+        self.rng = np.random.default_rng([seed, int(100 * noise), int(time), BUDGETS.index(budgets)])
+        self.recycled, self.memory, self.products = Recycled(self.K), {}, 0
+
+    def noisy(self, vectors, factor=1.0):
+        """Rows [m, n] as measured, and the standard error [m] of one entry, both from two halves."""
+        size = factor * self.noise * np.linalg.norm(vectors, axis=1, keepdims=True) / np.sqrt(self.n)
+        halves = vectors + np.sqrt(2) * size * self.rng.standard_normal((2, *vectors.shape))
+        return halves.mean(0), np.sqrt(((halves[0] - halves[1]) ** 2).mean(1)) / 2
+
+    def signals(self, law, w, left):
+        """The fields of a Situation that `law` needs."""
+        gradients = self.domains.gradients(self.theta)
+        losses = self.domains.losses(self.theta)
+        if law == "odm":
+            return {"losses": losses * (1 + self.noise * self.rng.standard_normal(self.K) / np.sqrt(self.n))}
+        if law == "tau-tail":
+            return {"target": self.target}
+        if law == "tilt":
+            return self._scores(gradients, w)
+        if law == "response":
+            return self._effects(w, left) | {"loss": float(self.target @ losses)}
+        if law == "receding":
+            seen, error = self.noisy(gradients)
+            for _ in range(START if left == WINDOWS else 1):
+                direction = self.recycled.direction(list(seen), w)
+                if direction is not None:
+                    self.recycled.add(direction, list(self.noisy(self.domains.A @ direction)[0]))
+                    self.products += self.K
+            model = self.recycled.model(list(seen), self.target, [0.0, left * self.h], error)
+            return {"quadratic": model, "loss": float(self.target @ losses)}
+        return {}
+
+    def _scores(self, gradients, w):
+        """Scores and errors of four independent replicates that together carry the noise."""
+        found = []
+        for _ in range(4):
+            u = self.noisy((self.target @ gradients)[None], 2.0)[0][0]
+            h, g = self.noisy(self.domains.A @ u, 2.0)[0], self.noisy(gradients, 2.0)[0]
+            found.append(bracket.scores(bracket.pairwise(h @ g.T), w))
+        self.products += self.K
+        error = np.std(found, 0, ddof=1) / 2 if self.noise else np.full(self.K, 1e-300)
+        return {"score": np.mean(found, 0), "score_se": error, "dof": 3}
+
+    def _effects(self, w, left):
+        """Paired rollouts: SWING of a weight out for a window and back for one, read after a common tail of two."""
+        tail, effect = 2, np.zeros(self.K)
+        if left < 2 + tail:
+            return {"effect": None}
+        for k in range(self.K):
+            out = np.eye(self.K)[k] - w
+            size = SWING * w[k]
+            ends = []
+            for sign in (1, -1):
+                theta = self.theta
+                for v in (w + sign * size * out, w - sign * size * out, *[w] * tail):
+                    theta = self.domains.flow(v)(theta, self.h)
+                ends.append(float(self.target @ self.domains.losses(theta)))
+            effect[k] = (ends[0] - ends[1]) / (2 * size)
+        effect -= w @ effect
+        error = self.noise * np.abs(effect).mean() + 1e-12
+        seen = effect + error * self.rng.standard_normal(self.K)
+        return {"effect": seen, "effect_se": np.full(self.K, error), "effect_dof": 30}
+
+    def loss(self, law):
+        """Final target loss after all decisions of `law`."""
+        rest, w = self.budget * WINDOWS, self.budget
+        for left in range(WINDOWS, 0, -1):
+            base = rest / rest.sum()
+            w = base if left == 1 else self._decided(law, w, base, rest, left)
+            self.theta = self.domains.flow(w)(self.theta, self.h)
+            rest = np.maximum(rest - w, 0.0)
+        return float(self.target @ self.domains.losses(self.theta))
+
+    def _decided(self, law, w, base, rest, left):
+        K = self.K
+        given = {"score": np.zeros(K), "score_se": np.full(K, np.inf), "dof": 3} | self.signals(
+            law, base, left
+        )
+        situation = Situation(
+            weights=w, remaining=rest * GRAIN, initial=self.budget, samples_left=left * GRAIN, window=GRAIN,
+            minimum=np.zeros(K), maximum=np.ones(K), floors=np.zeros(K), caps=np.ones(K), rate=1.0, confidence=0.95,
+            strength=0.5 if law == "tilt" else 1.0, cooldown=0, memory=self.memory, **given,
+        )  # fmt: skip
+        found = decide(law, situation)
+        self.memory = found.memory
+        return nearest(w if found.weights is None else found.weights, np.zeros(K), np.minimum(rest, 1.0))
+
+
+def cells(axes, times, noise):
+    """(axis, time, budgets, noise level) of a study."""
+    for axis, level in itertools.product(axes, noise):
+        yield from ((axis, time, budgets, level) for time in times for budgets in BUDGETS)
+
+
+def study(wanted, laws, seeds, optima):
+    """One row of FIELDS for each cell and law; cells without a cached optimum have no share."""
+    rows = []
+    for axis, time, budgets, level in wanted:
+        for law in laws:
+            share, harm, products = [], [], []
+            for seed in range(seeds):
+                run, line = Run(axis, time, budgets, level, seed), optima.get((axis, time, budgets, seed))
+                loss = run.loss(law)
+                products.append(run.products / WINDOWS)
+                constant = line["constant"] if line else Run(axis, time, budgets, 0.0, seed).loss("hold")
+                harm.append(100 * (loss / constant - 1))
+                share.append(100 * (constant - loss) / (constant - line["optimum"]) if line else np.nan)
+            told = float(np.median(share)), float(min(share)), max(harm), float(np.mean(products))
+            rows.append(dict(zip(FIELDS, (axis, time, budgets, level, law, seeds, *told), strict=True)))
+            print(axis, time, budgets, level, law, *(f"{x:.3g}" for x in told), file=sys.stderr, flush=True)
+    return rows
+
+
+def table(rows, laws):
+    """The shares as text: median [worst], and the worst harm where it is above 0.01 % of the loss."""
+    from tabulate import tabulate
+
+    lines = []
+    for key in dict.fromkeys((r["axis"], r["time"], r["budgets"], r["noise"]) for r in rows):
+        mine = {r["law"]: r for r in rows if (r["axis"], r["time"], r["budgets"], r["noise"]) == key}
+        line = [*key]
+        for law in laws:
+            r = mine[law]
+            harm = f" +{r['harm_worst_percent']:.2g} %" if r["harm_worst_percent"] > 0.01 else ""
+            line.append(f"{r['share_median']:.0f} [{r['share_worst']:.0f}]{harm}")
+        lines.append(line)
+    return tabulate(lines, ["axis", "flow time", "budgets", "noise", *laws], disable_numparse=True)
+
+
+def draw(rows, laws, path):
+    """Median share (bars to the worst seed) against flow time, one panel a noise level and budget, base cells."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    levels = sorted({r["noise"] for r in rows if r["axis"] == "base"})
+    figure, panels = pyplot.subplots(
+        2, len(levels), figsize=(3.2 * len(levels) + 1.5, 6), sharey=True, squeeze=False
+    )
+    for (i, budgets), (j, level) in itertools.product(enumerate(BUDGETS), enumerate(levels)):
+        panel = panels[i][j]
+        for law in laws:
+            mine = [
+                r
+                for r in rows
+                if (r["axis"], r["budgets"], r["noise"], r["law"]) == ("base", budgets, level, law)
+            ]
+            middle = np.clip([r["share_median"] for r in mine], -100, 105)
+            worst = np.clip([r["share_worst"] for r in mine], -100, 105)
+            panel.errorbar(
+                [r["time"] for r in mine],
+                middle,
+                [middle - worst, 0 * middle],
+                marker="o",
+                capsize=2,
+                label=law,
+            )
+        panel.axhline(0, color="grey", linewidth=0.8)
+        panel.set(xscale="log", title=f"{budgets} budgets, noise {level:g}", ylim=(-105, 110))
+        panel.set_xlabel("flow time (learning rate x steps)")
+    for row in panels:
+        row[0].set_ylabel("share of the attainable gain, %\nmedian, bar to the worst seed, cut at -100")
+    panels[0][-1].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--all", action="store_true")
+    parser.add_argument("--laws", nargs="+", default=list(LAWS), choices=("hold", *LAWS))
+    parser.add_argument("--axes", nargs="+", default=None, choices=list(AXES))
+    parser.add_argument("--times", nargs="+", type=float, default=TIMES)
+    parser.add_argument("--noise", nargs="+", type=float, default=None)
+    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--out", type=Path, default=HERE)
+    asked = parser.parse_args()
+    started = clock.perf_counter()
+    if asked.quick:
+        wanted, asked.seeds = list(cells(["base"], (1.0, 16.0), (0.0, 0.3))), 2
+    elif asked.axes or asked.noise is not None:
+        wanted = list(
+            cells(asked.axes or ["base"], asked.times, NOISE if asked.noise is None else asked.noise)
+        )
+    else:
+        others = [axis for axis in AXES if axis != "base"]
+        wanted = [
+            *cells(["base"], asked.times, NOISE),
+            *cells(others, asked.times, NOISE if asked.all else (0.0, 0.3)),
+        ]
+    os.nice(10)
+    rows = study(wanted, asked.laws, asked.seeds, cached(set(AXES)))
+    asked.out.mkdir(parents=True, exist_ok=True)
+    name = "decisions_quick" if asked.quick else "decisions"
+    with open(asked.out / f"{name}.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(
+            {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows
+        )
+    draw(rows, asked.laws, asked.out / f"{name}.png")
+    print(table(rows, asked.laws))
+    print(f"{clock.perf_counter() - started:.0f} s, {asked.seeds} seeds, {WINDOWS} decisions a run")
+
+
+if __name__ == "__main__":
+    main()

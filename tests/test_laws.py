@@ -1,0 +1,108 @@
+"""Laws by their own formulas, worked out by hand or run against what they promise; properties of all in test_controller."""
+
+import json
+
+import numpy as np
+import pytest
+from test_controller import situation
+from test_receding import learned
+
+from megatron_commute import laws
+from megatron_commute.laws import LAWS, NEEDS
+
+
+def test_every_law_says_what_it_needs_and_holds_without_it():
+    assert set(LAWS) == set(NEEDS) == {
+        "hold", "schedule", "proportional", "tau-tail", "tilt", "receding", "response", "odm",
+    }  # fmt: skip
+    s = situation((0.5, 0.3, 0.2), score=(np.nan,) * 3, score_se=(np.nan,) * 3)
+    for name, law in LAWS.items():
+        wish = law(s)
+        np.testing.assert_allclose(wish.weights, [0.5, 0.3, 0.2], err_msg=name)
+        assert not wish.active and wish.expected is None, name
+    assert set(LAWS) >= laws.MEASURED and laws.CALIBRATED <= laws.MEASURED
+
+
+def test_schedule_follows_the_file():
+    assert LAWS["schedule"](situation(scheduled=(0.1, 0.2, 0.7))).weights.tolist() == [0.1, 0.2, 0.7]
+
+
+def test_proportional_forgets_the_plan_of_endless_domains():
+    s = situation((0.2, 0.6, 0.2), remaining=(400, np.nan, np.nan), score=(0, 0, 0))
+    np.testing.assert_allclose(LAWS["proportional"](s).weights, [0.4, 0.3, 0.3])
+    np.testing.assert_allclose(LAWS["hold"](s).weights, [0.4, 0.45, 0.15])
+
+
+def test_tau_tail_spends_the_excess_first_and_ends_on_the_target():
+    """600, 300, 100 of 1000 left, target thirds: the tail of 300 takes 100 each, so 500, 200, 0 come in the first 700."""
+    s = situation(remaining=(600, 300, 100), target=(1 / 3, 1 / 3, 1 / 3), window=100)
+    np.testing.assert_allclose(LAWS["tau-tail"](s).weights, [5 / 7, 2 / 7, 0], atol=1e-12)
+    s = situation(remaining=(200, 150, 100), samples_left=450, target=(1 / 3, 1 / 3, 1 / 3), window=300)
+    half = [(100 + 50) / 300, (50 + 50) / 300, 50 / 300]
+    np.testing.assert_allclose(LAWS["tau-tail"](s).weights, half, atol=1e-12)
+    at_end = situation(remaining=(100, 100, 100), samples_left=300, target=(1 / 3, 1 / 3, 1 / 3))
+    assert not LAWS["tau-tail"](at_end).active
+    only = situation(remaining=(600, 300, 100), target=(0.0, 0.0, 1.0))
+    np.testing.assert_allclose(LAWS["tau-tail"](only).weights, [2 / 3, 1 / 3, 0], atol=1e-12)
+
+
+def test_response_steps_along_effects_outside_their_error_and_says_what_it_expects():
+    s = situation(
+        (0.5, 0.3, 0.2),
+        effect=(0.04, -0.06, 0.2),
+        effect_se=(0.001, 0.001, 1.0),
+        effect_dof=30,
+        loss=3.0,
+        window=1000,
+    )
+    wish = LAWS["response"](s)
+    effect = np.array([0.04, -0.06, 0.0])
+    effect[:2] -= np.array([0.5, 0.3]) @ effect[:2]
+    expected = np.array([0.5, 0.3, 0.2]) * (1 - 0.2 * effect / np.abs(effect).max())
+    np.testing.assert_allclose(wish.weights, expected / expected.sum(), atol=1e-12)
+    moved = wish.weights - s.weights
+    assert wish.expected == pytest.approx(moved[0] * 0.04 - moved[1] * 0.06) and wish.expected < 0
+    assert wish.expected_se == pytest.approx(0.001 * np.hypot(moved[0], moved[1]))
+    assert np.abs(moved / s.weights).max() < 0.25, "no further than effects are linear"
+    half = LAWS["response"](situation(**{**vars_of(s), "scale": 0.5}))
+    assert half.expected == pytest.approx(wish.expected / 2)
+
+
+def vars_of(s):
+    names = ("weights", "effect", "effect_se", "effect_dof", "loss", "window")
+    return {name: tuple(v) if isinstance(v := getattr(s, name), np.ndarray) else v for name in names}
+
+
+def test_odm_is_exp3_as_published():
+    """Two rounds by hand: reward = .1 L / w smoothed by .9, eps_t = min(1/K, sqrt(ln K / (K t)))."""
+    s = situation((0.5, 0.3, 0.2), losses=(3.0, 2.0, 4.0), score=(0, 0, 0))
+    first = LAWS["odm"](s)
+    reward = 0.1 * np.array([3 / 0.5, 2 / 0.3, 4 / 0.2])
+    eps = [min(1 / 3, np.sqrt(np.log(3) / (3 * t))) for t in (1, 1, 2)]
+    power = np.exp(eps[0] * reward)
+    np.testing.assert_allclose(first.weights, (1 - 3 * eps[1]) * power / power.sum() + eps[1], rtol=1e-12)
+    memory = json.loads(json.dumps(first.memory))
+    second = LAWS["odm"](
+        situation(tuple(first.weights), losses=(3.0, 2.0, 4.0), score=(0, 0, 0), memory=memory)
+    )
+    reward = 0.9 * reward + 0.1 * np.array([3.0, 2.0, 4.0]) / first.weights
+    power = np.exp(eps[1] * reward)
+    np.testing.assert_allclose(second.weights, (1 - 3 * eps[2]) * power / power.sum() + eps[2], rtol=1e-12)
+    assert second.memory["turn"] == 2 and second.expected is None
+
+
+def test_receding_keeps_its_plan_as_json_and_goes_on_from_it():
+    _, _, recycled, gradients = learned(12)
+    model = recycled.model(gradients, np.full(3, 1 / 3), [0.0, 4.0])
+    given = {"score": (0, 0, 0), "quadratic": model, "loss": 5.0}
+    first = LAWS["receding"](situation((0.4, 0.3, 0.3), **given))
+    memory = json.loads(json.dumps(first.memory))
+    assert np.shape(memory["plan"]) == (10, 3) and sum(memory["sizes"]) == pytest.approx(1000)
+    assert first.active and first.expected < 0 and first.loss < 5.0
+    np.testing.assert_allclose(np.array(memory["plan"]).sum(0) * 100, [400, 300, 300], atol=1e-4)
+    later = laws._continued(memory, np.full(9, 100.0), 3)
+    np.testing.assert_allclose(later, memory["plan"][1:], atol=1e-9)
+    assert laws._continued({}, np.full(9, 100.0), 3) is None
+    assert laws._continued(memory, np.full(12, 100.0), 3) is None, (
+        "a plan for less than what is left is dropped"
+    )

@@ -144,6 +144,20 @@ def test_two_possible_anchors_are_refused_unless_one_stands_where_it_stood(tmp_p
     assert diffs.patch(still)[0]["line"] == 358
 
 
+def test_hunks_that_add_or_take_lines_do_not_move_each_other(tmp_path, monkeypatch):
+    root = synthetic(tmp_path / "tree")
+    file = root / "pretrain_gpt.py"
+    file.write_text("one\ntwo\nthree\nfour\npretrain()\n")
+    text = "--- a/pretrain_gpt.py\n+++ b/pretrain_gpt.py\n@@ -1 +1,3 @@\n-one\n+1\n+1.3\n+1.6\n"
+    text += "@@ -2,0 +5 @@ two\n+2.5\n@@ -3,2 +6 @@\n-three\n-four\n+3 and 4\n"
+    (tmp_path / "hook.patch").write_text(text)
+    monkeypatch.setattr(diffs, "folder", lambda: tmp_path)
+    diffs.patch(root, names=["hook"])
+    assert file.read_text() == "1\n1.3\n1.6\ntwo\n2.5\n3 and 4\npretrain()\n"
+    diffs.patch(root, "revert", names=["hook"])
+    assert file.read_text() == "one\ntwo\nthree\nfour\npretrain()\n"
+
+
 def test_other_folders_are_refused(tmp_path, tree):
     assert "not Megatron-DeepSpeed" in refused(tmp_path / "nowhere")
     assert "not Megatron-DeepSpeed" in refused(tree / "megatron")

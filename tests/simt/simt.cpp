@@ -37,7 +37,8 @@ asm(".text\n.type simt_switch,@function\nsimt_switch:\n"
 namespace simt {
 namespace {
 
-constexpr size_t STACK = 128 << 10, GUARD = 4096, MOST_SHARED = 227 << 10;
+// FORGOTTEN: how much of a stack is forgotten between unordered blocks; a deeper frame would be reported as a race.
+constexpr size_t STACK = 128 << 10, FORGOTTEN = 32 << 10, GUARD = 4096, MOST_SHARED = 227 << 10;
 constexpr unsigned MOST_THREADS = 1024, LANES = 32;
 
 enum State : uint8_t { READY, BLOCKED, DONE };
@@ -163,7 +164,7 @@ void poison(char* at, size_t size, bool unordered) {
 void retire_fibers() {
     TSAN(for (Fiber& fiber : fibers) {
         if (fiber.tsan) retired.push_back(fiber.tsan), fiber.tsan = nullptr;
-        forget(fiber.stack, STACK);
+        forget(fiber.stack + STACK - FORGOTTEN, FORGOTTEN);
     })
 }
 

@@ -63,8 +63,9 @@ class Measurement:
     M [T, K, K], P [T, K, K], P_se, s [T, K], s_se, u_g [T, K], h_theta [T, K]; score [T, K]: s with the weight-decay and
     learning-rate terms, relative to the mixture's own (sum_k w_k score_k = 0); score_se.
     gap_se [T, K, K]: of score_i - score_j. replicates: M of each, [S, T, K, K]. step: median eps of the difference, or None.
-    numerical [T]: estimated error of a difference of gradients in P, by rounding and truncation, from u.H u of one
-    sequence at eps and 2 eps (hvp.difference_error); part of every standard error, in quadrature. Zero for other methods.
+    numerical [T]: estimated error of a difference of gradients in P, by rounding and truncation, from u.H u of one sequence
+    a domain at eps and 2 eps (hvp.difference_error), the worst domain's; part of every standard error, in quadrature. Zero
+    for other methods.
     With probe.memory scores M, P, P_se and replicates are not measured: NaN.
     """
 
@@ -99,7 +100,7 @@ def measure(model, groups, team, draw, settings, targets, weights, flow, time_li
     ballot = _Ballot(groups, deadline)
     way = replicate.way(settings.memory)
     numbers = np.zeros((settings.splits, len(targets), way.rows(len(weights)), len(weights)))
-    checks = np.zeros((len(targets), 3))
+    checks = np.zeros((len(targets), len(weights), 6))
     params = sample = work = None
     with ballot.section("preparing"):
         _refuse(model, settings.method)
@@ -146,10 +147,16 @@ def team(model, groups, splits, memory):
 
 
 def _numerical(checks):
-    """Error of P [T] from what _check of `replicate` has found. Errors of the parameter tensors add up where truncation
-    rules and are independent where rounding does; P is a difference of two contractions."""
-    _, together, apart = checks.T
-    return math.sqrt(2) * np.sqrt(np.maximum(together**2, apart) / hvp.DIFFERENCE_FACTOR)
+    """Error of P [T] from what _check of `replicate` has found, the worst domain's.
+
+    Errors of the parameter tensors add up where truncation rules and are independent where rounding does. What is off in
+    a gradient, relative to the largest, is off in every contraction with it. P is a difference of two contractions.
+    """
+    product, gradient = np.moveaxis(checks[..., :3], -1, 0), np.moveaxis(checks[..., 3:], -1, 0)
+    of_product, of_gradient = (np.sqrt(np.maximum(a**2, b)).max(-1) for _, a, b in (product, gradient))
+    curvature, slope = (np.abs(part[0]).max(-1) for part in (product, gradient))
+    relative = np.divide(of_gradient, slope, out=np.zeros_like(slope), where=slope > 0)
+    return math.sqrt(2) * np.hypot(of_product / math.sqrt(hvp.DIFFERENCE_FACTOR), relative * curvature / 3)
 
 
 def _summary(table, numerical, weights, flow):

@@ -36,13 +36,13 @@ class _Replicate:
 
     def run(self, split, targets, numbers, checks):
         """Fill numbers[split] with this rank's share, which sums over all ranks; split: None for a rank without work.
-        checks [targets, 3]: likewise, of `_check`, by the ranks that work on the first split."""
+        checks [targets, K, 6]: likewise, of `_check`, by the ranks that work on the first split."""
         for t, target in enumerate(targets):
             self._direction(split, target)
             step = self._displacement(split)
             if self.settings.method == "difference":
                 if split == 0:
-                    self._check(step, int(np.argmax(target)), checks[t])
+                    self._check(step, checks[t])
                 self.ballot.settle()
             self._products(split, step, None if split is None else numbers[split, t])
 
@@ -74,26 +74,27 @@ class _Replicate:
         self.ballot.settle()
         return step
 
-    def _check(self, step, domain, out):
-        """u.H u of one sequence at eps; how far it is off at 2 eps; that of each parameter tensor, squared and summed.
-
-        Costs four gradients of one sequence (of one on every rank where vectors are shards).
-        """
+    def _check(self, step, out):
+        """For every domain u.H u and u.g of one sequence from gradients at +-eps; how far either is off at +-2 eps; that
+        of each parameter tensor, squared and summed. Costs four gradients of one sequence a domain (of one on every rank
+        where vectors are shards)."""
         if self.team.rank and not self.model.together:
             return
         share = 1 / self.team.size if self.model.together else 1.0
+        along = np.zeros((4, len(out), len(self.once)))
         with self.ballot.section("numerical error"):
-            along = []
-            for scale in (1.0, -1.0, 2.0, -2.0):
+            for i, scale in enumerate((1.0, -1.0, 2.0, -2.0)):
                 at = self._displaced(scale, step)
-                with self._agreed():
-                    tokens = self.draw("gradient", domain, np.array([self.team.rank]))
-                for vector, part in self._slopes(at, iter([(tokens, share)])):
-                    along.append(np.array([part * _dot(self.u, vector, [i]) for i in self.once]))
-                    del vector
+                for k in range(len(out)):
+                    with self._agreed():
+                        tokens = self.draw("gradient", k, np.array([self.team.rank]))
+                    for vector, part in self._slopes(at, iter([(tokens, share)])):
+                        along[i, k] = [part * _dot(self.u, vector, [j]) for j in self.once]
+                        del vector
                 del at
-            one, two = (along[0] - along[1]) / (2 * step), (along[2] - along[3]) / (4 * step)
-            out[:] = one.sum(), (one - two).sum(), ((one - two) ** 2).sum()
+            near, far = (along[0] - along[1]) / (2 * step), (along[2] - along[3]) / (4 * step)
+            for at, one, two in (0, near, far), (3, along[:2].mean(0), along[2:].mean(0)):
+                out[:, at : at + 3].T[:] = one.sum(1), (one - two).sum(1), ((one - two) ** 2).sum(1)
 
     def _sweep(self, split, step, take, domains):
         """take(k, vector, to_g, to_h) for every gradient of `domains`: g_k = sum to_g vector, h_k = sum to_h vector."""

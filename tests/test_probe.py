@@ -1,5 +1,6 @@
 """The measurement against a float64 oracle, in every layout; its traffic, its cost, its faults and its error bars."""
 
+import dataclasses
 import itertools
 import types
 
@@ -9,7 +10,7 @@ import pytest
 import ranks
 import torch
 
-from megatron_commute import probe, reduce, replicate
+from megatron_commute import hvp, probe, reduce, replicate
 from megatron_commute.adapters import torch_loop
 
 K, VOCABULARY, LENGTH = 3, 16, 6
@@ -142,6 +143,24 @@ def test_float32_stays_within_1e_3_of_max_M():
     assert measured(small_gpt(), settings(method="exact")).step is None
 
 
+def test_a_hand_written_pass_stands_where_double_backward_does():
+    """Method fused asks the model for gradient and product of a micro-batch, and for its verification beforehand."""
+    how, seen = settings(method="fused", metric="adam"), []
+
+    def fused(params, u, tokens):
+        seen.append(len(tokens))
+        return hvp.gradient_and_product(lambda at: base.loss(at, tokens), params, u, "exact")
+
+    base = model_of(small_gpt())
+    model = dataclasses.replace(base, fused=fused, verify=lambda params, tokens: seen.append("verified"))
+    team = reduce.team(reduce.Groups(), how.splits)
+    arguments = (reduce.Groups(), team, text, how, MIXED, WEIGHTS, FLOW)
+    assert_close(probe.measure(model, *arguments), truth(small_gpt(), how, MIXED), 1e-6)
+    assert seen[0] == "verified" and sum(seen[1:]) == K * how.samples
+    with pytest.raises(probe.ProbeFailed, match="no hand-written pass: write method difference or exact"):
+        probe.measure(base, *arguments)
+
+
 def test_scores_of_one_domain_are_zero_and_harmless():
     how = settings(samples=4, splits=2)
     model, team = model_of(small_gpt()), reduce.team(reduce.Groups(), 2)
@@ -152,7 +171,7 @@ def test_scores_of_one_domain_are_zero_and_harmless():
 @pytest.mark.parametrize("method", ["difference", "exact"])
 def test_work_grows_linearly_with_the_number_of_domains(method):
     """Loss evaluations, each of one micro-batch: K (direction) + 2 K or K (difference or exact), a split; and the four of
-    one sequence that tell the error of differences."""
+    one sequence a domain that tell the error of differences."""
     counts = {}
     for domains in (2, 8, 32):
         calls = []
@@ -169,7 +188,9 @@ def test_work_grows_linearly_with_the_number_of_domains(method):
         counts[domains] = (len(calls), sum(calls))
     passes, products, check = (2, 2, 4) if method == "difference" else (1, 1, 0)
     # a split has 8 sequences (2 micro-batches) for gradients, 4 (1 micro-batch) for the direction
-    expected = {k: (check + 2 * k * (1 + 2 * passes), check + 2 * k * (4 + 8 * products)) for k in (2, 8, 32)}
+    expected = {
+        k: (k * (check + 2 * (1 + 2 * passes)), k * (check + 2 * (4 + 8 * products))) for k in (2, 8, 32)
+    }
     assert counts == expected
 
 
@@ -225,7 +246,7 @@ def test_traffic_is_votes_and_one_table_of_numbers_unless_a_team_shares_a_split(
         rounds = -(-splits // ranks_)
         votes = 3 + rounds * 4 * T  # preparing, metric, end; direction, step, check and products of a target
         assert kinds["max"] == (votes, 4 * votes)
-        assert kinds["sum"] == (1, 8 * T * (splits * (K + 4) * K + 3))
+        assert kinds["sum"] == (1, 8 * T * (splits * (K + 4) * K + 6 * K))
         shared = ranks_ > splits
         assert set(kinds) == ({"max", "sum", "vector"} if shared and splits == 2 else {"max", "sum"})
         if shared and splits == 2:

@@ -141,7 +141,7 @@ def test_what_the_network_carries(run):
             # sharded, both splits on every rank: a direction whole, each domain twice (both signs, or g and h) by ranges
             assert sent["sharded"]["vector"][1] == 2 * T * vector
             assert sent["sharded"]["scatter"] == (2 * T * 2 * K, 2 * T * 2 * K * 3 * piece)
-            assert sent["scores"]["sum"] == (1, 8 * T * (2 * 5 * K + 3))
+            assert sent["scores"]["sum"] == (1, 8 * T * (2 * 5 * K + 6 * K))
         assert "vector" not in run[0][1][3, "full", method, metric, target]
 
 

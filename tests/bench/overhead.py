@@ -1,0 +1,178 @@
+"""What a probe costs, timed against counted: `python tests/bench/overhead.py`; writes overhead.csv beside itself.
+
+One process, a small GPT. A step trains one batch; a probe is measured in the same process, in turn with steps, and the
+median of its time over that of a step is set against the count: sequences whose gradient is taken, over the batch.
+
+    share of training = c (2 K n T + S d K_t + 4 K T) / (every x batch)
+
+K domains, n samples each, T targets, S splits, d direction samples a domain and split, K_t domains in the targets, c =
+timed / counted. The check of differences takes four gradients of one sequence a domain. The other tables: the error of the
+scores against cost, for direction samples of 1/2 .. 1/8 of the gradients', and for 22 domains at equal total samples.
+"""
+
+import csv
+import functools
+import statistics
+import sys
+import time
+import types
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (1, 2)]
+
+import oracles  # noqa: E402
+
+from megatron_commute import probe, reduce, replicate  # noqa: E402
+from megatron_commute.adapters import torch_loop  # noqa: E402
+
+VOCABULARY, LENGTH, MICRO, BATCH, ROUNDS = 128, 64, 8, 32, 5
+EVERY, PAPER_BATCH, PAPER_SAMPLES = 1000, 512, 600
+SPLITS = 4
+
+
+@functools.cache
+def sequence(part, domain, number):
+    """i64[LENGTH + 1] of a domain: what follows a token is a fixed permutation of its own, most of the time."""
+    follows = np.random.default_rng(domain).permutation(VOCABULARY)
+    rng = np.random.default_rng([domain, number, part == "direction"])
+    row = rng.integers(VOCABULARY, size=LENGTH + 1)
+    kept = rng.random(LENGTH) < 0.7
+    for i in range(LENGTH):
+        row[i + 1] = follows[row[i]] if kept[i] else row[i + 1]
+    return row
+
+
+def text(part, domain, numbers):
+    return torch.from_numpy(np.array([sequence(part, domain, int(number)) for number in numbers]))
+
+
+def loss(module, tokens):
+    return oracles.cross_entropy(module(tokens[:, :-1]), tokens[:, 1:])
+
+
+def trained(steps=60):
+    torch.manual_seed(0)
+    module = oracles.GPT(VOCABULARY, 64, 4, 2, LENGTH)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=2e-3)
+    for number in range(steps):
+        step(module, optimizer, number)
+    return module, optimizer
+
+
+def step(module, optimizer, number):
+    """One step of BATCH sequences in micro-batches of the probe's size."""
+    for i in range(BATCH // MICRO):
+        first = 100_000 + number * BATCH + i * MICRO
+        (loss(module, text("train", i % 4, range(first, first + MICRO))) * MICRO / BATCH).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def measure(module, K, samples, direction=None, repeat=0):
+    """A probe of K domains of even weight; direction: samples a domain and split, by default the configuration's; repeat:
+    number of the probe, each on sequences of its own."""
+    usual = replicate.direction_samples
+    if direction is not None:
+        replicate.direction_samples = lambda samples, splits: direction
+    try:
+        how = {"samples": samples, "splits": SPLITS, "method": "difference", "metric": "identity"}
+        even, groups = np.full(K, 1 / K), reduce.Groups()
+        return probe.measure(
+            *(torch_loop.probe_model(module, loss, MICRO), groups, reduce.team(groups, SPLITS)),
+            lambda part, k, numbers: text(part, k, np.asarray(numbers) + 1000 * repeat),
+            *(types.SimpleNamespace(memory="full", **how), even[None], even, (0.0, (1.0, 1.0))),
+        )
+    finally:
+        replicate.direction_samples = usual
+
+
+def counted(K, samples, direction=None):
+    """Gradients of sequences that a probe takes for one target over all domains."""
+    if direction is None:
+        direction = replicate.direction_samples(samples, SPLITS)
+    return 2 * K * samples + SPLITS * direction * K + 4 * K
+
+
+def share(K, samples, direction, c=1.0):
+    """Of training, in the paper's setting: a probe every 1000 steps of 512 sequences."""
+    return c * counted(K, samples, direction) / (EVERY * PAPER_BATCH)
+
+
+def timed(module, optimizer):
+    """Rows and c: probe over step, timed and counted."""
+    rows, ratios = [], []
+    for K in (2, 4, 8):
+        seconds = {"step": [], "probe": []}
+        measure(module, K, 64)  # sequences are made once
+        for number in range(ROUNDS):
+            for name, work in (
+                ("step", lambda number=number: step(module, optimizer, number)),
+                ("probe", lambda K=K: measure(module, K, 64)),
+            ):
+                begun = time.process_time()
+                work()
+                seconds[name].append(time.process_time() - begun)
+        ratio = statistics.median(seconds["probe"]) / statistics.median(seconds["step"])
+        steps = counted(K, 64) / BATCH
+        ratios.append(ratio / steps)
+        rows.append(["timed", K, 64, 8, f"{ratio:.2f}", f"{steps:.2f}", f"{ratio / steps:.2f}", ""])
+        print(f"K = {K}: a probe takes {ratio:.2f} steps, counted {steps:.2f}, c = {ratio / steps:.2f}")
+    return rows, statistics.median(ratios)
+
+
+def error(module, K, samples, direction, repeats):
+    """Standard error of a score gap over max|M|, what decisions rest on: root mean square over pairs and repeats."""
+    squares, sizes = [], []
+    for repeat in range(repeats):
+        found = measure(module, K, samples, direction, repeat)
+        squares.append((found.gap_se[0][~np.eye(K, dtype=bool)] ** 2).mean())
+        sizes.append(np.abs(found.M).max())
+    return float(np.sqrt(np.mean(squares)) / np.median(sizes))
+
+
+def errors(module):
+    """Rows: error of score gaps against cost, for smaller directions and for 22 domains at equal total samples."""
+    rows = []
+    for K, samples, directions, repeats in (
+        (2, 64, (8, 4, 2, 1), 10),
+        (2, 176, (22, 5), 3),
+        (22, 16, (2, 1), 3),
+    ):
+        for direction in directions:
+            found, cost = error(module, K, samples, direction, repeats), counted(K, samples, direction)
+            rows.append(["error", K, samples, direction, f"{found:.3f}", cost, "", ""])
+            print(
+                f"K = {K}, {samples} samples, direction {direction} a split: {found:.3f} at {cost} gradients"
+            )
+    return rows
+
+
+def paper(c):
+    """Rows: share of training in the paper's setting, counted and with the timed c."""
+    rows = []
+    for K, samples in ((2, PAPER_SAMPLES), (22, 2 * PAPER_SAMPLES // 22 // SPLITS * SPLITS)):
+        for part in (2, 4, 8):
+            direction = max(1, samples // SPLITS // part)
+            plain, real = share(K, samples, direction), share(K, samples, direction, c)
+            rows.append(["share", K, samples, direction, f"{real:.4%}", f"{plain:.4%}", f"{c:.2f}", part])
+            print(
+                f"K = {K}, {samples} samples, direction 1/{part} of them: counted {plain:.3%}, with c {real:.3%}"
+            )
+    return rows
+
+
+def main():
+    torch.set_num_threads(1)
+    module, optimizer = trained()
+    rows, c = timed(module, optimizer)
+    rows += errors(module) + paper(c)
+    head = ["kind", "K", "samples", "direction_a_split", "timed", "counted", "c", "direction_part"]
+    with Path(__file__).with_suffix(".csv").open("w", newline="") as file:
+        csv.writer(file).writerows([head, *rows])
+
+
+if __name__ == "__main__":
+    main()

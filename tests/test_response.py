@@ -76,7 +76,7 @@ def test_a_pair_is_read_at_three_marks_and_has_the_sign_of_the_order():
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    return Loop(tmp_path_factory.mktemp("alone"), steps=16, watched=False).until()
+    return Loop(tmp_path_factory.mktemp("alone"), steps=16, batch=20, watched=False).until()
 
 
 def same(one, two):
@@ -90,7 +90,7 @@ def same(one, two):
 
 
 def test_rollouts_leave_the_run_bit_for_bit_as_it_was(tmp_path, alone):
-    loop = Loop(tmp_path, steps=16, mode="fixed", response=ROLLOUT).until()
+    loop = Loop(tmp_path, steps=16, batch=20, mode="fixed", response=ROLLOUT).until()
     told = lines(tmp_path, "response")
     assert same(loop, alone) and [line["step"] for line in told] == [4, 8, 12]
     losses = np.array([line["losses"] for line in told])
@@ -100,13 +100,13 @@ def test_rollouts_leave_the_run_bit_for_bit_as_it_was(tmp_path, alone):
 
 @pytest.mark.parametrize(("after", "fault"), [(0, ValueError), (5, RuntimeError), (13, KeyboardInterrupt)])
 def test_a_rollout_that_ends_early_leaves_the_run_as_if_it_had_not_begun(tmp_path, alone, after, fault):
-    loop = Loop(tmp_path, steps=16, mode="fixed", response=ROLLOUT)
+    loop = Loop(tmp_path, steps=16, batch=20, mode="fixed", response=ROLLOUT)
     loop.fails, loop.fault = after, fault("in the middle")
     if fault is KeyboardInterrupt:
         with pytest.raises(KeyboardInterrupt):
             loop.until()
         loop.fails = None
-        before = Loop(tmp_path / "other", steps=16, watched=False).until(4)
+        before = Loop(tmp_path / "other", steps=16, batch=20, watched=False).until(4)
         assert same(loop, before)
         return
     loop.until()
@@ -141,7 +141,9 @@ def test_the_wave_is_given_back_within_every_cycle_and_budgets_end_exact(waved):
         np.testing.assert_allclose((up - down) / 40, line["wave"], atol=1e-12)
         assert np.abs(np.array(line["wave"])).max() <= 0.2 * 0.6 + 1 / 40
     ridden = np.array([list(line["weights"].values()) for line in lines(folder, "loss")])
-    assert all(list(line["base"].values()) == pytest.approx([0.6, 0.4]) for line in lines(folder, "loss")[:-1])
+    assert all(
+        list(line["base"].values()) == pytest.approx([0.6, 0.4]) for line in lines(folder, "loss")[:-1]
+    )
     assert np.ptp(ridden[:-1, 0]) > 0.02, "loss lines name the weights that were used"
 
 

@@ -4,8 +4,11 @@ import jobs
 import numpy as np
 import pytest
 import ranks
+import stacks
+import torch
 
-from megatron_commute import record
+from megatron_commute import probe, record, reduce
+from megatron_commute.adapters import torch_loop
 
 PROBE = "probe: {samples: 8, splits: 2, method: %s, metric: adam}"
 
@@ -55,3 +58,47 @@ def test_bf16_models_are_measured_in_float32_by_both_methods(told):
     assert [[line["event"] for line in lines] for lines in probes] == [["probe"]] * 2
     one, two = (np.array(lines[0]["P"]) for lines in probes)
     assert 0 < np.abs(one - two).max() <= 1e-3 * np.abs(probes[1][0]["M"]).max()
+
+
+REASONS = {
+    "data": "rank 1: Hessian-vector products: ValueError: token 99 is outside the vocabulary",
+    "memory": "rank 1: Hessian-vector products: OutOfMemoryError: CUDA out of memory",
+    "nan": "rank 1: Hessian-vector products: FloatingPointError: the gradient is not finite",
+    "late": "rank 1: direction: TimeoutError: the probe ran past probe.time_limit",
+}
+
+
+def shared(rank):
+    """On 2 ranks that hold one model, as tensor-parallel ranks do: each kind of fault on rank 1 alone."""
+    module, groups, how = stacks.Stack(), reduce.Groups(None, reduce.everyone(), reduce.everyone()), {}
+    owned = [rank == 0 or p.dim() > 1 for p in module.parameters()]
+    for kind in (*REASONS, "none"):
+
+        def draw(part, domain, numbers, kind=kind):
+            if rank == 1 and (part, domain, len(numbers)) == ("gradient", 2, 2):
+                if kind == "data":
+                    raise ValueError("token 99 is outside the vocabulary")
+                if kind == "memory":
+                    raise torch.OutOfMemoryError("CUDA out of memory")
+            return stacks.draw(part, domain, numbers)
+
+        def loss(module, tokens, kind=kind):
+            value = stacks.loss(module, tokens)
+            return value * float("nan") if kind == "nan" and rank == 1 and len(tokens) == 2 else value
+
+        model = torch_loop.probe_model(module, loss, 2, owned=owned, groups=groups)
+        limit = 0.0 if kind == "late" and rank == 1 else 1e9
+        asked, team = stacks.settings(), probe.team(model, groups, 2, "full")
+        try:
+            arguments = (groups, team, draw, asked, stacks.TARGET, stacks.WEIGHTS, stacks.FLOW, limit)
+            how[kind] = str(np.isfinite(probe.measure(model, *arguments).P).all())
+        except probe.ProbeFailed as fault:
+            how[kind] = str(fault)
+    return how
+
+
+def test_ranks_that_share_a_model_give_a_probe_up_together():
+    for told in ranks.run(shared, 2, timeout=200):
+        assert told.pop("none") == "True"
+        assert set(told) == set(REASONS)
+        assert all(REASONS[kind] in reason for kind, reason in told.items()), told

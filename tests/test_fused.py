@@ -176,7 +176,7 @@ def test_what_is_not_known_is_refused_by_name(found):
         "normed queries": "layer 1: q_layernorm is nothing",
         "unknown": "decoder.layers.1.mlp.linear_fc2 (Linear) is no layer",
         "frozen": "embedding.position_embeddings.weight is frozen",
-        "sequence parallel": "sequence parallel is nothing",
+        "sequence parallel": "the fused pass knows nothing of sequence parallel",
         "no GPT": "Linear is no GPTModel",
     }
     for answers in found:

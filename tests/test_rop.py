@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import ranks
@@ -19,6 +21,10 @@ from rop_cases import (
 )
 
 from megatron_commute import hvp, rop
+
+sys.path.append(str(Path(__file__).resolve().parent / "bench"))
+
+import hvp_methods
 
 
 def truth(function, params, u):
@@ -163,6 +169,19 @@ def test_bfloat16_is_ten_times_as_symmetric_as_a_central_difference(case):
     mean = {key: math.sqrt(sum(values) / len(values)) for key, values in squares.items()}
     assert mean["rop"] < mean[RULE] / 10
     assert mean["rop"] < min(mean[step] for step in OTHERS) / 5
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("samples", [1, 8])
+def test_memory_stays_below_what_was_promised(samples):
+    """Bytes of tensors alive at the worst moment, over those of a gradient of the same loss in torch's fused functions."""
+    case = hvp_methods.Case(512, 96, 4, 4, 64, samples)
+    gradient = hvp_methods.peak(lambda: hvp.gradient(case.loss, case.params))
+    both = hvp_methods.peak(lambda: rop.gradient_and_product(case.stack, case.params, case.u, case.tokens))
+    assert gradient > 1.5 * 4 * case.parameters  # the counter counts
+    assert both < 2.2 * gradient
 
 
 # --- tensor parallelism -----------------------------------------------------------------------------------------------

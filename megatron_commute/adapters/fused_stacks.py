@@ -115,9 +115,7 @@ def _refuse_settings(holder, name):
     if values.get("softmax_type", "vanilla") != "vanilla":
         found.append(f"{values['softmax_type']} softmax")
     if found:
-        raise ValueError(
-            f"{name or 'the model'}: {found[0]} is nothing that the fused pass knows: {_INSTEAD}"
-        )
+        raise ValueError(f"{name or 'the model'}: the fused pass knows nothing of {found[0]}: {_INSTEAD}")
 
 
 def stack(module):

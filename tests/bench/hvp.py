@@ -1,9 +1,16 @@
-"""Cost and accuracy of the Hessian-vector products on a small GPT and a small Llama: `python
-tests/bench/hvp.py`.
+"""Cost, memory and accuracy of Hessian-vector products: `python tests/bench/hvp.py [--all]`.
 
-Writes hvp.csv beside itself. cost: CPU time of one thread over that of a gradient, median of interleaved
-rounds. error: |error| / |H v| in float32 against double backward in float64, v the gradient of another
-batch, median and largest over the draws. estimate: estimated over true error, least and largest.
+Three tables, one CPU thread, float32, written to hvp.csv beside this file. cost: CPU time over that of a plain gradient in
+the same process, median of interleaved rounds, each between two gradients. memory: bytes of tensors alive at the worst
+moment, over a gradient's.
+
+cost      a GPT-2 of 1, 2, 10 and, with --all, 50 million parameters; ours and other packages' methods. floor: matrix
+          products alone, of H u or of g and H u, over those of a gradient; matmul: their share of the gradient's time; error
+          against double backward. Packages that are not installed are left out with a line.
+length    sequences of 128 to 1024 tokens, 1024 tokens in all, with attention in tiles and with its scores materialised:
+          microseconds a token.
+accuracy  ways of `difference` and `exact` on a small GPT and a small Llama: |error| / |H v| against double backward in
+          float64, v the gradient of another batch, median and largest over the draws; estimate: estimated over true error.
 """
 
 import csv
@@ -12,15 +19,25 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (1, 2)]
 
+import hvp_methods  # noqa: E402
 import oracles  # noqa: E402
 
-from megatron_commute import hvp  # noqa: E402
+from megatron_commute import hvp, rop  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
+# vocabulary, width, heads, blocks, length, samples; rounds
+SIZES = {
+    "1M": ((1024, 128, 4, 4, 128, 8), 9),
+    "2M": ((2048, 192, 6, 3, 128, 8), 9),
+    "10M": ((8192, 384, 6, 4, 128, 8), 5),
+}
+LARGE = {"50M": ((16384, 640, 10, 8, 128, 8), 3)}
+LENGTHS, LENGTH_ROUNDS = (128, 256, 512, 1024), 5
 VOCABULARY, LENGTH, DRAWS, ROUNDS = 256, 64, 12, 7
 CASES = {
     "gpt": lambda: oracles.GPT(VOCABULARY, 96, 4, 4, LENGTH),
@@ -31,6 +48,8 @@ METHODS = {
     "difference, step tuned on the batch": lambda *case: hvp.gradient_and_product(*case, check=True),
     "exact": lambda *case: hvp.gradient_and_product(*case, "exact"),
 }
+COLUMNS = ["table", "model", "parameters", "length", "weights", "method", "cost", "floor", "matmul", "memory",
+           "microseconds", "error", "largest_error", "estimate"]  # fmt: skip
 
 
 def cpu_seconds(function, *args):
@@ -43,14 +62,95 @@ def length(vector):
     return sum(float(t.double().square().sum()) for t in vector) ** 0.5
 
 
-def costs(case):
-    """Median CPU time of every method over that of a gradient in the same round."""
-    ratios = {name: [] for name in METHODS}
-    for _ in range(ROUNDS):
-        gradient = cpu_seconds(hvp.gradient, *case[:2])
-        for name, method in METHODS.items():
-            ratios[name].append(cpu_seconds(method, *case) / gradient)
-    return {name: statistics.median(values) for name, values in ratios.items()}
+def ratios(functions, base, rounds):
+    """{name: median CPU time over that of `base`, run before and after each}, and the median time of base."""
+    found, bases = {name: [] for name in functions}, []
+    for _ in range(rounds):
+        for name, function in functions.items():
+            before = cpu_seconds(base)
+            took = cpu_seconds(function)
+            after = cpu_seconds(base)
+            bases += before, after
+            found[name].append(2 * took / (before + after))
+    return {name: statistics.median(values) for name, values in found.items()}, statistics.median(bases)
+
+
+def matmul_share(function):
+    """Share of matrix products in the CPU time of a call."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        function()
+    times = {event.key: event.self_cpu_time_total for event in seen.key_averages()}
+    products = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm")
+    return sum(times.get(name, 0) for name in products) / sum(times.values())
+
+
+def costs(sizes):
+    """Rows of table cost."""
+    for name, (size, rounds) in sizes.items():
+        case = hvp_methods.Case(*size)
+        functions, absent = hvp_methods.methods(case)
+        for line in absent.values() if name == "1M" else ():
+            print(line)
+
+        def gradient(tiled=False, case=case):
+            return hvp.gradient(lambda p: case.loss(p, tiled), case.params)
+
+        truth = functions["double backward"]()
+        memory = hvp_methods.peak(gradient)
+        share = matmul_share(gradient)
+        timed = {"gradient, attention in tiles": lambda gradient=gradient: gradient(True), **functions}
+        found, _ = ratios(timed, gradient, rounds)
+        for method, cost in found.items():
+            row = {"table": "cost", "model": name, "parameters": case.parameters, "length": case.length}
+            row |= {"method": method, "cost": f"{cost:.2f}", "matmul": f"{share:.2f}"}
+            if method.startswith("R operator"):
+                row["floor"] = f"{case.floors()[0 if 'alone' in method else 1]:.2f}"
+            if not method.startswith(("JAX", "gradient")):
+                row["memory"] = f"{hvp_methods.peak(functions[method]) / memory:.2f}"
+            if not method.startswith("gradient"):
+                away = [a.detach() - b for a, b in zip(tensors(functions[method]()), truth, strict=True)]
+                row["error"] = f"{length(away) / length(truth):.1e}"
+            yield row
+
+
+def tensors(vector):
+    """A vector as torch tensors, whichever package it comes from."""
+    return [t if isinstance(t, torch.Tensor) else torch.from_numpy(np.array(t)) for t in vector]
+
+
+def lengths():
+    """Rows of table length: microseconds a token of a gradient and of H u, attention in tiles and materialised."""
+    for s in LENGTHS:
+        case = hvp_methods.Case(1024, 128, 4, 4, s, 1024 // s)
+
+        def gradient(tiled=False, case=case):
+            return hvp.gradient(lambda p: case.loss(p, tiled), case.params)
+
+        def product(case=case):
+            return rop.gradient_and_product(case.stack, case.params, case.u, case.tokens, gradient=False)
+
+        def materialised(product=product):
+            with hvp_methods.materialised():
+                return product()
+
+        functions = {
+            "gradient, materialised": gradient,
+            "gradient, attention in tiles": lambda gradient=gradient: gradient(True),
+            "R operator, H u alone, materialised": materialised,
+            "R operator, H u alone, attention in tiles": product,
+        }
+        found, base = ratios(functions, gradient, LENGTH_ROUNDS)
+        memory = hvp_methods.peak(gradient)
+        for method, cost in found.items():
+            row = {
+                "table": "length",
+                "model": "1M",
+                "parameters": case.parameters,
+                "length": s,
+                "method": method,
+            }
+            row |= {"cost": f"{cost:.2f}", "microseconds": f"{1e6 * cost * base / 1024:.0f}"}
+            yield row | {"memory": f"{hvp_methods.peak(functions[method]) / memory:.2f}"}
 
 
 def case_of(model, draw):
@@ -62,9 +162,8 @@ def case_of(model, draw):
     return losses[0], params, hvp.gradient(losses[1], params)
 
 
-def main():
-    torch.set_num_threads(1)
-    rows = []
+def accuracy():
+    """Rows of table accuracy."""
     for kind, build in CASES.items():
         for state in ("initial", "trained"):
             torch.manual_seed(0)
@@ -79,16 +178,35 @@ def main():
                     result = method(*case)
                     error = length([a.double() - b for a, b in zip(result.product, truth, strict=True)])
                     found[name].append((error / length(truth), result.error and result.error / error))
-            for name, cost in costs(case_of(model, 0)).items():
+            case = case_of(model, 0)
+            timed = {name: lambda method=method: method(*case) for name, method in METHODS.items()}  # noqa: B023
+            for name, cost in ratios(timed, lambda: hvp.gradient(*case[:2]), ROUNDS)[0].items():  # noqa: B023
                 errors, estimates = zip(*found[name], strict=True)
-                row = {"model": kind, "weights": state, "method": name, "cost": f"{cost:.2f}"}
-                row |= {"error": f"{statistics.median(errors):.1e}", "largest_error": f"{max(errors):.1e}"}
                 known = [e for e in estimates if e is not None]
-                row["estimate"] = f"{min(known):.2f}..{max(known):.2f}" if known else ""
-                rows.append(row)
-                print(*row.values(), sep="\t")
+                row = {
+                    "table": "accuracy",
+                    "model": kind,
+                    "weights": state,
+                    "method": name,
+                    "cost": f"{cost:.2f}",
+                }
+                row |= {"error": f"{statistics.median(errors):.1e}", "largest_error": f"{max(errors):.1e}"}
+                yield row | ({"estimate": f"{min(known):.2f}..{max(known):.2f}"} if known else {})
+
+
+def main():
+    torch.set_num_threads(1)
+    rows = []
+    tables = costs(SIZES | (LARGE if "--all" in sys.argv[1:] else {})), lengths(), accuracy()
+    for table in tables:
+        for row in table:
+            if not rows or rows[-1]["table"] != row["table"]:
+                print("\n" + row["table"])
+            rows.append(row)
+            print("\t".join(f"{row[c]} {c}" if c not in ("model", "method") else row[c]
+                            for c in COLUMNS[1:] if c in row), flush=True)  # fmt: skip
     with open(HERE / "hvp.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
+        writer = csv.DictWriter(file, COLUMNS, restval="")
         writer.writeheader()
         writer.writerows(rows)
 

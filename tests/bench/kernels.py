@@ -1,4 +1,4 @@
-"""Time of the compiled CPU kernels against plain PyTorch, one thread: `python tests/bench/kernels.py [--elements N]`.
+"""CPU time of the compiled kernels against plain PyTorch, one thread: `python tests/bench/kernels.py [--elements N]`.
 
 Prints a table and writes kernels.csv beside itself. speedup: time of the reference in megatron_commute/reference.py over
 that of the kernel, the two alternating in one process, median with least and largest of the rounds. megabytes: what the
@@ -22,8 +22,8 @@ sys.path[:0] = [str(HERE.parents[1])]
 
 from megatron_commute import ops, reference  # noqa: E402
 
-ROUNDS, VECTORS = 9, 8
-TOKENS, HIDDEN, INNER, WORDS = 1024, 1024, 4096, 16384
+ROUNDS, VECTORS = 7, 8
+TOKENS, HIDDEN, INNER, WORDS = 512, 1024, 4096, 16384
 COLUMNS = ["kernel", "dtype", "megabytes", "speedup", "least", "largest", "reading"]
 COLUMNS += ["reading_least", "reading_largest", "over_dots"]
 
@@ -67,9 +67,9 @@ def cases(dtype):
 
 
 def seconds(function, *arguments):
-    start = time.perf_counter()
+    start = time.process_time()
     function(*arguments)
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def size_in_bytes(*tensors):

@@ -81,7 +81,7 @@ def test_a_node_dies_and_the_restart_loses_no_sample_and_repeats_none(folder):
     """TP 2 x DP 2. The uninterrupted run has one rank: the stream is the same in every layout."""
     path, data, mixture = folder
     run = path / "run with spaces"
-    argv = flags(data, mixture, run, "--tensor-model-parallel-size", 2, "--distributed-timeout-minutes", 1)
+    argv = flags(data, mixture, run, "--tensor-model-parallel-size", 2, "--distributed-timeout-minutes", 5)
     (survivor, told), (dead, _) = nodes(path, argv, dies="1")
     assert dead == -signal.SIGKILL and survivor not in (0, None)
     assert "has lost the others (" in told and "a rank or node has ended" in told, told

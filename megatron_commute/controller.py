@@ -173,6 +173,16 @@ def before_the_end(situation):
     return dataclasses.replace(s, remaining=rest, samples_left=left), weights, False
 
 
+def within(whole, before):
+    """`bounds` of the `whole` Situation, narrowed to those `before` its end phase where the budgets permit both."""
+    low, high, relaxed = bounds(whole)
+    if before is whole:
+        return low, high, relaxed
+    inner, outer, _ = bounds(before)
+    inner, outer = np.clip(inner, low, high), np.clip(outer, low, high)
+    return (inner, outer, relaxed) if inner.sum() <= 1 <= outer.sum() else (low, high, relaxed)
+
+
 def doubt(wish, situation):
     """Why a predicted gain does not count, or None: it must exceed its own error and, for a law that was not acting before,
     `gate` of the loss (at the end of the run, where the law predicts that)."""
@@ -234,16 +244,16 @@ def decide(law, situation):
     wish = wished(law, s)
     if ending:
         wish = wish._replace(weights=last, active=True, why="the end phase")
-    low, high, relaxed = bounds(s)
+    low, high, relaxed = within(situation, s)
     asked = wish.weights
     if relaxed:  # the budgets get what they need, the law no more than the guardrails allow
         asked = np.clip(asked, *guardrails(s))
-    weights = granted(asked, low, high, np.isnan(s.remaining), *endless_share(s))
+    weights = granted(asked, low, high, np.isnan(s.remaining), *endless_share(situation))
     moved = float(np.abs(weights - s.weights).max())
     memory = dict(wish.memory or {}) | ({"acting": True} if wish.active and wish.expected is not None else {})
     told = {"expected": wish.expected, "expected_se": wish.expected_se, "memory": memory}
     # a sample more or less of a budget moves its share by 1 / samples_left
-    if moved < max(DEAD_BAND, 1.5 / s.samples_left):
+    if moved < max(DEAD_BAND, 1.5 / situation.samples_left):
         why = "the wish is no further than rounding" if wish.active else _quiet(wish)
         return Decision(None, f"weights stay: {why}", **told)
     stays = wish.active or np.array_equal(wish.weights, s.weights)

@@ -30,6 +30,7 @@ class Steering:
         self.timed, self.fault = timed, fault
         self.responses = Responses(config, plan, run, model, groups, draw, host)
         self.control, self.memories = control.Control(), {}
+        self.coming = None  # (sample, weights): what people asked for from a later sample on
         self.since_change, self.losses = NEVER, np.zeros((len(plan.names), 2))
 
     def effective(self):
@@ -74,15 +75,16 @@ class Steering:
         return dataclasses.replace(decision, weights=weights), effective, told
 
     def schedule(self, weights, sample):
-        """Let weights f64[K] hold from `sample` on, in what feeds training too; False where loaders have read past
-        it.
-        """
+        """Let weights f64[K] hold from `sample` on, in what feeds training too; False where loaders are past it."""
         passed = self.sampler is not None and self.sampler.frontier.index > sample
         if reduce.any_rank(passed, self.groups.world):
             return False
-        self.mixture.schedule(weights, sample)
-        if self.sampler is not None:
-            self.sampler.schedule(weights, sample)
+        for stream in (self.mixture, self.sampler):
+            if stream is not None:
+                stream.schedule(weights, sample)
+                # a later wish of people outlives an earlier change
+                if self.coming is not None and self.coming[0] > sample:
+                    stream.schedule(self.coming[1], self.coming[0])
         return True
 
     def situation(self, found, effective, weights):
@@ -115,7 +117,11 @@ class Steering:
         passed = self.sampler is not None and self.sampler.frontier.index > first
         if reduce.any_rank(passed, self.groups.world):
             return
+        if self.coming is not None and self.coming[0] > first:
+            last = min(last, self.coming[0])
         self.responses.modulate(self.mixture, self.sampler, first, last, *self.bounds())
+        if self.coming is not None and self.coming[0] >= last:
+            self.schedule(self.coming[1], self.coming[0])
 
     def bounds(self):
         """Lower and upper bounds f64[K] of what may be tried out."""
@@ -186,7 +192,7 @@ class Steering:
         if wanted is None and self.control.freeze and self.responses.waves.cycles:
             wanted, at = self.responses.waves.base, self.effective()
         if wanted is not None and at < self.plan.samples and self.schedule(wanted, at):
-            effective, self.since_change = at, 0
+            effective, self.since_change, self.coming = at, 0, (at, list(wanted))
             self.responses.give_up(at)
         told = {"freeze": self.control.freeze, "weights": self.control.weights, "caps": self.control.caps}
         told |= {"version": self.watch.digest, "effective_sample": effective}
@@ -200,6 +206,7 @@ class Steering:
             "losses": self.losses.tolist(),
             "since_change": self.since_change,
             "memories": self.memories,
+            "coming": self.coming,
             "control": {"digest": self.watch.digest, **dataclasses.asdict(self.control)},
             "responses": self.responses.state_dict(),
         }
@@ -207,6 +214,7 @@ class Steering:
     def load_state_dict(self, state):
         self.losses, self.since_change = np.array(state["losses"]), state["since_change"]
         self.memories, kept = state["memories"], dict(state["control"])
+        self.coming = None if state["coming"] is None else tuple(state["coming"])
         self.watch.digest = kept.pop("digest")
         self.control = control.Control(**{k: tuple(v) if isinstance(v, list) else v for k, v in kept.items()})
         self.responses.load_state_dict(state["responses"], self.mixture.index)

@@ -134,10 +134,10 @@ def test_a_law_that_fails_decides_nothing_and_says_so(monkeypatch):
 
 def edited(folder, groups=None):
     """A run whose control file sets weights before step 10, breaks before step 20 and freezes before step 30."""
-    loop = Loop(folder, steps=40, every=8, groups=groups)
+    loop = Loop(folder, steps=40, every=8, groups=groups, cooldown=0)
     path = folder / control.NAME
     for stop, content in (
-        (10, "weights: {en: 0.2, ru: 0.1, code: 0.7}\nfrom: 50\n"),
+        (10, "weights: {en: 0.2, ru: 0.1, code: 0.7}\nfrom: 98\n"),
         (20, "weights: 3"),
         (30, "freeze: true"),
     ):
@@ -157,7 +157,7 @@ def test_an_edit_takes_effect_at_its_sample_is_logged_and_a_broken_one_is_ignore
     loop = edited(tmp_path)
     told = lines(tmp_path, "control")
     assert [line["step"] for line in told] == [10, 20, 30] and "error" in told[1]
-    assert told[0]["effective_sample"] == 52 >= 50 and told[0]["effective_sample"] % BATCH == 0
+    assert told[0]["effective_sample"] == 100 >= 98 and 100 % BATCH == 0
     assert told[2]["freeze"] and not told[0]["freeze"] and any("IGNORED until" in line for line in loop.said)
     stream = Mixture(WEIGHTS, loop.plan.budgets, samples=loop.plan.samples)
     changes = [
@@ -165,12 +165,15 @@ def test_an_edit_takes_effect_at_its_sample_is_logged_and_a_broken_one_is_ignore
         for line in lines(tmp_path, "probe")
         if line["effective_sample"]
     ]
-    for at, weights in sorted([*changes, (52, told[0]["weights"])], key=lambda change: change[0]):
+    assert any(at < 100 for at, _ in changes), "a decision before it does not undo it"
+    for at, weights in sorted([*changes, (100, told[0]["weights"])], key=lambda change: change[0]):
         stream.schedule(weights, at)
     assert loop.drawn == list(zip(*map(np.ndarray.tolist, stream.take(loop.plan.samples)), strict=True))
     assert loop.hook.mixture.served.tolist() == list(loop.plan.budgets)
     (last,) = (line for line in lines(tmp_path, "probe") if line["step"] == 32)
-    assert last["effective_sample"] is None and last["situation"]["frozen"]
+    assert last["situation"]["frozen"] and "the weights are frozen" in last["reason"], (
+        "only budgets may still win"
+    )
 
 
 def test_two_ranks_follow_the_first_ranks_file(tmp_path):

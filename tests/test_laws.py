@@ -8,6 +8,7 @@ from test_controller import situation
 from test_receding import learned
 
 from megatron_commute import laws
+from megatron_commute.controller import decide
 from megatron_commute.laws import LAWS, NEEDS
 
 
@@ -106,3 +107,74 @@ def test_receding_keeps_its_plan_as_json_and_goes_on_from_it():
     assert laws._continued(memory, np.full(12, 100.0), 3) is None, (
         "a plan for less than what is left is dropped"
     )
+
+
+def test_a_law_that_predicts_acts_only_above_its_error_and_above_the_gate():
+    """One effect of -1 nats per unit of weight: 0.1 of the weight moves, 0.1 * 1 * (half of 10 windows) = 0.5 expected."""
+    given = {
+        "effect": (-1.0, 1.0),
+        "effect_se": (0.01, 0.01),
+        "effect_dof": 30,
+        "score": (0, 0),
+        "rate": 1.0,
+        "loss": 3.0,
+    }
+    decision = decide("response", situation((0.5, 0.5), **given))
+    np.testing.assert_allclose(decision.weights, [0.6, 0.4])
+    assert decision.expected == pytest.approx(-1.0) and decision.expected_se == pytest.approx(
+        0.01 * np.hypot(0.5, 0.5)
+    )
+    below = decide("response", situation((0.5, 0.5), **given | {"gate": 0.4}))
+    assert below.weights is None and "below 0.4 of the loss" in below.reason
+    acting = decide("response", situation((0.5, 0.5), **given | {"gate": 0.4, "memory": decision.memory}))
+    np.testing.assert_allclose(acting.weights, [0.6, 0.4], err_msg="what has begun is carried out")
+    noisy = situation((0.5, 0.5), **given | {"effect_se": (0.3, 1e3)})
+    assert decide("response", noisy).expected is None or decide("response", noisy).weights is not None
+
+
+@pytest.mark.parametrize(
+    ("interval", "part"), [(None, 1.0), ((0.5, 2.0), 0.25), ((-0.1, 2.0), 0.0), ((1.0, 1.0), 1.0)]
+)
+def test_calibration_grants_a_part_of_the_step(interval, part):
+    s = situation((0.5, 0.5), score=(2.0, -2.0), rate=1.0, scale_interval=interval)
+    full = np.exp([-1.0, 1.0]) / (np.exp(1.0) + np.exp(-1.0))
+    decision = decide("tilt", s)
+    if part == 0:
+        assert decision.weights is None and "holds no sign" in decision.reason
+    else:
+        np.testing.assert_allclose(decision.weights, 0.5 + part * (full - 0.5))
+
+
+def test_cooldown_freeze_and_frozen_weights():
+    given = {"score": (2.0, -2.0), "rate": 1.0}
+    resting = decide("tilt", situation((0.5, 0.5), **given, decisions_since_change=0))
+    assert resting.weights is None and "cool-down" in resting.reason
+    assert decide("tilt", situation((0.5, 0.5), **given, decisions_since_change=1)).weights is not None
+    assert (
+        decide("tilt", situation((0.5, 0.5), **given, decisions_since_change=1, cooldown=2)).weights is None
+    )
+    stopped = decide("tilt", situation((0.5, 0.5), **given, freeze=0.8, progress=0.8))
+    assert stopped.weights is None and "the law stops at 0.8" in stopped.reason
+    frozen = decide("tilt", situation((0.6, 0.4), remaining=(500, 500), **given, frozen=True))
+    assert frozen.weights is None and "frozen" in frozen.reason
+    owed = decide(
+        "tilt", situation((0.6, 0.4), remaining=(5, 95), samples_left=100, window=50, **given, frozen=True)
+    )
+    np.testing.assert_allclose(owed.weights, [0.1, 0.9], err_msg="budgets win over a freeze")
+
+
+def test_the_end_phase_has_its_own_mixture_and_its_samples_are_set_aside():
+    """1000 of 2000 samples left, the last 200 at .1 .9: 20 and 180 are kept back from whatever the law wants."""
+    given = {"score": (-2.0, 2.0), "rate": 1.0, "progress": 0.5, "end_share": 0.1, "end_weights": (0.1, 0.9)}
+    early = situation((0.5, 0.5), window=800, **given)
+    np.testing.assert_allclose(decide("tilt", early).weights, [0.6, 0.4])
+    late = situation((0.6, 0.4), remaining=(20, 180), samples_left=200, **given | {"progress": 0.9})
+    decision = decide("tilt", late)
+    np.testing.assert_allclose(decision.weights, [0.1, 0.9])
+    assert decision.reason.startswith("the end phase")
+    short = situation(
+        (0.6, 0.4), remaining=(80, 120), samples_left=200, **given | {"progress": 0.9, "window": 200}
+    )
+    np.testing.assert_allclose(decide("tilt", short).weights, [0.4, 0.6], err_msg="budgets permitting")
+    planned = situation((0.6, 0.4), **given | {"progress": 0.95, "end_weights": None})
+    assert decide("tilt", planned).weights is None, "without weights of its own it is the planned mixture"

@@ -111,6 +111,12 @@ def plan(
             }
         )
         return
+    _print_plan(config, run, planned, (cost, responses, held, rows))
+
+
+def _print_plan(config: Config, run: Run, planned: Plan, found: tuple) -> None:
+    """What `plan` says in words. found: costs of probes and responses, probe memory, rows of domains."""
+    cost, responses, held, rows = found
     click.echo(_table([[_shown(value) for value in row.values()] for row in rows], list(rows[0])))
     law = f", law {config.controller.law}" if config.mode == "act" else ""
     click.echo(f"\nmode: {config.mode}{law}; {planned.samples} samples in {run.train_iters} steps")

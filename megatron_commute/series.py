@@ -124,11 +124,9 @@ def weights(run):
     for probe in moves(run):
         if probe["effective_sample"] <= run.samples:
             knots[probe["effective_sample"]] = probe["weights_next"]
-    # once every budget is used up no weights are in force
-    in_force = [line for line in run.losses if any((line.get("weights") or {}).values())]
-    in_force = [
-        {**line, "weights": line.get("base") or line["weights"]} for line in in_force
-    ]  # without a wave
+    # without the wave that may ride on them; once every budget is used up no weights are in force
+    ruling = [{**line, "weights": line.get("base") or line.get("weights")} for line in run.losses]
+    in_force = [line for line in ruling if any((line["weights"] or {}).values())]
     seen, values = _by_domain(run, in_force, "weights")
     knots |= dict(zip(seen.tolist(), values.tolist(), strict=True))
     sample = sorted(knots)

@@ -19,7 +19,7 @@ import torch
 from megatron_commute import bracket, hvp, memory, reduce, replicate
 from megatron_commute.memory import vectors
 
-__all__ = ["Measurement", "Model", "ProbeFailed", "choose_memory", "measure", "team", "vectors"]
+__all__ = ["Measurement", "Model", "ProbeFailed", "choose_memory", "measure", "vectors"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +96,8 @@ def measure(model, groups, team, draw, settings, targets, weights, flow, time_li
     weights: f64[K] in force. flow: (decay, (e1, e2)) of bracket.full_score. time_limit: seconds, soft, or None.
     Raises ProbeFailed on every rank when any rank met bad data, a non-finite value, an exception or the time limit.
     """
+    if model.together and team.size < reduce.size(groups.data):  # its vectors are sums over all of them
+        team = reduce.team(groups, settings.splits, together=True)
     deadline = None if time_limit is None else time.monotonic() + time_limit
     ballot = _Ballot(groups, deadline)
     way = replicate.way(settings.memory)
@@ -139,11 +141,6 @@ def _refuse(model, method):
         raise ValueError(
             f"method {method} needs a model that one rank runs as a whole: write method difference"
         )
-
-
-def team(model, groups, splits, memory):
-    """reduce.team of the ranks that share a replicate under a mode of probe.memory. Collective: every rank calls it once."""
-    return reduce.team(groups, splits, together=memory == "sharded" or model.together)
 
 
 def _numerical(checks):

@@ -88,7 +88,7 @@ def shared(rank):
 
         model = torch_loop.probe_model(module, loss, 2, owned=owned, groups=groups)
         limit = 0.0 if kind == "late" and rank == 1 else 1e9
-        asked, team = stacks.settings(), probe.team(model, groups, 2, "full")
+        asked, team = stacks.settings(), reduce.team(groups, 2)
         try:
             arguments = (groups, team, draw, asked, stacks.TARGET, stacks.WEIGHTS, stacks.FLOW, limit)
             how[kind] = str(np.isfinite(probe.measure(model, *arguments).P).all())

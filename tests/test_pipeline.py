@@ -15,7 +15,7 @@ from megatron_commute.adapters import pipeline, torch_loop
 def probed(engine, how=None, draw=stacks.draw, model=None, limit=None):
     groups, how = pipeline.groups(engine), how or stacks.settings()
     model = model or pipeline.probe_model(engine, stacks.batch, 2)
-    team = probe.team(model, groups, how.splits, how.memory)
+    team = reduce.team(groups, how.splits, together=how.memory == "sharded")
     return probe.measure(model, groups, team, draw, how, stacks.TARGET, stacks.WEIGHTS, stacks.FLOW, limit)
 
 

@@ -19,7 +19,7 @@ def everyone():
 def probed(engine, how=None, draw=stacks.draw, loss=stacks.loss, model=None, limit=None):
     groups, how = everyone(), how or stacks.settings()
     model = model or zero3.probe_model(engine, loss, 2)
-    team = probe.team(model, groups, how.splits, how.memory)
+    team = reduce.team(groups, how.splits, together=how.memory == "sharded")
     return probe.measure(model, groups, team, draw, how, stacks.TARGET, stacks.WEIGHTS, stacks.FLOW, limit)
 
 

@@ -100,6 +100,12 @@ class Slopes:
             if into is not None:
                 into[i] = t.to(self.params[i].dtype) if into[i] is None else into[i].add_(t)
 
+    def add_sums(self, i, g, dg):
+        """Add the sums over rows of g, dg [n, width] to parameter i (None: to nothing)."""
+        if i is not None:
+            dtype = self.params[i].dtype
+            self.add(i, g.sum(0, dtype=dtype), dg.sum(0, dtype=dtype))
+
     def add_matrix(self, i, gy, dgy, x, dx):
         """Add gy' x and its tangent dgy' x + gy' dx, the slopes of the weight of y = x W'."""
         if self.gradient is not None:
@@ -205,8 +211,7 @@ def backward(block, gx, dgx, kept, weights, slopes, length, rotary, group):
     del kept, y, dy, norm2, f, df
     o, do = _merge(attended[0]), _merge(attended[1])
     slopes.add_matrix(block.out.weight, gx, dgx, o, do)
-    if block.out.bias is not None:
-        slopes.add(block.out.bias, gx.sum(0), dgx.sum(0))
+    slopes.add_sums(block.out.bias, gx, dgx)
     del o, do
     found = linear_backward(gx, dgx, weights(block.out.weight))
     go, dgo = (_heads(t, block.heads, length) for t in found)
@@ -216,8 +221,7 @@ def backward(block, gx, dgx, kept, weights, slopes, length, rotary, group):
     del heads, found
     a, da, _ = norm(x, dx, block.norm1, weights)
     slopes.add_matrix(block.qkv.weight, g, dg, a, da)
-    if block.qkv.bias is not None:
-        slopes.add(block.qkv.bias, g.sum(0), dg.sum(0))
+    slopes.add_sums(block.qkv.bias, g, dg)
     found = summed(*linear_backward(g, dg, weights(block.qkv.weight)), group)
     found = norm_backward(*found, x, dx, norm1, block.norm1, weights, slopes)
     return gx.add_(found[0]), dgx.add_(found[1])
@@ -229,8 +233,7 @@ def _mlp_backward(block, gx, dgx, kept, weights, slopes, group):
     biases = weights(block.up.bias)
     z, dz = ops.activation_forward(f, df, *biases, block.activation)
     slopes.add_matrix(block.down.weight, gx, dgx, z, dz)
-    if block.down.bias is not None:
-        slopes.add(block.down.bias, gx.sum(0), dgx.sum(0))
+    slopes.add_sums(block.down.bias, gx, dgx)
     del z, dz
     found = linear_backward(gx, dgx, weights(block.down.weight))
     g, dg, *sums = ops.activation_backward(*found, f, df, *biases, block.activation)

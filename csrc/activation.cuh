@@ -47,7 +47,7 @@ __device__ Pack<T> dual_biased(const T* row, const T* bias, int64_t j, int64_t w
 }
 
 template <class T, int KIND>
-__global__ void __launch_bounds__(DUAL_THREADS) activation_forward_kernel(DualActivations<T> x) {
+__global__ void __launch_bounds__(DUAL_THREADS, 1) activation_forward_kernel(DualActivations<T> x) {
     constexpr int SIZE = Pack<T>::SIZE;
     const int64_t f = x.f, width = KIND == DUAL_SWIGLU ? 2 * f : f, first = blockIdx.x / x.chunks * x.rows;
     const int64_t last = first + x.rows < x.n ? first + x.rows : x.n;
@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(DUAL_THREADS) activation_forward_kernel(DualAc
 }
 
 template <class T, int KIND>
-__global__ void __launch_bounds__(DUAL_THREADS) activation_backward_kernel(DualActivations<T> x) {
+__global__ void __launch_bounds__(DUAL_THREADS, 1) activation_backward_kernel(DualActivations<T> x) {
     constexpr int SIZE = Pack<T>::SIZE;
     const int64_t f = x.f, width = KIND == DUAL_SWIGLU ? 2 * f : f, piece = blockIdx.x / x.chunks;
     const int64_t first = piece * x.rows, last = first + x.rows < x.n ? first + x.rows : x.n;

@@ -19,7 +19,7 @@ struct DualCrossEntropy {
 
 // Shared memory: 2 DUAL_WARPS floats.
 template <class T>
-__global__ void __launch_bounds__(DUAL_THREADS) cross_entropy_statistics_kernel(DualCrossEntropy<T> x) {
+__global__ void __launch_bounds__(DUAL_THREADS, 1) cross_entropy_statistics_kernel(DualCrossEntropy<T> x) {
     COMMUTE_SHARED(float, memory);
     constexpr int SIZE = Pack<T>::SIZE;
     for (int64_t i = blockIdx.x; i < x.n; i += gridDim.x) {
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(DUAL_THREADS) cross_entropy_statistics_kernel(
 }
 
 template <class T>
-__global__ void __launch_bounds__(DUAL_THREADS) cross_entropy_backward_kernel(DualCrossEntropy<T> x) {
+__global__ void __launch_bounds__(DUAL_THREADS, 1) cross_entropy_backward_kernel(DualCrossEntropy<T> x) {
     constexpr int SIZE = Pack<T>::SIZE;
     for (int64_t i = blockIdx.x; i < x.n; i += gridDim.x) {
         const T *const l = x.logits + i * x.v, *const dl = x.dlogits + i * x.v;

@@ -107,7 +107,7 @@ struct ColumnSums {
     int64_t pieces, width, count;
 };
 
-__global__ void __launch_bounds__(DUAL_THREADS) dual_columns_kernel(ColumnSums x) {
+__global__ void __launch_bounds__(DUAL_THREADS, 1) dual_columns_kernel(ColumnSums x) {
     const int64_t stride = static_cast<int64_t>(gridDim.x) * DUAL_THREADS;
     for (int64_t i = static_cast<int64_t>(blockIdx.x) * DUAL_THREADS + threadIdx.x; i < x.count * x.width;
          i += stride) {

@@ -43,7 +43,7 @@ __device__ inline void gram_read4(const Gram& x, int row, int64_t e, float* to) 
 }
 
 // Shared memory: (K + M, each rounded up to even) GRAM_STRIDE floats, at least 8 DUAL_THREADS.
-__global__ void __launch_bounds__(DUAL_THREADS) gram_kernel(Gram x) {
+__global__ void __launch_bounds__(DUAL_THREADS, 1) gram_kernel(Gram x) {
     COMMUTE_SHARED(float, memory);
     const int K = (x.K + 1) / 2 * 2, M = (x.M + 1) / 2 * 2, tiles = K / 2 * (M / 2);
     int groups = 1;  // threads that share a tile, each with every groups-th element
@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(DUAL_THREADS) gram_kernel(Gram x) {
 }
 
 // out [count] = sum over blocks of sums [blocks, count], in order.
-__global__ void __launch_bounds__(DUAL_THREADS) gram_sums_kernel(const double* sums, double* out, int blocks, int count) {
+__global__ void __launch_bounds__(DUAL_THREADS, 1) gram_sums_kernel(const double* sums, double* out, int blocks, int count) {
     for (int i = blockIdx.x * DUAL_THREADS + threadIdx.x; i < count; i += gridDim.x * DUAL_THREADS) {
         double total = 0.0;
         for (int b = 0; b < blocks; ++b) total += sums[static_cast<int64_t>(b) * count + i];
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(DUAL_THREADS) gram_sums_kernel(const double* s
 }
 
 // The first of them: the blocks' sums at zero.
-__global__ void __launch_bounds__(DUAL_THREADS) gram_clear_kernel(double* sums, int64_t count) {
+__global__ void __launch_bounds__(DUAL_THREADS, 1) gram_clear_kernel(double* sums, int64_t count) {
     for (int64_t i = static_cast<int64_t>(blockIdx.x) * DUAL_THREADS + threadIdx.x; i < count;
          i += static_cast<int64_t>(gridDim.x) * DUAL_THREADS) {
         sums[i] = 0.0;

@@ -18,7 +18,7 @@ struct NormForward {
 
 // Shared memory: 2 DUAL_WARPS floats.
 template <class T>
-__global__ void __launch_bounds__(DUAL_THREADS) norm_forward_kernel(NormForward<T> x) {
+__global__ void __launch_bounds__(DUAL_THREADS, 1) norm_forward_kernel(NormForward<T> x) {
     COMMUTE_SHARED(float, memory);
     constexpr int SIZE = Pack<T>::SIZE, STRIDE = DUAL_THREADS * SIZE;
     for (int64_t i = blockIdx.x; i < x.n; i += gridDim.x) {
@@ -84,7 +84,7 @@ struct NormElement {
 // Block b takes rows b rows .. (b + 1) rows - 1. Shared memory: 4 DUAL_WARPS floats, and 4 h more if `shared`. A thread
 // adds up its own columns alone, so they need no barrier.
 template <class T>
-__global__ void __launch_bounds__(DUAL_THREADS) norm_backward_kernel(NormBackward<T> x) {
+__global__ void __launch_bounds__(DUAL_THREADS, 1) norm_backward_kernel(NormBackward<T> x) {
     COMMUTE_SHARED(float, memory);
     constexpr int SIZE = Pack<T>::SIZE, STRIDE = DUAL_THREADS * SIZE;
     const int64_t h = x.h, first = blockIdx.x * x.rows, last = first + x.rows < x.n ? first + x.rows : x.n;

@@ -20,7 +20,8 @@ WIDTH, COMPLETED = 24, 12  # most basis vectors; most coordinates of the complet
 SILENT = 1e-7  # relative noise below which products count as exact
 LEFT_OUT = 6  # newest basis vectors that the leaner model does without
 MOST_PIECES = 32  # of a plan: windows of equal length while they are few, then growing
-FIRST, NEXT = 30, 6  # rounds of descent of the first plan, and of one that begins with the last decision's
+FIRST, NEXT, AGAIN = 60, 14, 6  # rounds of descent: of the first plan, one that goes on from the last, one of a draw
+DISAGREEMENT = 0.25  # part of the disagreement with the leaner model that counts as an error
 STEPS = (1.0, 0.7, 0.4, 0.2, 0.1)  # parts of the planned deviation that are weighed against each other
 DRAWS = 4  # models as they might have been measured, where the products carry noise
 
@@ -246,7 +247,7 @@ def propose(model, times, sizes, rest, start=None, pace=None):
     noisy, loss, noise = model.noisy, np.zeros_like(value), np.zeros_like(value)
     if np.any(noisy):
         begin = np.repeat(plan[None], DRAWS, 0)
-        plans, _, _ = planning.descend(model.draws(DRAWS), begin, times, sizes, rest, NEXT)
+        plans, _, _ = planning.descend(model.draws(DRAWS), begin, times, sizes, rest, AGAIN)
         kept = constant - planning.loss_change(model.full, plans, times)
         loss = np.where(noisy, np.maximum(constant - value - kept.mean(0), 0.0), 0.0)
         noise = np.where(noisy, kept.std(0, ddof=1), 0.0)
@@ -256,7 +257,7 @@ def propose(model, times, sizes, rest, start=None, pace=None):
     gain = constant - planning.loss_change(model.full, tried, times)
     other = planning.loss_change(model.lean, base, times) - planning.loss_change(model.lean, tried, times)
     mean = gain - steps * loss
-    error = np.sqrt((0.25 * (gain - other)) ** 2 + (steps * noise) ** 2)
+    error = np.sqrt((DISAGREEMENT * (gain - other)) ** 2 + (steps * noise) ** 2)
     best = np.argmax(mean - 2 * error, 0)[None]
     mean, error = (np.take_along_axis(x, best, 0)[0] for x in (mean, error))
     wish = np.take_along_axis(tried[..., 0, :], best[..., None], 0)[0]

@@ -18,7 +18,7 @@ LAYERS = [
     ["planning", "receding", "laws", "controller", "lockin", "calibration", "control", "replay"],
     ["series", "drawing", "report", "plots"],
     ["_kernels", "reference", "ops", "reduce"],
-    ["hvp", "rop", "direction", "account"],
+    ["hvp", "rop_layers", "rop", "direction", "account"],
     ["replicate", "probe", "response"],
     ["hook"],
     ["adapters.*", "checkpoints"],

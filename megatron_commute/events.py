@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-MEASURED = ("P", "P_se", "s", "s_se", "M", "u_g", "h_theta", "score", "score_se", "gap_se")
+MEASURED = ("P", "P_se", "s", "s_se", "M", "u_g", "h_theta", "score", "score_se", "gap_se", "numerical")
 
 
 def start(config, plan, run, parameters):

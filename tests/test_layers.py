@@ -20,6 +20,7 @@ LAYERS = [
     ["_kernels", "reference", "ops", "reduce"],
     ["hvp", "rop_layers", "rop", "direction", "account"],
     ["replicate", "probe", "response"],
+    ["steering"],
     ["hook"],
     ["adapters.*", "checkpoints"],
     ["experiments.*"],

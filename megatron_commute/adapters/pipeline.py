@@ -91,28 +91,19 @@ def probe_model(
     def metric(name):
         return None if name == "identity" else torch_loop.adam_metric(second_moments, once, here)
 
+    decays = tuple(decayed or [p.dim() > 1 for p in params])
     return Model(
-        *(
-            parameters,
-            None,
-            once,
-            tuple(decayed or [p.dim() > 1 for p in params]),
-            metric,
-            silent,
-            micro_batch,
-        ),
+        *(parameters, None, once, decays, metric, silent, micro_batch),
         low_precision=any(p.dtype not in (torch.float32, torch.float64) for p in params),
         gradient=gradient,
     )
 
 
 def _refuse(engine):
-    from deepspeed.runtime.pipe.module import PipelineModule
-
     module = engine.module
     if module.loss_fn is None:
         raise ValueError("the PipelineModule has no loss_fn: give it one, as training needs it too")
-    if type(module).get_additional_losses is not PipelineModule.get_additional_losses:
+    if module.get_additional_losses() is not None:
         raise ValueError("layers with additional losses (mixtures of experts) cannot be probed in a pipeline")
     unknown = {type(c).__name__ for step in _schedule(engine, 2) for c in step} - {*WORK, *IGNORED}
     if unknown:

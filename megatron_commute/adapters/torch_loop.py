@@ -291,7 +291,7 @@ def check_blend(config, plan, paths):
     if [str(pathlib.Path(p).resolve()) for p in prefixes] != [str(pathlib.Path(p).resolve()) for p in wanted]:
         raise config.error(
             "domains",
-            f"names {wanted}, --train-data-path names {prefixes}",
+            f"names {wanted}, the data flag names {prefixes}",
             "write the same files in the same order",
         )
     if len(wanted) != len(config.domains):
@@ -301,7 +301,7 @@ def check_blend(config, plan, paths):
     if max(abs(a - b) for a, b in zip(weights, plan.weights, strict=True)) > 1e-9:
         told = [round(float(w), 6) for w in plan.weights]
         raise config.error(
-            "domains", f"weights {told}, --train-data-path says {weights}", "write the same weights in both"
+            "domains", f"weights {told}, the data flag says {weights}", "write the same weights in both"
         )
 
 

@@ -53,7 +53,8 @@ def times_vector(A, x):
 def weighted(w, H):
     """sum_k w[..., M, k] H[..., k, r, r] as [..., M, r, r]."""
     r = H.shape[-1]
-    return np.matmul(w, H.reshape(*H.shape[:-2], r * r)).reshape(*w.shape[:-1], r, r)
+    flat = np.matmul(w, H.reshape(*H.shape[:-2], r * r))
+    return flat.reshape(*flat.shape[:-1], r, r)
 
 
 def pieces(model, times):

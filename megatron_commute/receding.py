@@ -20,7 +20,7 @@ WIDTH, COMPLETED = 24, 12  # most basis vectors; most coordinates of the complet
 SILENT = 1e-7  # relative noise below which products count as exact
 LEFT_OUT = 6  # newest basis vectors that the leaner model does without
 MOST_PIECES = 32  # of a plan: windows of equal length while they are few, then growing
-FIRST, NEXT, AGAIN = 60, 14, 6  # rounds of descent: of the first plan, one that goes on from the last, one of a draw
+FIRST, NEXT = 60, 14  # rounds of descent: of the first plan, and of one that goes on from the last
 DISAGREEMENT = 0.25  # part of the disagreement with the leaner model that counts as an error
 STEPS = (1.0, 0.7, 0.4, 0.2, 0.1)  # parts of the planned deviation that are weighed against each other
 DRAWS = 4  # models as they might have been measured, where the products carry noise
@@ -227,14 +227,25 @@ def segments(samples_left, window, clock):
     return np.diff(np.interp(ends, np.linspace(0, 1, len(clock)), clock)), sizes
 
 
+def target_last(rest, sizes, target):
+    """Schedule f64[..., M, K]: excess budgets first, then the target's mixture for as long as the budgets carry it."""
+    share = np.where(target > 0, target, 1.0)
+    tail = np.where(target > 0, rest / share, np.inf).min(-1, keepdims=True)
+    first = np.maximum(sizes.sum() - tail, 1e-9 * sizes.sum())
+    early = np.clip((first - (np.cumsum(sizes) - sizes)) / sizes, 0, 1)[..., None]
+    excess = np.maximum(rest - (sizes.sum() - first) * target, 0.0)
+    return early * (excess / first)[..., None, :] + (1 - early) * target[..., None, :]
+
+
 def propose(model, times, sizes, rest, start=None, pace=None):
     """The Proposal for the coming window: plan the rest of the run on the small model, apply no more of it than is sure.
 
     times f64[..., M], sizes f64[M] as from `segments`, rest f64[..., K] samples left of every domain (their sum is that of
-    sizes); start f64[..., M, K], pace: the last plan for the windows that remain. Where the model carries noise the plan is
-    the mean over models as they might have been measured, and the gain that those plans keep in this model says what noise
-    costs. The step is the part of the deviation from the shares with the largest gain minus two errors; the error takes a
-    quarter of the disagreement with the leaner model, which errs by more than the fuller one.
+    sizes); start f64[..., M, K], pace: the last plan for the windows that remain. A plan chosen freely on a model with noise
+    is chosen for its noise, and harms: there the only plan is the target's own mixture at the end (`target_last`), which has
+    nothing to choose, and the spread of its gain over models as they might have been measured is an error. The step is the
+    part of the deviation from the shares with the largest gain minus two errors; the error takes a quarter of the
+    disagreement with the leaner model, which errs by more than the fuller one.
     """
     shares = rest / rest.sum(-1, keepdims=True)
     base = np.repeat(shares[..., None, :], len(sizes), -2)
@@ -244,22 +255,20 @@ def propose(model, times, sizes, rest, start=None, pace=None):
     rounds = FIRST if start is None else NEXT
     plan, value, pace = planning.descend(model.full, begin, times, sizes, rest, rounds, pace)
     constant = planning.loss_change(model.full, base, times)
-    noisy, loss, noise = model.noisy, np.zeros_like(value), np.zeros_like(value)
+    noisy, noise = model.noisy, np.zeros_like(value)
     if np.any(noisy):
-        begin = np.repeat(plan[None], DRAWS, 0)
-        plans, _, _ = planning.descend(model.draws(DRAWS), begin, times, sizes, rest, AGAIN)
-        kept = constant - planning.loss_change(model.full, plans, times)
-        loss = np.where(noisy, np.maximum(constant - value - kept.mean(0), 0.0), 0.0)
+        safe = target_last(rest, sizes, model.full.target)
+        again = model.draws(DRAWS)
+        kept = planning.loss_change(again, base, times) - planning.loss_change(again, safe, times)
         noise = np.where(noisy, kept.std(0, ddof=1), 0.0)
-        plan = np.where(noisy[..., None, None], plans.mean(0), plan)
+        plan = np.where(noisy[..., None, None], safe, plan)
     steps = np.reshape(STEPS, (-1,) + (1,) * value.ndim)
     tried = base + steps[..., None, None] * (plan - base)
     gain = constant - planning.loss_change(model.full, tried, times)
     other = planning.loss_change(model.lean, base, times) - planning.loss_change(model.lean, tried, times)
-    mean = gain - steps * loss
     error = np.sqrt((DISAGREEMENT * (gain - other)) ** 2 + (steps * noise) ** 2)
-    best = np.argmax(mean - 2 * error, 0)[None]
-    mean, error = (np.take_along_axis(x, best, 0)[0] for x in (mean, error))
+    best = np.argmax(gain - 2 * error, 0)[None]
+    mean, error = (np.take_along_axis(x, best, 0)[0] for x in (gain, error))
     wish = np.take_along_axis(tried[..., 0, :], best[..., None], 0)[0]
     active = mean - 2 * error > 0
     wish = np.where(active[..., None], wish, shares)

@@ -1,6 +1,6 @@
 """What decisions are worth: every law on random quadratics with exact flows, against the best schedule of each problem.
 
-    python tests/bench/decisions.py            # base cells and one axis at a time
+    python tests/bench/decisions.py --jobs 2   # base cells and one axis at a time
     python tests/bench/decisions.py --quick    # three seeds, two flow times, two noise levels, for CI
     python tests/bench/decisions.py --all      # every axis at every noise level
     python tests/bench/decisions.py --laws tilt receding --axes base --times 1 4 --noise 0 --seeds 10 --out /tmp
@@ -15,6 +15,7 @@ the only thing a law is told about it. products: Hessian-vector products a decis
 import argparse
 import csv
 import itertools
+import multiprocessing
 import os
 import sys
 import time as clock
@@ -155,23 +156,29 @@ def cells(axes, times, noise):
         yield from ((axis, time, budgets, level) for time in times for budgets in BUDGETS)
 
 
-def study(wanted, laws, seeds, optima):
-    """One row of FIELDS for each cell and law; cells without a cached optimum have no share."""
-    rows = []
-    for axis, time, budgets, level in wanted:
-        for law in laws:
-            share, harm, products = [], [], []
-            for seed in range(seeds):
-                run, line = Run(axis, time, budgets, level, seed), optima.get((axis, time, budgets, seed))
-                loss = run.loss(law)
-                products.append(run.products / WINDOWS)
-                constant = line["constant"] if line else Run(axis, time, budgets, 0.0, seed).loss("hold")
-                harm.append(100 * (loss / constant - 1))
-                share.append(100 * (constant - loss) / (constant - line["optimum"]) if line else np.nan)
-            told = float(np.median(share)), float(min(share)), max(harm), float(np.mean(products))
-            rows.append(dict(zip(FIELDS, (axis, time, budgets, level, law, seeds, *told), strict=True)))
-            print(axis, time, budgets, level, law, *(f"{x:.3g}" for x in told), file=sys.stderr, flush=True)
-    return rows
+def measured(task):
+    """One row of FIELDS; task: (cell, law, seeds). A cell without a cached optimum has no share."""
+    (axis, time, budgets, level), law, seeds = task
+    optima, share, harm, products = cached({axis}), [], [], []
+    for seed in range(seeds):
+        run, line = Run(axis, time, budgets, level, seed), optima.get((axis, time, budgets, seed))
+        loss = run.loss(law)
+        products.append(run.products / WINDOWS)
+        constant = line["constant"] if line else Run(axis, time, budgets, 0.0, seed).loss("hold")
+        harm.append(100 * (loss / constant - 1))
+        share.append(100 * (constant - loss) / (constant - line["optimum"]) if line else np.nan)
+    told = float(np.median(share)), float(min(share)), max(harm), float(np.mean(products))
+    print(axis, time, budgets, level, law, *(f"{x:.3g}" for x in told), file=sys.stderr, flush=True)
+    return dict(zip(FIELDS, (axis, time, budgets, level, law, seeds, *told), strict=True))
+
+
+def study(wanted, laws, seeds, jobs):
+    """The rows of all cells and laws, in `jobs` processes."""
+    tasks = [(cell, law, seeds) for cell in wanted for law in laws]
+    if jobs == 1:
+        return [measured(task) for task in tasks]
+    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+        return pool.map(measured, tasks, chunksize=1)
 
 
 def table(rows, laws):
@@ -239,6 +246,7 @@ def main():
     parser.add_argument("--times", nargs="+", type=float, default=TIMES)
     parser.add_argument("--noise", nargs="+", type=float, default=None)
     parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--out", type=Path, default=HERE)
     asked = parser.parse_args()
     started = clock.perf_counter()
@@ -255,7 +263,7 @@ def main():
             *cells(others, asked.times, NOISE if asked.all else (0.0, 0.3)),
         ]
     os.nice(10)
-    rows = study(wanted, asked.laws, asked.seeds, cached(set(AXES)))
+    rows = study(wanted, asked.laws, asked.seeds, asked.jobs)
     asked.out.mkdir(parents=True, exist_ok=True)
     name = "decisions_quick" if asked.quick else "decisions"
     with open(asked.out / f"{name}.csv", "w", newline="") as file:

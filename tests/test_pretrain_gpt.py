@@ -174,7 +174,7 @@ def test_a_blend_that_is_not_the_mixture_files(trainer, data, capsys):
     plain = {name: text.split(", budget")[0] + ", holdout: 64}" for name, text in DOMAINS.items()}
     file = mixture(data, mode="shadow", **plain)
     told = refusal(trainer, data, capsys, flags(file, "--train-data-path", 1, "en", 1, "ru", 1, "code"))
-    assert "mixture.yaml:1: domains: weights [0.6, 0.1, 0.3], --train-data-path says" in told
+    assert "mixture.yaml:1: domains: weights [0.6, 0.1, 0.3], the data flag says" in told
 
 
 def test_one_rank_of_each_node_speaks(trainer, data, capsys, monkeypatch):

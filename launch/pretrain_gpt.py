@@ -163,6 +163,10 @@ def resume(engine, args, checkpoint):
 
 def save(engine, args, iteration, hook):
     state = {"iteration": iteration, "commute": json.dumps(hook.state_dict()) if hook is not None else None}
+    # what `megatron-commute analyze` must know of the model and its schedule; paths are left out
+    kept = {name: value for name, value in vars(args).items() if isinstance(value, bool | int | float)}
+    kept |= {name: getattr(args, name) for name in ("normalization", "position_embedding_type")}
+    state["arguments"] = json.dumps(kept)
     engine.save_checkpoint(args.save, tag=f"global_step{iteration}", client_state=state)
 
 

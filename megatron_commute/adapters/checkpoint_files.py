@@ -1,0 +1,162 @@
+"""Checkpoint folders and their files: found, sorted and read, never written to.
+
+Files are unpickled by torch.load(weights_only=True): tensors, containers and the few classes named here, for which plain
+stand-ins are made, so that nothing of a checkpoint is executed and DeepSpeed need not be imported.
+"""
+
+import argparse
+import contextlib
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+_STEP = re.compile(r"(?:global_step|iter_)(\d+)")
+_OPTIMIZER = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
+_MODEL = re.compile(r"mp_rank_(\d+)_model_states\.pt")
+_SHARD = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt")
+_LAYER = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be analysed; the message names the file and the cure."""
+
+
+class Files(NamedTuple):
+    """Files of one checkpoint. model: {model-parallel rank: path}; shards: {(data-parallel rank, model-parallel rank):
+    path} of ZeRO-3's model states; optimizer: likewise, of sharded optimisers; layers: {(layer, tensor-parallel rank):
+    path} of pipelines.
+    """
+
+    model: dict
+    shards: dict
+    optimizer: dict
+    layers: dict
+
+
+class _Plain:
+    """Stands in for a class of DeepSpeed that a checkpoint names; keeps its attributes and does nothing."""
+
+    def __init__(self, *args, **kwargs):
+        self.args = args
+
+
+_STAND_INS = [
+    (type(name.rpartition(".")[2], (_Plain,), {}), name)
+    for name in (
+        "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+        "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+        "deepspeed.runtime.zero.config.ZeroStageEnum",
+        "deepspeed.utils.tensor_fragment.fragment_address",
+        "megatron.model.enums.PositionEmbeddingType",
+        "megatron.core.enums.ModelType",
+        "megatron.model.enums.ModelType",
+    )
+]
+
+
+def series(paths):
+    """[(iteration, folder)] of every checkpoint below `paths`, sorted: checkpoint folders, or --save folders of many.
+
+    Raises CheckpointError for a path that is none and where two checkpoints have one iteration.
+    """
+    found = {}
+    for path in map(Path, paths):
+        if not path.is_dir():
+            raise CheckpointError(
+                f"{path}: no such folder; name a --save folder or a checkpoint such as global_step1000"
+            )
+        inside = [path] if _step(path) is not None else [p for p in path.iterdir() if p.is_dir()]
+        steps = {folder: _step(folder) for folder in inside}
+        chosen = {folder: step for folder, step in steps.items() if step is not None}
+        if not chosen:
+            raise CheckpointError(
+                f"{path}: holds no checkpoint (global_stepN); name the --save folder of a run, and save with --save-interval"
+            )
+        for folder, step in chosen.items():
+            other = found.setdefault(step, folder)
+            if other.resolve() != folder.resolve():
+                raise CheckpointError(
+                    f"{folder} and {other} are both of iteration {step}; analyse one run at a time"
+                )
+    return sorted(found.items())
+
+
+def _step(folder):
+    match = _STEP.fullmatch(folder.resolve().name)
+    return int(match[1]) if match else None
+
+
+def files(folder):
+    """The Files of a checkpoint folder. Raises CheckpointError where a rank's file is missing."""
+    model, shards, optimizer, layers = {}, {}, {}, {}
+    for path in sorted(Path(folder).glob("*.pt")):
+        if match := _MODEL.fullmatch(path.name):
+            model[int(match[1])] = path
+        for kind, into in ((_SHARD, shards), (_OPTIMIZER, optimizer), (_LAYER, layers)):
+            if match := kind.fullmatch(path.name):
+                into[int(match[1]), int(match[2])] = path
+    if not model and not shards:
+        raise CheckpointError(
+            f"{folder}: no model states in it; the checkpoint is incomplete, copy the whole folder"
+        )
+    for name, found in (("model states", shards), ("optimiser states", optimizer), ("layers", layers)):
+        for missing in _holes(found):
+            raise CheckpointError(
+                f"{folder}: the {name} of ranks {missing} are missing; the checkpoint is incomplete, copy the whole folder"
+            )
+    if model and sorted(model) != list(range(len(model))):
+        raise CheckpointError(
+            f"{folder}: model states of ranks {sorted(model)} only; the checkpoint is incomplete, copy the whole folder"
+        )
+    return Files(model, shards, optimizer, layers)
+
+
+def _holes(found):
+    """Pairs of ranks that the largest ones imply and that are not there."""
+    firsts = sorted({pair[0] for pair in found})
+    seconds = range(1 + max((pair[1] for pair in found), default=-1))
+    if firsts and "layer" not in next(iter(found.values())).name:
+        firsts = range(1 + firsts[-1])
+    return [(first, second) for first in firsts for second in seconds if (first, second) not in found]
+
+
+def load(path):
+    """The content of one file on the CPU, mapped where the file allows it. Raises CheckpointError for a damaged file and
+    for one that names classes which are not known to be harmless."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace, *_STAND_INS]), _one_thread_safe():
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=_zipped(path))
+    except Exception as fault:
+        told = str(fault).strip()
+        if "Unsupported global" in told or "WeightsUnpickler" in told and "GLOBAL" in told:
+            name = re.search(r"GLOBAL (\S+)", told)
+            raise CheckpointError(
+                f"{path}: names {name[1] if name else 'a class'}, which is not among the harmless classes that are read; "
+                "save the checkpoint without it"
+            ) from None
+        first = told.splitlines()[0][:160] if told else type(fault).__name__
+        raise CheckpointError(
+            f"{path}: damaged or cut off ({first}); copy it again, or leave the checkpoint out"
+        ) from None
+
+
+@contextlib.contextmanager
+def _one_thread_safe():
+    """torch warns about typed storages of older files, which does not concern people."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _zipped(path):
+    with open(path, "rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+def content(folder):
+    """Names and sizes of a checkpoint's files, as JSON values: what tells whether it is still the same."""
+    return {path.name: path.stat().st_size for path in sorted(Path(folder).iterdir()) if path.is_file()}

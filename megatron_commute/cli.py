@@ -270,7 +270,11 @@ def quadratic(out_dir: str, seeds: int, as_json: bool) -> None:
 @click.argument("out_dir", type=click.Path(file_okay=False))
 @click.option("--data", required=True, help="Folder of launch/prepare_data.py --by-package --vocab-size 512.")
 @click.option(
-    "--study", type=click.Choice(["paper", "signals", "end-to-end"]), default="paper", show_default=True
+    "--study",
+    type=click.Choice(["paper", "signals", "end-to-end"]),
+    default="paper",
+    show_default=True,
+    help="Which one.",
 )
 @click.option("--quick", is_flag=True, help="A few steps of everything, to see it work.")
 @click.option("--processes", type=click.IntRange(min=1), help="At a time; default the CPU cores.")

@@ -51,6 +51,7 @@ __all__ = [
 
 # Gradients that one sequence costs in a probe: counted for `difference`, the most in tests/bench/hvp.csv for `exact`.
 GRADIENTS_PER_SAMPLE = {"difference": 2.0, "exact": 3.1, "fused": 3.0}
+CHECK_GRADIENTS = 4  # of one sequence a domain and target: the estimate of what a difference errs by
 LARGEST_HOLDOUT = 0.2
 READING = 1 / 3  # gradients that reading the loss of one sequence costs: a forward pass without its backward
 
@@ -120,6 +121,8 @@ def probe_cost(config: Config, run: Run) -> ProbeCost:
     )
     products = GRADIENTS_PER_SAMPLE[config.probe.method] * config.probe.samples * domains * targets
     products *= 2 if config.probe.memory == "scores" else 1  # it takes every product twice
+    if config.probe.method == "difference":
+        products += CHECK_GRADIENTS * domains * targets
     direction = config.probe.splits * direction_samples(config.probe.samples, config.probe.splits)
     gradients = products + direction * in_target
     probes = len(probe_steps(config.every, run.train_iters))

@@ -159,7 +159,9 @@ class _watched:
         metric = model.metric(settings.metric)
         self.seen["probes"].append(
             {
-                "state": {n: p.detach().float().numpy().copy() for n, p in self.engine.module.named_parameters()},
+                "state": {
+                    n: p.detach().float().numpy().copy() for n, p in self.engine.module.named_parameters()
+                },
                 "metric": None if metric is None else [d.numpy().copy() for d in metric],
                 "M": found.M,
                 "draw": {

@@ -65,10 +65,10 @@ def test_plan_in_json(mixture):
     assert (ru["sequences"], ru["epochs"], ru["holdout"]) == (80, 1.25, 64)
     assert (shown["samples"], shown["lead"], shown["mode"]) == (400, 16, "act")
     # 2 domains x (2 x 16 + 8) gradients, 3 probes after steps 25, 50, 75, of 400 gradients of training
-    assert shown["probes"] == {"probes": 3, "gradients": 80, "share": 0.6, "measure_budget": 0.4}
+    assert shown["probes"] == {"probes": 3, "gradients": 88, "share": 0.66, "measure_budget": 0.4}
     assert shown["warnings"] == [
         "domains.ru: its 80 sequences are used 1.25 times",
-        "measure_budget: probes cost 60.00% of training, over 40.00%",
+        "measure_budget: probes cost 66.00% of training, over 40.00%",
     ]
 
 
@@ -90,7 +90,7 @@ def test_plan_in_words(mixture):
     ]
     assert lines[3].split() == ["ru", "0.25", "100", "80", "1.25", "64", "0", "1", "0.25"]
     assert "mode: act, law tilt; 400 samples in 100 steps" in lines
-    assert lines[-1] == "warning: measure_budget: probes cost 60.00% of training, over 40.00%"
+    assert lines[-1] == "warning: measure_budget: probes cost 66.00% of training, over 40.00%"
     assert sorted(mixture.parent.iterdir()) == before, "plan writes nothing"
 
 

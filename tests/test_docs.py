@@ -7,6 +7,7 @@ import pytest
 
 from megatron_commute import __version__, cli, mixture_file
 from megatron_commute.config import Config, Controller, Domain, Probe, load
+from megatron_commute.mixture_file import End, Response
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -16,6 +17,8 @@ KEYS = {
     "domains.NAME.": mixture_file.DOMAIN_KEYS,
     "probe.": mixture_file.PROBE_KEYS,
     "controller.": mixture_file.CONTROLLER_KEYS,
+    "controller.end.": mixture_file.END_KEYS,
+    "response.": mixture_file.RESPONSE_KEYS,
 }
 VALUES = {
     "mode": mixture_file.MODES,
@@ -24,6 +27,7 @@ VALUES = {
     "probe.direction": mixture_file.DIRECTIONS,
     "probe.memory": mixture_file.MEMORIES,
     "controller.law": mixture_file.LAWS,
+    "response.kind": mixture_file.RESPONSES,
 }
 
 
@@ -37,7 +41,9 @@ def defaults():
     """What the README must state as default: the word as one would write it in the file."""
     config = Config(domains=())
     holders = {"": config, "probe.": Probe(), "controller.": Controller()}
+    holders |= {"controller.end.": End(), "response.": Response()}
     found = {"domains": "required", "probe": "see below", "controller": "see below"}
+    found |= {"controller.end": "see below", "response": "see below"}
     for prefix, holder in holders.items():
         for key in KEYS[prefix]:
             found.setdefault(prefix + key, _written(getattr(holder, key)))
@@ -49,6 +55,8 @@ def defaults():
 
 
 def _written(value):
+    if value == ():
+        return "[]"
     return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -76,7 +84,7 @@ def test_readme_has_a_row_for_every_key_with_its_default():
 @pytest.mark.parametrize("key", VALUES)
 def test_readme_names_every_value_of_a_key(key):
     meaning = rows(sections()["The mixture file"])[key][1]
-    assert set(VALUES[key]) <= set(re.findall(r"`([\w]+)`", meaning))
+    assert set(VALUES[key]) <= set(re.findall(r"`([\w-]+)`", meaning))
 
 
 def test_mixture_files_in_the_readme_load(tmp_path):

@@ -183,7 +183,7 @@ def test_warnings(tmp_path):
         "domains.en: its 500 sequences are used 1.20 times",
         "domains.ru.budget: 200 sequences of 16 tokens, 1 tokens remain unused",
         "domains.ru.weight: 0.3, but its share of the run's samples is 0.25",
-        "measure_budget: probes cost 10.00% of training, over 0.50%",
+        "measure_budget: probes cost 11.00% of training, over 0.50%",
     )
     assert plan(tmp_path, EQUAL + "mode: act\nevery: 50\nmeasure_budget: 1\n").warnings == ()
 
@@ -202,12 +202,12 @@ def test_cost_of_probes(tmp_path):
     def cost(more):
         return probe_cost(loaded(tmp_path, EQUAL + "every: 25\n" + more), RUN)
 
-    # 2 domains x 64 samples x 2 gradients + 2 x 32 for the direction = 320; 3 probes in 800 samples
-    assert cost("") == (3, 320, 1.2)
+    # 2 domains x (64 samples x 2 gradients + 32 for the direction + 4 for the error) = 328; 3 probes in 800 samples
+    assert cost("") == (3, 328, 1.23)
     assert cost("probe: {method: exact}").gradients == 2 * 64 * 3.1 + 2 * 32
-    assert cost("target: {ru: 1}").gradients == 2 * 64 * 2 + 32
-    assert cost("target: each").gradients == 2 * (2 * 64 * 2) + 2 * 32
-    assert cost("probe: {samples: 4}").gradients == 2 * 4 * 2 + 2 * 4, (
+    assert cost("target: {ru: 1}").gradients == 2 * (64 * 2 + 4) + 32
+    assert cost("target: each").gradients == 2 * (2 * (64 * 2 + 4)) + 2 * 32
+    assert cost("probe: {samples: 4}").gradients == 2 * (4 * 2 + 4) + 2 * 4, (
         "one direction sequence a split at least"
     )
 

@@ -362,5 +362,5 @@ def test_scores_cost_twice_the_products():
             (config.Domain("a", ("a",)), config.Domain("b", ("b",))), probe=config.Probe(memory=mode)
         )
         costs[mode] = config.probe_cost(settings, config.Run(8, 8, 8, 1, 2000)).gradients
-    # 2 domains, 64 sequences, 2 gradients each, and 4 x 8 a domain for the direction
-    assert costs == {"auto": 320, "full": 320, "sharded": 320, "scores": 576}
+    # 2 domains, 64 sequences, 2 gradients each, 4 x 8 a domain for the direction and 4 for the error of a difference
+    assert costs == {"auto": 328, "full": 328, "sharded": 328, "scores": 584}

@@ -37,11 +37,11 @@ class Size:
     """starts: states of the interventions; window: steps of each half; tail: common steps afterwards; seeds: paired;
     checkpoints: states at which P alone is measured. The paper: starts 2000 ... 20000 of 28000 steps, window 4000."""
 
-    starts: tuple = (200, 800, 1400, 2000)
-    window: int = 400
-    tail: int = 400
-    seeds: int = 3
-    checkpoints: tuple = (400, 600, 1000, 1200, 1600, 1800, 2200, 2400)
+    starts: tuple = (200, 600, 1000, 1400)
+    window: int = 200
+    tail: int = 200
+    seeds: int = 2
+    checkpoints: tuple = (400, 800, 1200, 1600)
 
 
 QUICK = Size((10, 20), 5, 5, 2, (15,))

@@ -20,20 +20,39 @@ BLOCKS = 6  # of the wave, each a window of either sign and a tail
 
 
 @dataclasses.dataclass(frozen=True)
-class Size:
-    """states: steps at which everything is measured; long_states: those where the longest window is; seeds: of the truth."""
+class Window:
+    """Steps of a window, and where it is measured: runs by name, states (steps), paired seeds of the truth, and whether the
+    lock-in wave is run as well (it takes as many steps as six pairs)."""
 
-    runs: tuple = tuple(RUNS)
-    states: tuple = (300, 800, 1600, 2400)
-    windows: tuple = (8, 32, 128)
-    long_states: tuple = (800,)
-    long_window: int = 512
-    seeds: int = 3
-    long_seeds: int = 2
+    steps: int
+    runs: tuple
+    states: tuple
+    seeds: int
+    waves: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """windows: shortest first; blocks: of a wave. Long windows are measured in fewer places, for what they cost."""
+
+    windows: tuple = (
+        Window(8, tuple(RUNS), (300, 800, 1600, 2400), 3, True),
+        Window(32, tuple(RUNS), (300, 800, 1600, 2400), 3, True),
+        Window(128, ("even", "skewed"), (800, 2400), 3, True),
+        Window(512, ("even",), (800,), 2, False),
+    )
     blocks: int = BLOCKS
 
+    @property
+    def runs(self):
+        return tuple(dict.fromkeys(run for window in self.windows for run in window.runs))
 
-QUICK = Size(("even",), (10, 20), (2,), (), 0, 2, 0, 2)
+    def states(self, run):
+        """All states of a run at which something is measured."""
+        return sorted({state for window in self.windows if run in window.runs for state in window.states})
+
+
+QUICK = Size((Window(2, ("even",), (10, 20), 2, True),), 2)
 
 
 def settings_of(settings, run):
@@ -42,18 +61,16 @@ def settings_of(settings, run):
 
 def base_job(size, run):
     """Key, function and arguments of the run that all states come from."""
-    states = sorted({*size.states, *size.long_states})
-    arguments = {"name": run, "weights": list(RUNS[run][0]), "states": states, "read_every": 100}
+    arguments = {"name": run, "weights": list(RUNS[run][0]), "states": size.states(run), "read_every": 100}
     return f"{run}/base", cells.base, arguments
 
 
 def jobs(size, run):
     """Everything measured from the states of one run, [(key, function, arguments)]; the expensive first."""
     weights = list(RUNS[run][0])
-    plan = [(step, size.long_window, size.long_seeds, False) for step in size.long_states]
-    plan += [(step, window, size.seeds, True) for window in size.windows[::-1] for step in size.states]
+    plan = [(step, window) for window in size.windows[::-1] if run in window.runs for step in window.states]
     found = []
-    for step, window, seeds, waves in plan:
+    for step, (window, seeds, waves) in ((step, (w.steps, w.seeds, w.waves)) for step, w in plan):
         place = {"name": run, "step": step, "weights": weights, "window": window}
         truth, small = (share * min(weights) for share in (TRUTH, AFFORDABLE))
         tail = TAIL[window]
@@ -65,9 +82,9 @@ def jobs(size, run):
         if waves:
             blocks = {"delta": small, "tail": tail, "blocks": size.blocks, "seed": 102}
             found.append((f"{run}/{step}/{window}/wave", cells.wave, {**place, **blocks}))
-    for step in sorted({*size.states, *size.long_states}):
+    for step in size.states(run):
         place = {"name": run, "step": step, "weights": weights}
-        short = {"delta": AFFORDABLE * min(weights), "steps": min(8, 4 * min(size.windows)), "seed": 103}
+        short = {"delta": AFFORDABLE * min(weights), "steps": min(8, 4 * size.windows[0].steps), "seed": 103}
         found.append((f"{run}/{step}/tilt", cells.tilt, {**place, **short}))
         for metric in ("identity", "adam"):
             found.append((f"{run}/{step}/P/{metric}", cells.criterion, {**place, "metric": metric}))

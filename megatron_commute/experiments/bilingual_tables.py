@@ -70,9 +70,8 @@ def wilson(hits, count, z=1.96):
 def signal_rows(found, settings, size, run, weights):
     """One row for each state, window and target of a run: truth with its error, and every signal (None where absent)."""
     rows = []
-    for window in (*size.windows, size.long_window):
+    for window, states in ((w.steps, w.states) for w in size.windows if run in w.runs):
         previous = {}
-        states = size.long_states if window == size.long_window else size.states
         for step in states:
             prefix = f"{run}/{step}/{window}/"
             truths = [cell for key, cell in found.items() if key.startswith(f"{prefix}truth/")]

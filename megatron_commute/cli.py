@@ -1,6 +1,7 @@
 """The command line: parses, then calls one function. Bad input ends with exit status 2."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -303,6 +304,47 @@ def bilingual(out_dir, data, study, quick, processes, changes, as_json) -> None:
         click.echo(found["text"])
         click.echo("\n".join(found["files"]))
         click.echo(f"{found['seconds']:.0f} s")
+
+
+@main.command()
+@click.argument("checkpoints", nargs=-1, type=click.Path())
+@click.option("--data", "data", required=True, type=click.Path(), help="The mixture file.")
+@click.option(
+    "--out", required=True, type=click.Path(file_okay=False), help="Folder for record, report and tables."
+)
+@click.option("--samples", type=int, help="Held-out sequences per domain and probe; default the file's.")
+@click.option("--splits", type=int, help="Replicates that standard errors come from; default the file's.")
+@click.option("--method", type=click.Choice(["difference", "exact", "fused"]), help="Default the file's.")
+@click.option("--metric", type=click.Choice(["adam", "identity"]), help="Default the file's.")
+@click.option("--target", help="`each`, or NAME=SHARE,NAME=SHARE; default the file's.")
+@click.option("--tokens", type=click.IntRange(min=1), help="Length of the run; default the checkpoints' own.")
+@click.option(
+    "--train-iters", type=click.IntRange(min=1), help="Steps of the run; default the checkpoints' own."
+)
+@click.option("--micro-batch-size", "micro_batch", type=click.IntRange(min=1), help="Sequences at once.")
+@click.option("--arguments", type=click.Path(), help="JSON flags for checkpoints that keep none.")
+@as_json
+def analyze(checkpoints, data, out, as_json, **asked) -> None:
+    """Measure the criterion along checkpoints (global_stepN folders, or a --save folder of many); resumes."""
+    from tqdm import tqdm
+
+    from megatron_commute import checkpoints as analysis
+
+    def bar(total, unit):
+        return tqdm(total=total, unit=unit, dynamic_ncols=True, disable=as_json)
+
+    def say(line):
+        tqdm.write(line, file=sys.stderr)
+
+    try:
+        found = analysis.analyze(checkpoints, data, out, analysis.asked(**asked), say, bar)
+    except ValueError as error:
+        raise _Refusal(str(error)) from error
+    if as_json:
+        _print_json(found)
+    else:
+        click.echo(_table(found["rows"], found["headers"]))
+        click.echo("\n" + "\n".join([*found["text"], *found["files"]]))
 
 
 @main.command()

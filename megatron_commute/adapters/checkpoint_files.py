@@ -130,7 +130,7 @@ def load(path):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=_zipped(path))
     except Exception as fault:
         told = str(fault).strip()
-        if "Unsupported global" in told or "WeightsUnpickler" in told and "GLOBAL" in told:
+        if "Unsupported global" in told or ("WeightsUnpickler" in told and "GLOBAL" in told):
             name = re.search(r"GLOBAL (\S+)", told)
             raise CheckpointError(
                 f"{path}: names {name[1] if name else 'a class'}, which is not among the harmless classes that are read; "

@@ -136,8 +136,8 @@ class Standing:
         for name, p in own.items():
             if p.shape != given[name].shape:
                 raise CheckpointError(
-                    f"{checkpoint.folder}: {name} has shape {tuple(given[name].shape)}, its flags say {tuple(p.shape)}: it is "
-                    "of another architecture; analyse checkpoints of one run, or correct --arguments"
+                    f"{checkpoint.folder}: {name} has shape {tuple(given[name].shape)}, its flags say {tuple(p.shape)}: it "
+                    "is of another architecture; analyse checkpoints of one run, or correct --arguments"
                 )
             if not torch.isfinite(torch.linalg.vector_norm(given[name], 1)):
                 raise CheckpointError(

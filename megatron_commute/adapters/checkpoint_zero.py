@@ -109,8 +109,8 @@ def _joined(pieces, shapes, path):
         shape = shapes.get(name)
         if shape is None or flat.numel() != math.prod(shape):
             raise CheckpointError(
-                f"{path}: of {name} the shards hold {flat.numel()} numbers, the model {tuple(shape or ())}; a rank's file is "
-                "missing or of another checkpoint, copy the whole folder"
+                f"{path}: of {name} the shards hold {flat.numel()} numbers, the model {tuple(shape or ())}; a rank's file "
+                "is missing or of another checkpoint, copy the whole folder"
             )
         found[name] = flat.view(*shape)
     return found
@@ -149,7 +149,7 @@ def _of_stage_3(files, rank, own):
         raise CheckpointError(
             f"{path}: has no optimiser states beside it; under ZeRO 3 they hold the parameters, copy the whole folder"
         )
-    flats = [[flat for flat in o.get("fp32_flat_groups") or []] for o in optimizers]
+    flats = [list(o.get("fp32_flat_groups") or []) for o in optimizers]
     groups = [_groups(_expected(o, "optimizer_state_dict", path), path) for o in optimizers]
     decays, moments = {}, {}
     corrected = [

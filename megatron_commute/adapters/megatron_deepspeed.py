@@ -6,6 +6,7 @@ in its own module are wrapped for the time of the run; nothing of the host is ed
 
 import contextlib
 
+from megatron_commute.adapters import restart
 from megatron_commute.adapters.megatron_deepspeed_run import TrainingRun, replaced
 
 
@@ -22,7 +23,8 @@ def pretrain(
 ):
     """megatron.training.pretrain with the flags of `add_arguments`: same arguments, same result.
 
-    A mixture file, data or flags that do not fit end the run with one line and exit status 2 before the model is built.
+    A mixture file, data or flags that do not fit end the run with one line and exit status 2 before the model is built. A
+    run with --commute that loses a rank or node ends with a RuntimeError that says so and where the restart resumes.
     """
     from megatron import training
 
@@ -38,7 +40,9 @@ def pretrain(
             result = initialize(*args, **named)
             from megatron import get_args
 
-            if get_args().commute is not None:
+            args = get_args()
+            if args.commute is not None:
+                wrapped.enter_context(restart.explained(args.rank, args.world_size, args.load))
                 run = wrapped.enter_context(TrainingRun(get_args()).installed(training))
             return result
 

@@ -1,6 +1,8 @@
 """The probe.Model of a run of Megatron-DeepSpeed, by the kind of its engine."""
 
 import contextlib
+import dataclasses
+import sys
 
 from megatron_commute.adapters import megatron_core
 
@@ -15,7 +17,14 @@ def probe_model(engine, micro_batch, method):
 
     staged = isinstance(engine, PipelineEngine)
     if not staged and engine.zero_optimization_stage() < 3:
-        return megatron_core.probe_model(engine, micro_batch, method, mean_loss)
+        model = megatron_core.probe_model(engine, micro_batch, method, mean_loss)
+
+        @contextlib.contextmanager
+        def silent(method):
+            with own_rotation(), model.quiet(method):
+                yield
+
+        return dataclasses.replace(model, quiet=silent)
     if method != "difference":
         layout = "pipelines have" if staged else "ZeRO-3 has"
         raise ValueError(f"{layout} no double backward: write `method: difference` under `probe`")
@@ -25,7 +34,7 @@ def probe_model(engine, micro_batch, method):
 
     @contextlib.contextmanager
     def quiet():
-        with megatron_core.in_float32(module), megatron_core.without_recomputing(module):
+        with own_rotation(), megatron_core.in_float32(module), megatron_core.without_recomputing(module):
             yield
 
     if staged:
@@ -40,6 +49,22 @@ def probe_model(engine, micro_batch, method):
     from megatron_commute.adapters import zero3
 
     return zero3.probe_model(engine, mean_loss, micro_batch, owned, here, quiet)
+
+
+@contextlib.contextmanager
+def own_rotation():
+    """Rotary tables of the probe's own. Megatron keeps them in globals, in the dtype of whoever comes first: a probe before
+    the first step of a resumed bf16 run would leave it float32 tables, and training float32 activations."""
+    tables = sys.modules.get("megatron.model.rotary_pos_embedding")
+    if tables is None:
+        yield
+        return
+    kept = tables.cos_cached, tables.sin_cached
+    tables.cos_cached = tables.sin_cached = None
+    try:
+        yield
+    finally:
+        tables.cos_cached, tables.sin_cached = kept
 
 
 def _counted_here(params):

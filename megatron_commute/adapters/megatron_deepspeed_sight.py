@@ -10,10 +10,20 @@ import numpy as np
 import torch
 
 
+@contextlib.contextmanager
+def harmless(what):
+    """A part of ours that no other rank waits for: a fault in it is told, and training goes on without what it gives."""
+    try:
+        yield
+    except Exception as fault:
+        print(f"commute: {what}; training goes on: {type(fault).__name__}: {fault}", flush=True)
+
+
 class Sight:
     """Follows micro-batches of one step at a time; training computes what it would without.
 
-    first, last: whether this rank is the one of its replica that tells sequences, and the one that tells losses.
+    first, last: whether this rank is the one of its replica that tells sequences, and the one that tells losses. What has
+    failed once is not tried again: this rank then tells nothing of it.
     """
 
     def __init__(self, first, last):
@@ -32,8 +42,7 @@ class Sight:
 
         def followed(batches, model, *rest):
             output, loss_function = forward_step(batches, model, *rest)
-            if self.last:
-                self._keep(output, _mask(loss_function))
+            self._keep(output, lambda: _mask(loss_function))
             return output, loss_function
 
         return followed
@@ -63,7 +72,9 @@ class Sight:
             finally:
                 tensor_parallel.vocab_parallel_cross_entropy = cross_entropy
             if len(found) == 1:  # [s, b]
-                self._keep(found[0].transpose(0, 1), labels[1] if isinstance(labels, tuple | list) else None)
+                self._keep(
+                    found[0].transpose(0, 1), lambda: labels[1] if isinstance(labels, tuple | list) else None
+                )
             return loss
 
         module.loss_fn = followed
@@ -73,15 +84,18 @@ class Sight:
             module.loss_fn = reduced
 
     def _keep(self, losses, mask):
-        """Mean loss f64[b] of every sequence over the tokens that count."""
-        if not torch.is_tensor(losses) or losses.dim() != 2:
+        """Mean loss f64[b] of every sequence over the tokens that count; mask: () -> tensor or None."""
+        if not self.last or not torch.is_tensor(losses) or losses.dim() != 2:
             return
-        losses = losses.detach().double()
-        if torch.is_tensor(mask) and mask.numel() == losses.numel():
-            mask = mask.detach().reshape(losses.shape).double()
-            self.losses.append((losses * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1))
-        else:
-            self.losses.append(losses.mean(dim=1))
+        tells, self.last = self.last, False
+        with harmless("losses of domains are not seen by this rank from here on"):
+            losses, mask = losses.detach().double(), mask()
+            if torch.is_tensor(mask) and mask.numel() == losses.numel():
+                mask = mask.detach().reshape(losses.shape).double()
+                self.losses.append((losses * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1))
+            else:
+                self.losses.append(losses.mean(dim=1))
+            self.last = tells
 
     def sequence_losses(self, count):
         """f64[count] of this step in the order trained, None where another rank tells them or they could not be seen."""
@@ -94,7 +108,10 @@ class Sight:
         """i64[count, s + 1] of this step, None where another rank tells them."""
         if not self.first or not self.batches:
             return None
-        tokens = np.concatenate([batch["text"].numpy() for batch in self.batches])
+        tokens, self.first = (), False
+        with harmless("sequences are not seen by this rank from here on, the fingerprint lacks them"):
+            tokens = np.concatenate([batch["text"].numpy() for batch in self.batches])
+            self.first = True
         return tokens if len(tokens) == count else None
 
     def delivered(self):

@@ -2,8 +2,9 @@
 
     MEGATRON_DEEPSPEED=PATH python tests/megatron_deepspeed/agreement.py
 
-Prints one row for each layout and method and rewrites agreement.csv; five minutes on two cores. Every parameter has values
-that depend on its name and place in the whole model alone; the learning rate is zero.
+Prints one row for each layout and method and rewrites agreement.csv; five minutes on two cores. Method fused is compared
+with exact in a single process. Every parameter has values that depend on its name and place in the whole model alone; the
+learning rate is zero.
 """
 
 import csv
@@ -32,8 +33,15 @@ ROWS = (  # layout, method, compared with: the single process in the same precis
     ("zero2", "exact", "single"),
     ("tp2", "exact", "single"),
     ("checkpointing", "exact", "single"),
+    ("single", "fused", "single"),
+    ("zero1", "fused", "single"),
+    ("zero2", "fused", "single"),
+    ("tp2", "fused", "single"),
+    ("checkpointing", "fused", "single"),
+    ("bf16-zero1", "fused", "bf16-single"),
 )
-LIMITS = {"difference": 1e-4, "exact": 1e-6}
+LIMITS = {"difference": 1e-4, "exact": 1e-6, "fused": 1e-6}
+ORACLE = {"difference": "difference", "exact": "exact", "fused": "exact"}  # the method of the single process
 STILL = ["--lr", "0", "--lr-warmup-iters", "0", "--min-lr", "0"]
 STILL += ["--hidden-dropout", "0", "--attention-dropout", "0"]
 
@@ -70,15 +78,17 @@ def rows(folder, wanted=ROWS):
     """Run the layouts of `wanted` and those they are compared with; one dict for each."""
     _, tree = matrix.trees(folder)
     data = matrix.prepare(folder)
-    names = {(name, method) for name, method, _ in wanted} | {(other, method) for _, method, other in wanted}
+    names = {(name, method) for name, method, _ in wanted}
+    names |= {(other, ORACLE[method]) for _, method, other in wanted}
     planned = {f"{name}-{method}": job(folder, data, tree, name, method) for name, method in sorted(names)}
     matrix.run(folder, planned)
     for name, method, other in wanted:
-        found, truth = (measured(planned[f"{n}-{method}"]) for n in (name, other))
+        found, truth = (measured(planned[f"{n}-{m}"]) for n, m in ((name, method), (other, ORACLE[method])))
         error = float("nan")
         if found is not None and truth is not None:
             error = float(np.abs(found[0] - truth[0]).max() / truth[1])
         told = {"layout": name, "ranks": layouts.LAYOUTS[name].ranks, "method": method}
+        told["against"] = f"{other} {ORACLE[method]}"
         yield {**told, "error": error, "limit": LIMITS[method], "within": error <= LIMITS[method]}
 
 

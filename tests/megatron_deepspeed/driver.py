@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import runpy
+import signal
 import socket
 import sys
 import time
@@ -226,7 +227,12 @@ class Noting:
 
 @contextlib.contextmanager
 def inject(fault, rank):
-    """A fault in the probe of one rank: {"rank", "kind": "exception" | "nan", "probe": which draw}."""
+    """A fault in the probe of one rank: {"rank", "kind": "exception" | "nan" | "kill", "probe": which draw}, or on all ranks
+    in what the plug-in writes and sees: {"kind": "ours"}."""
+    if fault is not None and fault["kind"] == "ours":
+        with in_our_own():
+            yield
+        return
     if fault is None or fault["rank"] != rank:
         yield
         return
@@ -242,6 +248,8 @@ def inject(fault, rank):
         def drawn(part, domain, numbers):
             if part == "gradient" and fault["kind"] == "exception":
                 raise OSError("a disk went away (injected)")
+            if part == "gradient" and fault["kind"] == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
             return draw(part, domain, numbers)
 
         if fault["kind"] == "nan":
@@ -260,6 +268,25 @@ def inject(fault, rank):
         yield
     finally:
         hook.probe.measure = measure
+
+
+@contextlib.contextmanager
+def in_our_own():
+    """Everything of the plug-in that no other rank waits for fails: record, report, curves, sight, state for checkpoints."""
+    import unittest.mock as mock
+
+    from megatron_commute import hook, plots, record
+    from megatron_commute.adapters import megatron_deepspeed_scalars as scalars
+    from megatron_commute.adapters import megatron_deepspeed_sight as sight
+
+    full, broken = OSError(28, "No space left on device (injected)"), KeyError("injected")
+    with contextlib.ExitStack() as faults:
+        for place, name, fault in (
+            (record.Record, "append", full), (plots, "report", full), (scalars, "_pairs", broken), (sight, "_mask", broken),
+            (sight.Sight, "delivered", broken), (hook.Hook, "state_dict", broken),
+        ):  # fmt: skip
+            faults.enter_context(mock.patch.object(place, name, side_effect=fault))
+        yield
 
 
 if __name__ == "__main__":

@@ -48,6 +48,8 @@ LAYOUTS = {
     "bf16-pp2": Layout(1, 2, "--pipeline-model-parallel-size 2 --bf16", BF16),
     "pp2-tp2": Layout(1, 4, f"--pipeline-model-parallel-size 2 {TENSOR} 2"),
     "pp2-dp2": Layout(1, 4, "--pipeline-model-parallel-size 2"),
+    "tp2-dp2": Layout(1, 4, f"{PLAIN} {TENSOR} 2"),
+    "bf16-rope": Layout(1, 2, f"{PLAIN} --bf16 --use-rotary-position-embeddings", BF16),
     "workers2": Layout(1, extra=f"{PLAIN} --num-workers 2"),
 }
 

@@ -7,9 +7,11 @@ stand-ins are made, so that nothing of a checkpoint is executed and DeepSpeed ne
 import argparse
 import contextlib
 import re
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 _STEP = re.compile(r"(?:global_step|iter_)(\d+)")
@@ -49,10 +51,15 @@ _STAND_INS = [
         "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
         "deepspeed.runtime.zero.config.ZeroStageEnum",
         "deepspeed.utils.tensor_fragment.fragment_address",
-        "megatron.model.enums.PositionEmbeddingType",
         "megatron.core.enums.ModelType",
         "megatron.model.enums.ModelType",
+        "megatron.model.enums.PositionEmbeddingType",
     )
+]
+# of the random states that Megatron-DeepSpeed keeps
+_NUMPY = [
+    *((np.empty(0).__reduce__()[0], f"numpy.{name}.multiarray._reconstruct") for name in ("core", "_core")),
+    *(np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in ("u4", "u1", "i8", "f8"))),
 ]
 
 
@@ -126,7 +133,7 @@ def load(path):
     """The content of one file on the CPU, mapped where the file allows it. Raises CheckpointError for a damaged file and
     for one that names classes which are not known to be harmless."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace, *_STAND_INS]), _one_thread_safe():
+        with torch.serialization.safe_globals([argparse.Namespace, *_STAND_INS, *_NUMPY]), _in_silence():
             return torch.load(path, map_location="cpu", weights_only=True, mmap=_zipped(path))
     except Exception as fault:
         told = str(fault).strip()
@@ -143,10 +150,8 @@ def load(path):
 
 
 @contextlib.contextmanager
-def _one_thread_safe():
+def _in_silence():
     """torch warns about typed storages of older files, which does not concern people."""
-    import warnings
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -76,7 +76,7 @@ def read(folder, extra=None):
         moments = merged([h.moments for h in held], gated, where)
     commute = json.loads(state["commute"]) if state.get("commute") else None
     parameters = merged([h.parameters for h in held], gated, where)
-    told = _ranks(found, len(ranks))
+    told = described(found, len(ranks))
     return Checkpoint(
         str(folder), state["iteration"], arguments, parameters, moments, held[0].decays, commute, told
     )
@@ -89,7 +89,8 @@ def _is_ours(found):
     return not isinstance(state, dict) or "args" not in state
 
 
-def _ranks(found, model):
+def described(found, model):
+    """What wrote checkpoint_files.Files of `model` model-parallel ranks, in words."""
     data = len({data for data, _ in found.optimizer})
     kind = "ZeRO 3" if found.shards else "ZeRO 1 or 2" if data else "no ZeRO"
     return f"{kind}, {data or 1} x {model} ranks"
@@ -182,8 +183,9 @@ def learning_rate(arguments, step):
     warm = getattr(arguments, "lr_warmup_iters", 0) or 0
     if getattr(arguments, "lr_warmup_fraction", None):
         warm = arguments.lr_warmup_fraction * total
+    first = 0 if getattr(arguments, "warms_from_zero", False) else 1  # Megatron's own scheduler begins at 0
     if step < warm:
-        return peak * (step + 1) / warm
+        return peak * (step + first) / warm
     progress = min(1.0, (step - warm) / max(1, total - warm))
     way = getattr(arguments, "lr_decay_style", None) or "cosine"
     if way == "constant":

@@ -15,28 +15,39 @@ from megatron_commute.adapters.checkpoint_files import CheckpointError, load
 
 class Held(NamedTuple):
     """Of one model-parallel rank, by parameter name: parameters and second moments of Adam, bias-corrected (None where the
-    checkpoint has none), and whether weight decay acts; state: all else that its model states say.
+    checkpoint has none), and whether weight decay acts; state: all else that its model states say; coupled: whether weight
+    decay enters the gradient (torch.optim.Adam) instead of acting beside it.
     """
 
     parameters: dict
     moments: dict | None
     decays: dict
     state: dict
+    coupled: bool = False
 
 
-def held(files, rank):
-    """The Held of model-parallel rank `rank` of checkpoint_files.Files. Raises CheckpointError."""
+def held(files, rank, module=None):
+    """The Held of model-parallel rank `rank` of checkpoint_files.Files; module: {name: tensor} where its parameters lie in
+    files of their own (pipelines). Raises CheckpointError.
+    """
     own = {data: path for (data, model), path in files.optimizer.items() if model == rank}
     if files.shards:
         return _of_stage_3(files, rank, own)
     path = files.model[rank]
     state = load(path)
-    module = _plain(_expected(state, "module", path))
+    module = _plain(_expected(state, "module", path)) if module is None else module
     if own:
-        moments, decays = _of_fragments([load(own[data]) for data in sorted(own)], state, own[0])
+        shards = [load(own[data]) for data in sorted(own)]
+        moments, decays = _of_fragments(shards, state, own[0])
+        inner = shards[0]["optimizer_state_dict"]["base_optimizer_state"]
     else:
-        moments, decays = _of_whole(state.get("optimizer"), state, module)
-    return Held(module, moments, decays, state)
+        inner = state.get("optimizer") or {}
+        moments, decays = _of_whole(inner, module)
+    return Held(module, moments, decays, state, _coupled(inner))
+
+
+def _coupled(inner):
+    return any(group.get("decoupled_weight_decay") is False for group in inner.get("param_groups", []))
 
 
 def _plain(module, prefix=""):
@@ -116,7 +127,7 @@ def _joined(pieces, shapes, path):
     return found
 
 
-def _of_whole(optimizer, state, module):
+def _of_whole(optimizer, module):
     """(moments, decays) from an optimiser that is not sharded: its states in the order of its groups."""
     if not optimizer or not optimizer.get("state"):
         return None, {}
@@ -162,7 +173,7 @@ def _of_stage_3(files, rank, own):
         moments = _cut(corrected, shapes, path)
     for names, group in zip(shapes, groups[0][0], strict=False):
         decays |= {name: bool(group.get("weight_decay")) for name in names}
-    return Held(parameters, moments or None, decays, state)
+    return Held(parameters, moments or None, decays, state, _coupled({"param_groups": groups[0][0]}))
 
 
 def _at(groups, index, expected):

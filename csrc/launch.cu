@@ -58,7 +58,8 @@ cudaError_t norm_backward_with(NormBackward<T> x, float* const* to, cudaStream_t
     x.shared = sums + 4 * WARP_FLOATS <= MOST_SHARED;
     const int bytes = static_cast<int>(4 * WARP_FLOATS + (x.shared ? sums : 0));
 #if !defined(COMMUTE_SIMT)
-    const cudaError_t allowed = cudaFuncSetAttribute(norm_backward_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    const cudaError_t allowed =
+        cudaFuncSetAttribute(norm_backward_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (allowed != cudaSuccess) return allowed;
 #endif
     const cudaError_t status = COMMUTE_LAUNCH(norm_backward_kernel<T>, blocks, bytes, stream, x);
@@ -72,8 +73,12 @@ cudaError_t activation_with(DualActivations<T> x, int64_t kind, cudaStream_t str
     x.rows = x.gy != nullptr && x.sums != nullptr ? pieces(x.n, COLUMN_PIECES) : pieces(x.n * x.chunks, MOST_BLOCKS);
     const int64_t blocks = pieces(x.n, x.rows) * x.chunks;
     if (x.gy == nullptr) {
-        if (kind == DUAL_GELU_TANH) return COMMUTE_LAUNCH((activation_forward_kernel<T, DUAL_GELU_TANH>), blocks, 0, stream, x);
-        if (kind == DUAL_GELU_ERF) return COMMUTE_LAUNCH((activation_forward_kernel<T, DUAL_GELU_ERF>), blocks, 0, stream, x);
+        if (kind == DUAL_GELU_TANH) {
+            return COMMUTE_LAUNCH((activation_forward_kernel<T, DUAL_GELU_TANH>), blocks, 0, stream, x);
+        }
+        if (kind == DUAL_GELU_ERF) {
+            return COMMUTE_LAUNCH((activation_forward_kernel<T, DUAL_GELU_ERF>), blocks, 0, stream, x);
+        }
         return COMMUTE_LAUNCH((activation_forward_kernel<T, DUAL_SWIGLU>), blocks, 0, stream, x);
     }
     if (kind == DUAL_GELU_TANH) return COMMUTE_LAUNCH((activation_backward_kernel<T, DUAL_GELU_TANH>), blocks, 0, stream, x);
@@ -195,7 +200,8 @@ int gram(const int64_t* addresses, const int32_t* dtypes, const int64_t* sizes, 
         status = COMMUTE_LAUNCH(gram_kernel, blocks, static_cast<int>(bytes), stream, x);
     }
     if (status != cudaSuccess) return static_cast<int>(status);
-    return static_cast<int>(COMMUTE_LAUNCH(gram_sums_kernel, 16, 0, stream, scratch, to, GRAM_BLOCKS, static_cast<int>(count)));
+    status = COMMUTE_LAUNCH(gram_sums_kernel, 16, 0, stream, scratch, to, GRAM_BLOCKS, static_cast<int>(count));
+    return static_cast<int>(status);
 }
 
 #if !defined(COMMUTE_SIMT)

@@ -65,6 +65,15 @@ def test_gram_of_long_vectors(dtype, counts):
     assert ((own - reference.gram(x, x)).abs() <= limit * own.diag().max()).all()
 
 
+def test_gram_of_long_vectors_wherever_they_lie():
+    # rows are read where they are, at any place of a cache line, or from a buffer: the same bits
+    x, y = long_vectors(5, 0), long_vectors(4, 1)
+    moved = [[torch.cat([t.new_zeros(1 + k), t])[1 + k :] for t in row] for k, row in enumerate(x)]
+    ones = [torch.ones_like(t) for t in x[0]]
+    assert torch.equal(ops.gram(moved, y), ops.gram(x, y))
+    assert torch.equal(ops.gram(x, y, ones), ops.gram(x, y))
+
+
 def test_gram_does_not_depend_on_the_number_of_threads():
     x, y = long_vectors(3, 0), long_vectors(2, 1)
     before = torch.get_num_threads()

@@ -79,6 +79,7 @@ def read(folder, files):
         json.loads(commute) if isinstance(commute, str) else commute,
         f"Megatron-DeepSpeed, {described(files, len(ranks))}" + (", pipeline" if layers else ""),
         bool(flags.get("bias_gelu_fusion")) and not arguments.swiglu,
+        arguments.position_embedding_type == "rope",
     )
 
 

@@ -26,7 +26,8 @@ _ARCHITECTURE = (
 class Checkpoint(NamedTuple):
     """One checkpoint as a single process would hold it. iteration: optimiser steps done; arguments: flags under Megatron's
     names; parameters, moments: {name: f32 tensor} under megatron-core's (moments bias-corrected, or None); decays: {name:
-    bool}; commute: the plug-in's state, or None; ranks: what wrote it, in words; tanh: GELU by its tanh formula.
+    bool}; commute: the plug-in's state, or None; ranks: what wrote it, in words; tanh: GELU by its tanh formula; turned:
+    rotations by the cosines of the angles, as Megatron-DeepSpeed takes them.
     """
 
     folder: str
@@ -38,6 +39,7 @@ class Checkpoint(NamedTuple):
     commute: dict | None
     ranks: str
     tanh: bool = False
+    turned: bool = False
 
     @property
     def bytes(self):
@@ -122,6 +124,9 @@ class Standing:
             for module in self.module.modules():
                 if hasattr(module, "activation_func"):
                     module.activation_func = _gelu_by_tanh
+        if checkpoint.turned:
+            angles = self.module.rotary_pos_emb.forward
+            self.module.rotary_pos_emb.forward = lambda *given, **named: angles(*given, **named).cos()
         self.take(checkpoint)
 
     def take(self, checkpoint):

@@ -15,7 +15,9 @@ def pytest_collection_modifyitems(items):
         if HERE in item.path.parents and "scratch" in item.fixturenames:
             item.add_marker(pytest.mark.megatron_deepspeed)
             if "MEGATRON_DEEPSPEED" not in os.environ:
-                item.add_marker(pytest.mark.skip(reason="set MEGATRON_DEEPSPEED to a checkout of Megatron-DeepSpeed"))
+                item.add_marker(
+                    pytest.mark.skip(reason="set MEGATRON_DEEPSPEED to a checkout of Megatron-DeepSpeed")
+                )
 
 
 @pytest.fixture(scope="session")

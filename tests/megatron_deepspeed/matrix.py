@@ -152,7 +152,8 @@ def draws_as_logged(lines, drawn):
 def same(a, b, keys=("losses", "grad_norms", "valid", "model")):
     """Whether every rank of two runs saw the same numbers, to the last bit."""
     return all(
-        x is not None and y is not None and all(x[k] == y[k] for k in keys) for x, y in zip(a, b, strict=True)
+        x is not None and y is not None and all(x.get(k) == y.get(k) for k in keys)
+        for x, y in zip(a, b, strict=True)
     )
 
 
@@ -165,7 +166,7 @@ def survived(planned, seen, kind):
 def judge(name, planned, seen):
     """The row of one layout."""
     layout, act = layouts.LAYOUTS[name], record(planned["act"])
-    half = {key: [rank[key] for rank in seen["resumed"] if rank] for key in ("losses", "model")}
+    half = {key: [rank.get(key) for rank in seen["resumed"] if rank] for key in ("losses", "model")}
     whole = [rank for rank in seen["act"] if rank]
     return {
         "layout": name,

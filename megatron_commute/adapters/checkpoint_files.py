@@ -69,6 +69,8 @@ def series(paths):
     Raises CheckpointError for a path that is none and where two checkpoints have one iteration.
     """
     found = {}
+    if not paths:
+        raise CheckpointError("name a checkpoint (global_stepN), or the --save folder of a run")
     for path in map(Path, paths):
         if not path.is_dir():
             raise CheckpointError(
@@ -137,13 +139,13 @@ def load(path):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=_zipped(path))
     except Exception as fault:
         told = str(fault).strip()
-        if "Unsupported global" in told or ("WeightsUnpickler" in told and "GLOBAL" in told):
-            name = re.search(r"GLOBAL (\S+)", told)
+        if name := re.search(r"GLOBAL (\S+)", told):
             raise CheckpointError(
-                f"{path}: names {name[1] if name else 'a class'}, which is not among the harmless classes that are read; "
-                "save the checkpoint without it"
+                f"{path}: names {name[1]}, which is not among the harmless classes that are read; save the checkpoint "
+                "without it, or leave it out"
             ) from None
         first = told.splitlines()[0][:160] if told else type(fault).__name__
+        first = "it cannot be unpickled" if first.startswith("Weights only") else first
         raise CheckpointError(
             f"{path}: damaged or cut off ({first}); copy it again, or leave the checkpoint out"
         ) from None

@@ -201,32 +201,33 @@ def learning_rate(arguments, step):
 
 @contextlib.contextmanager
 def one_process():
-    """megatron-core's process groups for a single process, taken down at the end; as it is where they stand already."""
+    """megatron-core's process groups for a single process, taken down at the end; as it is where they stand already. The
+    hosts' warnings about their own defaults are silent meanwhile."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     for name in ("torch.utils.cpp_extension", "megatron.core"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    with megatron_core.quiet_import():
-        import deepspeed
-        from deepspeed.utils import logger
+    with megatron_core.quiet_import(), contextlib.ExitStack() as held:
         from megatron.core import parallel_state
-    logger.setLevel("ERROR")
-    if parallel_state.is_initialized():
+
+        if not parallel_state.is_initialized():
+            _start(parallel_state, held)
         yield
-        return
-    with tempfile.TemporaryDirectory() as folder:
+
+
+def _start(parallel_state, held):
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel("ERROR")
+    if not deepspeed.comm.is_initialized():
         compiled = deepspeed.ops.__compatible_ops__
         before = compiled.get("deepspeed_shm_comm")
         compiled["deepspeed_shm_comm"] = False  # or it is built first, which takes minutes
+        folder = held.enter_context(tempfile.TemporaryDirectory())
         where = {"init_method": f"file://{folder}/store", "rank": 0, "world_size": 1}
-        started = not deepspeed.comm.is_initialized()
-        if started:
-            deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False, **where)
+        deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False, **where)
         compiled["deepspeed_shm_comm"] = before
-        try:
-            megatron_core.initialise(1, 0)
-            yield
-        finally:
-            parallel_state.destroy_model_parallel()
-            if started:
-                deepspeed.comm.destroy_process_group()
+        held.callback(deepspeed.comm.destroy_process_group)
+    megatron_core.initialise(1, 0)
+    held.callback(parallel_state.destroy_model_parallel)

@@ -152,7 +152,7 @@ def draws_as_logged(lines, drawn):
 def same(a, b, keys=("losses", "grad_norms", "valid", "model")):
     """Whether every rank of two runs saw the same numbers, to the last bit."""
     return all(
-        x is not None and y is not None and all(x.get(k) == y.get(k) for k in keys)
+        x is not None and y is not None and all(k in x and x[k] == y.get(k) for k in keys)
         for x, y in zip(a, b, strict=True)
     )
 

@@ -242,7 +242,7 @@ def decide(law, situation):
         )
     s, last, ending = before_the_end(situation)
     wish = wished(law, s)
-    if ending:
+    if ending and not s.frozen:  # people's freeze outranks the end that was planned
         wish = wish._replace(weights=last, active=True, why="the end phase")
     low, high, relaxed = within(situation, s)
     asked = wish.weights

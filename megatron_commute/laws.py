@@ -132,8 +132,9 @@ def tilt(situation):
 def response(situation):
     """A step along the measured effects, short enough to be linear: w_k = shares_k (1 - TRUST z_k), |z| <= strength.
 
-    Effects inside their error bars count as zero. expected = scale * sum_k effect_k (w_k - shares_k) for each window of the
-    first half of what is left, the second half giving back; scale 1 while uncalibrated.
+    Effects inside their error bars count as zero. expected = scale * sum_k effect_k (w_k - shares_k), scale 1 while
+    uncalibrated: the window that was measured and no more. What the same step does in the windows after it was not measured,
+    so it is not claimed, and a gain below `gate` of the loss in one window does not begin anything.
     """
     s, shares = situation, shares_of(situation)
     if s.effect is None or s.effect_se is None:
@@ -150,7 +151,6 @@ def response(situation):
     wish /= wish.sum()
     moved = wish - shares
     scale = 1.0 if s.scale is None else s.scale
-    scale *= max(1.0, s.samples_left / (2 * s.window))
     expected = float(scale * moved[counts] @ s.effect[counts])
     error = float(abs(scale) * np.sqrt(moved[counts] ** 2 @ s.effect_se[counts] ** 2))
     why = f"{int(counts.sum())} of {len(counts)} measured effects outside their error bars"

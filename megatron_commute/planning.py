@@ -67,10 +67,13 @@ def pieces(model, times):
 
 def taylor(A, first, h, order, offset):
     """Terms [..., order, r] of a power series with x_0 = first and x_j = -h A x_(j-1) / (j + offset)."""
-    terms = [first]
+    terms = np.empty((*first.shape[:-1], order, first.shape[-1]))
+    terms[..., 0, :] = first
+    step = -h[..., None] * A
+    product = np.dot if A.ndim == 2 else times_vector  # dot has a third of matmul's overhead
     for j in range(1, order):
-        terms.append(times_vector(A, terms[-1]) * (-h / (j + offset)))
-    return np.stack(terms, -2)
+        terms[..., j, :] = product(step, terms[..., j - 1, :]) / (j + offset)
+    return terms
 
 
 def advance(model, w, times, parts, order, keep=False):

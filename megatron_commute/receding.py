@@ -1,12 +1,13 @@
 """A small quadratic model of K domains learned from recycled Hessian-vector products (RH-Nys).
 
-An orthonormal basis V grows by one direction a decision, and every direction is multiplied by the Hessian of each domain: K
-products a decision. On V the Hessians are then known (Galerkin); on the strongest part of what the products leave V into
-they are completed by Nystrom, which is exact on V and never negative. Vectors may be anything: all that is asked of them is
-an inner product and a linear combination, so the same lines serve numpy rows and lists of tensors of model size.
+An orthonormal basis V grows by directions that are multiplied by the Hessian of each domain, K products each, and by the
+steps of training themselves, along which exact gradients tell the products for nothing. On V the Hessians are then known
+(Galerkin); on the strongest part of what the products leave V into they are completed by Nystrom, which is exact on V and
+never negative. Vectors may be anything: all that is asked of them is an inner product and a linear combination, so the same
+lines serve numpy rows and lists of tensors of model size.
 
 Source of the completion: Nystrom approximation (Williams & Seeger 2001). Cost of one `add`: K products (by the caller) and
-(K + 1)^2 r inner products; memory: r (K + 1) vectors, or r with products=False, which leaves out the completion.
+(K + 1)^2 r inner products; memory: r (K + 1) vectors.
 """
 
 import dataclasses
@@ -18,10 +19,12 @@ from megatron_commute import planning
 
 WIDTH, COMPLETED = 24, 12  # most basis vectors; most coordinates of the completion
 SILENT = 1e-7  # relative noise below which products count as exact
+SMALL_STEP = 1e-5  # part of a step outside the basis from which its gradients tell products
 LEFT_OUT = 6  # newest basis vectors that the leaner model does without
 MOST_PIECES = 32  # of a plan: windows of equal length while they are few, then growing
-FIRST, NEXT = 60, 14  # rounds of descent: of the first plan, and of one that goes on from the last
+FIRST, NEXT = 240, 20  # rounds of descent: of the first plan, and of one that goes on from the last
 DISAGREEMENT = 0.25  # part of the disagreement with the leaner model that counts as an error
+OPTIMISM = 0.25  # part of what the leaner model's plan loses in the fuller one that counts as an error
 STEPS = (1.0, 0.7, 0.4, 0.2, 0.1)  # parts of the planned deviation that are weighed against each other
 DRAWS = 4  # models as they might have been measured, where the products carry noise
 
@@ -121,10 +124,8 @@ class Recycled:
         return vector
 
     def add(self, direction, products):
-        """Keep a unit direction orthogonal to the basis (from `direction`) and its K products; the oldest make room."""
-        if len(self.basis) == self.width:
-            self.basis, self.products = self.basis[1:], self.products[1:]
-            self._gram = self._gram[self.K + 1 :, self.K + 1 :]
+        """Keep a unit direction orthogonal to the basis (from `direction`) and its K products; beyond `width` the
+        combination of least curvature goes, since order matters by curvature alone."""
         new = [direction, *products]
         old = [vector for v, y in zip(self.basis, self.products, strict=True) for vector in (v, *y)]
         corner = self.dots(new, new)
@@ -132,6 +133,44 @@ class Recycled:
         self._gram = np.block([[self._gram, side], [side.T, corner]])
         self.basis.append(direction)
         self.products.append(list(products))
+        if len(self.basis) > self.width:
+            self._forget()
+
+    def _forget(self):
+        """Turn the basis (Householder) so that its last vector is the one of least curvature, and drop that."""
+        r, K = len(self.basis), self.K
+        gram = self._gram.reshape(r, K + 1, r, K + 1)
+        least = np.linalg.eigh(np.einsum("ikjk->ij", gram[:, 1:, :, 1:]))[1][:, 0]
+        axis = least * (-1.0 if least[-1] > 0 else 1.0)
+        axis[-1] -= 1.0
+        axis /= np.linalg.norm(axis)
+        columns = [self.basis, *([y[k] for y in self.products] for k in range(K))]
+        turned = []
+        for column in columns:
+            along = self.combine(axis, column)
+            turned.append(
+                [self.combine([1.0, -2 * a], [x, along]) for a, x in zip(axis[:-1], column, strict=False)]
+            )
+        self.basis, self.products = turned[0], [list(y) for y in zip(*turned[1:], strict=True)]
+        Q = (np.eye(r) - 2 * np.outer(axis, axis))[:, :-1]
+        gram = np.einsum("ia,ikjl,jb->akbl", Q, gram, Q, optimize=True)
+        self._gram = gram.reshape((r - 1) * (K + 1), (r - 1) * (K + 1))
+
+    def follow(self, step, changes):
+        """Learn from a step of training: H_k step is the `changes` of the gradients over it, K vectors (exactly on
+        quadratics). Costs no product; for gradients without noise only, since it divides by what is new of the step."""
+        along = self.dots(self.basis, [step])[:, 0] if self.basis else np.zeros(0)
+        length = float(self.dots([step], [step])[0, 0]) ** 0.5
+        outside = self.combine([1.0, *-along], [step, *self.basis])
+        size = float(self.dots([outside], [outside])[0, 0]) ** 0.5
+        if size <= SMALL_STEP * length:
+            return
+        known = zip(*self.products, strict=True) if self.products else ([] for _ in range(self.K))
+        products = [
+            self.combine([1 / size, *-along / size], [change, *old])
+            for change, old in zip(changes, known, strict=True)
+        ]
+        self.add(self.combine([1 / size], [outside]), products)
 
     def blocks(self, without=0):
         """(a f64[K, r, r] with a[k, i, j] = v_i . H_k v_j, products' Gram f64[K, r, K, r]); without: newest left out."""
@@ -244,29 +283,37 @@ def propose(model, times, sizes, rest, start=None, pace=None):
     sizes); start f64[..., M, K], pace: the last plan for the windows that remain. A plan chosen freely on a model with noise
     is chosen for its noise, and harms: there the only plan is the target's own mixture at the end (`target_last`), which has
     nothing to choose, and the spread of its gain over models as they might have been measured is an error. The step is the
-    part of the deviation from the shares with the largest gain minus two errors; the error takes a quarter of the
-    disagreement with the leaner model, which errs by more than the fuller one.
+    part of the deviation from the shares with the largest gain minus two errors. Where there is no noise the leaner model
+    tells two errors: how far it disagrees with the fuller one about the plan, and what its own best plan, chosen for its
+    faults, loses when the fuller one judges it; a quarter of each counts, since the fuller one errs by less.
     """
     shares = rest / rest.sum(-1, keepdims=True)
     base = np.repeat(shares[..., None, :], len(sizes), -2)
     begin = (
         base if start is None else planning.spread(np.maximum(0.98 * start + 0.02 * base, 1e-6), sizes, rest)
     )
-    rounds = FIRST if start is None else NEXT
-    plan, value, pace = planning.descend(model.full, begin, times, sizes, rest, rounds, pace)
+    noisy, noise = model.noisy, np.zeros(shares.shape[:-1])
+    plan, bias = begin, 0.0
     constant = planning.loss_change(model.full, base, times)
-    noisy, noise = model.noisy, np.zeros_like(value)
+    leaner = planning.loss_change(model.lean, base, times)
+    if not np.all(noisy):
+        rounds = FIRST if start is None else NEXT
+        plan, _, pace = planning.descend(model.full, begin, times, sizes, rest, rounds, pace)
+        chosen, value, _ = planning.descend(model.lean, begin, times, sizes, rest, rounds, pace)
+        bias = np.abs(leaner - value - constant + planning.loss_change(model.full, chosen, times))
     if np.any(noisy):
         safe = target_last(rest, sizes, model.full.target)
         again = model.draws(DRAWS)
         kept = planning.loss_change(again, base, times) - planning.loss_change(again, safe, times)
         noise = np.where(noisy, kept.std(0, ddof=1), 0.0)
         plan = np.where(noisy[..., None, None], safe, plan)
-    steps = np.reshape(STEPS, (-1,) + (1,) * value.ndim)
+    steps = np.reshape(STEPS, (-1,) + (1,) * noise.ndim)
     tried = base + steps[..., None, None] * (plan - base)
     gain = constant - planning.loss_change(model.full, tried, times)
-    other = planning.loss_change(model.lean, base, times) - planning.loss_change(model.lean, tried, times)
-    error = np.sqrt((DISAGREEMENT * (gain - other)) ** 2 + (steps * noise) ** 2)
+    other = leaner - planning.loss_change(model.lean, tried, times)
+    error = np.sqrt(
+        (DISAGREEMENT * (gain - other)) ** 2 + (OPTIMISM * steps * bias) ** 2 + (steps * noise) ** 2
+    )
     best = np.argmax(gain - 2 * error, 0)[None]
     mean, error = (np.take_along_axis(x, best, 0)[0] for x in (gain, error))
     wish = np.take_along_axis(tried[..., 0, :], best[..., None], 0)[0]

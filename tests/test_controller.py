@@ -353,3 +353,12 @@ def test_receding_has_the_properties_of_every_law(s):
         test_no_law_acts_inside_its_error,
     ):
         test.hypothesis.inner_test(s, "receding")
+
+
+def test_a_frozen_run_does_not_obey_its_end_phase():
+    """The last window lies in the end phase, which asks for other weights; without the freeze it gets them."""
+    given = {"score": (0, 0), "rate": 1.0, "progress": 0.9, "end_share": 0.5, "end_weights": (0.9, 0.1)}
+    given |= {"remaining": (np.nan, np.nan), "samples_left": 100}
+    assert decide("hold", situation((0.5, 0.5), **given)).weights == pytest.approx([0.9, 0.1])
+    frozen = decide("hold", situation((0.5, 0.5), frozen=True, **given))
+    assert frozen.weights is None and "frozen" in frozen.reason

@@ -110,7 +110,7 @@ def test_receding_keeps_its_plan_as_json_and_goes_on_from_it():
 
 
 def test_a_law_that_predicts_acts_only_above_its_error_and_above_the_gate():
-    """One effect of -1 nats per unit of weight: 0.1 of the weight moves, 0.1 * 1 * (half of 10 windows) = 0.5 expected."""
+    """One effect of -1 nats per unit of weight: 0.1 of the weight moves, so 0.1 + 0.1 is expected of the one window."""
     given = {
         "effect": (-1.0, 1.0),
         "effect_se": (0.01, 0.01),
@@ -121,9 +121,8 @@ def test_a_law_that_predicts_acts_only_above_its_error_and_above_the_gate():
     }
     decision = decide("response", situation((0.5, 0.5), **given))
     np.testing.assert_allclose(decision.weights, [0.6, 0.4])
-    assert decision.expected == pytest.approx(-1.0) and decision.expected_se == pytest.approx(
-        0.01 * np.hypot(0.5, 0.5)
-    )
+    assert decision.expected == pytest.approx(-0.2)
+    assert decision.expected_se == pytest.approx(0.01 * np.hypot(0.1, 0.1))
     below = decide("response", situation((0.5, 0.5), **given | {"gate": 0.4}))
     assert below.weights is None and "below 0.4 of the loss" in below.reason
     acting = decide("response", situation((0.5, 0.5), **given | {"gate": 0.4, "memory": decision.memory}))

@@ -1,7 +1,7 @@
 """What decisions are worth: every law on random quadratics with exact flows, against the best schedule of each problem.
 
     python tests/bench/decisions.py --jobs 2   # base cells and one axis at a time
-    python tests/bench/decisions.py --quick    # three seeds, two flow times, two noise levels, for CI
+    python tests/bench/decisions.py --quick    # two seeds, two flow times, two noise levels, for CI
     python tests/bench/decisions.py --all      # every axis at every noise level
     python tests/bench/decisions.py --laws tilt receding --axes base --times 1 4 --noise 0 --seeds 10 --out /tmp
 
@@ -16,7 +16,6 @@ import argparse
 import csv
 import itertools
 import multiprocessing
-import os
 import sys
 import time as clock
 from pathlib import Path
@@ -35,11 +34,8 @@ from megatron_commute.receding import Recycled
 HERE = Path(__file__).resolve().parent
 LAWS = ("proportional", "tau-tail", "tilt", "odm", "response", "receding")
 NOISE = (0.0, 0.1, 0.3, 1.0)
-START, GRAIN, SWING = (
-    12,
-    1000,
-    0.2,
-)  # directions at the first decision; samples a window; amplitude of measured responses
+START = 24  # directions at the first decision; then one at every second, so at most K + 1 products a decision on average
+GRAIN, SWING = 1000, 0.2  # samples a window; amplitude of measured responses
 FIELDS = (
     "axis",
     "time",
@@ -85,7 +81,10 @@ class Run:
             return self._effects(w, left) | {"loss": float(self.target @ losses)}
         if law == "receding":
             seen, error = self.noisy(gradients)
-            for _ in range(START if left == WINDOWS else 1):
+            if not self.noise and left < WINDOWS:
+                self.recycled.follow(self.theta - self.before[0], list(gradients - self.before[1]))
+            self.before = self.theta, gradients
+            for _ in range(START if left == WINDOWS else left % 2):
                 direction = self.recycled.direction(list(seen), w)
                 if direction is not None:
                     self.recycled.add(direction, list(self.noisy(self.domains.A @ direction)[0]))
@@ -106,18 +105,18 @@ class Run:
         return {"score": np.mean(found, 0), "score_se": error, "dof": 3}
 
     def _effects(self, w, left):
-        """Paired rollouts: SWING of a weight out for a window and back for one, read after a common tail of two."""
-        tail, effect = 2, np.zeros(self.K)
-        if left < 2 + tail:
+        """Paired rollouts: SWING of a weight out for a window and back for one, read after a common tail to the end."""
+        tail, effect = left - 2, np.zeros(self.K)
+        if tail < 1:
             return {"effect": None}
+        rest = self.domains.flow(w)
         for k in range(self.K):
             out = np.eye(self.K)[k] - w
             size = SWING * w[k]
+            flows = [self.domains.flow(w + sign * size * out) for sign in (1, -1)]
             ends = []
-            for sign in (1, -1):
-                theta = self.theta
-                for v in (w + sign * size * out, w - sign * size * out, *[w] * tail):
-                    theta = self.domains.flow(v)(theta, self.h)
+            for first, second in (flows, flows[::-1]):
+                theta = rest(second(first(self.theta, self.h), self.h), tail * self.h)
                 ends.append(float(self.target @ self.domains.losses(theta)))
             effect[k] = (ends[0] - ends[1]) / (2 * size)
         effect -= w @ effect
@@ -173,12 +172,21 @@ def measured(task):
 
 
 def study(wanted, laws, seeds, jobs):
-    """The rows of all cells and laws, in `jobs` processes."""
+    """The rows of all cells and laws as they are done, in `jobs` processes."""
     tasks = [(cell, law, seeds) for cell in wanted for law in laws]
     if jobs == 1:
-        return [measured(task) for task in tasks]
+        yield from map(measured, tasks)
+        return
     with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-        return pool.map(measured, tasks, chunksize=1)
+        yield from pool.imap(measured, tasks)
+
+
+def write(path, rows):
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        writer.writeheader()
+        lines = ({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+        writer.writerows(lines)
 
 
 def table(rows, laws):
@@ -210,29 +218,33 @@ def draw(rows, laws, path):
     )
     for (i, budgets), (j, level) in itertools.product(enumerate(BUDGETS), enumerate(levels)):
         panel = panels[i][j]
-        for law in laws:
-            mine = [
-                r
-                for r in rows
-                if (r["axis"], r["budgets"], r["noise"], r["law"]) == ("base", budgets, level, law)
-            ]
-            middle = np.clip([r["share_median"] for r in mine], -100, 105)
-            worst = np.clip([r["share_worst"] for r in mine], -100, 105)
+        for place, law in enumerate(laws):
+            key = ("base", budgets, level, law)
+            mine = [r for r in rows if (r["axis"], r["budgets"], r["noise"], r["law"]) == key]
+            middle, worst = (
+                np.clip([r[f"share_{name}"] for r in mine], -100, 105) for name in ("median", "worst")
+            )
+            aside = 1.09 ** (place - (len(laws) - 1) / 2)  # so that bars stand side by side
             panel.errorbar(
-                [r["time"] for r in mine],
+                [r["time"] * aside for r in mine],
                 middle,
                 [middle - worst, 0 * middle],
                 marker="o",
+                markersize=4,
+                linewidth=1,
                 capsize=2,
                 label=law,
             )
         panel.axhline(0, color="grey", linewidth=0.8)
         panel.set(xscale="log", title=f"{budgets} budgets, noise {level:g}", ylim=(-105, 110))
+        times = sorted({r["time"] for r in rows})
+        panel.set_xticks(times, [f"{time:g}" for time in times], minor=False)
+        panel.minorticks_off()
         panel.set_xlabel("flow time (learning rate x steps)")
     for row in panels:
         row[0].set_ylabel("share of the attainable gain, %\nmedian, bar to the worst seed, cut at -100")
-    panels[0][-1].legend(fontsize=7)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="lower center", ncols=len(laws), fontsize=9)
     figure.savefig(path, dpi=110, metadata={"Software": None})
     pyplot.close(figure)
 
@@ -262,16 +274,11 @@ def main():
             *cells(["base"], asked.times, NOISE),
             *cells(others, asked.times, NOISE if asked.all else (0.0, 0.3)),
         ]
-    os.nice(10)
-    rows = study(wanted, asked.laws, asked.seeds, asked.jobs)
     asked.out.mkdir(parents=True, exist_ok=True)
-    name = "decisions_quick" if asked.quick else "decisions"
-    with open(asked.out / f"{name}.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(
-            {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows
-        )
+    name, rows = "decisions_quick" if asked.quick else "decisions", []
+    for row in study(wanted, asked.laws, asked.seeds, asked.jobs):
+        rows.append(row)
+        write(asked.out / f"{name}.csv", rows)  # at every row: a study that is stopped keeps what it measured
     draw(rows, asked.laws, asked.out / f"{name}.png")
     print(table(rows, asked.laws))
     print(f"{clock.perf_counter() - started:.0f} s, {asked.seeds} seeds, {WINDOWS} decisions a run")

@@ -63,9 +63,13 @@ def recommend(config, plan, run, fresh, probes):
         known = _Plan(plan, budgets)
         seen = control.situation(config, known, stream, left, window, found, progress)
         decision = controller.decide(LAW, seen)
+        weights = stream.weights if decision.weights is None else decision.weights
         if decision.weights is not None:
-            stream.schedule(decision.weights, line["sample"])
-            points.append([line["sample"], np.asarray(decision.weights).tolist()])
+            stream.schedule(weights, line["sample"])
+        if not np.allclose(weights, points[-1][1] if points else planned.weights, atol=1e-9):
+            points.append(
+                [line["sample"], np.asarray(weights).tolist()]
+            )  # a used-up budget moves weights too
     told = _effect(planned, points, within, plan, batch)
     return {"law": LAW, "points": [[0, np.asarray(planned.weights).tolist()], *points], **told}
 

@@ -1,0 +1,227 @@
+"""analyze: the live probe's numbers, resumption, bad input at the command line, and what is recommended."""
+
+import hashlib
+import json
+import shutil
+import types
+from pathlib import Path
+
+import jobs
+import numpy as np
+import pytest
+import ranks
+import test_checkpoints
+from click.testing import CliRunner
+
+from megatron_commute import bracket, checkpoints, cli, config, record, schedule
+from megatron_commute.adapters import checkpoint_advice as advice
+from megatron_commute.mixture import Mixture
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A run on one rank with probes at steps 4 and 8 and checkpoints at 4, 8 and 10."""
+    path = tmp_path_factory.mktemp("analyze")
+    test_checkpoints.prepare(path)
+    ranks.run(jobs.train, 1, [test_checkpoints.flags(path, "run", 1)], timeout=200)
+    return path
+
+
+def call(*words):
+    found = CliRunner().invoke(cli.main, ["analyze", *map(str, words)])
+    assert found.exit_code in (0, 2), found.output
+    return found
+
+
+def probes(run):
+    return {line["step"]: line for line in record.read(run) if line["event"] == "probe"}
+
+
+@pytest.fixture(scope="module")
+def done(folder):
+    """The command on the whole run: (its output, the folder that it filled, whether a file of the run changed)."""
+    before = digests(folder / "run")
+    found = call(folder / "run", "--data", folder / "mixture.yaml", "--out", folder / "out")
+    assert found.exit_code == 0, found.output
+    return found.output, folder / "out", digests(folder / "run") == before
+
+
+def digests(run):
+    return {
+        str(path): (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns)
+        for path in sorted(run.rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_the_numbers_are_those_of_the_live_probes(folder, done):
+    live, later = probes(folder / "run"), probes(done[1])
+    assert sorted(live) == [4, 8] and sorted(later) == [4, 8, 10]
+    for step, line in live.items():
+        scale = np.abs(line["M"]).max()
+        for key in ("P", "M", "P_se", "gap_se"):
+            assert np.abs(np.array(line[key]) - later[step][key]).max() <= 1e-4 * scale, key
+        np.testing.assert_allclose(
+            later[step]["score"], line["score"], atol=1e-4 * np.abs(line["score"]).max()
+        )
+        for key in ("windows", "lr", "decay", "weights", "sample"):
+            assert later[step][key] == line[key]
+
+
+def test_everything_is_there_and_no_checkpoint_was_touched(done):
+    output, out, untouched = done
+    assert untouched
+    for name in ("commute.jsonl", "report.html", "analysis.csv", "schedule.csv"):
+        assert (out / name).stat().st_size > 0 and str(out / name) in output
+    assert "memory: about" in output and "not known" in output and "the criterion is local" in output
+    assert "predicted change" in output
+
+
+def test_a_killed_analysis_goes_on_and_ends_in_the_same_record(folder, done, tmp_path):
+    whole = (done[1] / "commute.jsonl").read_bytes().splitlines(keepends=True)
+    first = next(i for i, line in enumerate(whole) if json.loads(line)["event"] == "probe") + 1
+    for cut in (whole[first][:30], whole[first] + whole[first + 1][:50]):
+        out = tmp_path / f"out{len(cut)}"
+        out.mkdir()
+        (out / "commute.jsonl").write_bytes(b"".join(whole[:first]) + cut)
+        found = call(folder / "run", "--data", folder / "mixture.yaml", "--out", out)
+        assert found.exit_code == 0 and "1 checkpoints are in" in found.output
+        assert without_timing(out) == without_timing(done[1])
+
+
+def without_timing(run):
+    return [{key: value for key, value in line.items() if key != "timing"} for line in record.read(run)]
+
+
+def test_checkpoints_that_come_later_are_put_in_order(folder, done, tmp_path):
+    for steps in ((8, 10), (4, 8, 10)):
+        places = [folder / "run" / f"global_step{step}" for step in steps]
+        assert call(*places, "--data", folder / "mixture.yaml", "--out", tmp_path).exit_code == 0
+    assert without_timing(tmp_path) == without_timing(done[1])
+
+
+def test_a_damaged_checkpoint_of_a_series_is_left_out_and_told(folder, tmp_path):
+    run = Path(shutil.copytree(folder / "run", tmp_path / "run"))
+    shard = run / "global_step8" / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    shard.write_bytes(shard.read_bytes()[:1000])
+    found = call(run, "--data", folder / "mixture.yaml", "--out", tmp_path / "out", "--json")
+    told = json.loads(found.stdout)
+    assert found.exit_code == 0 and [row["step"] for row in told["checkpoints"]] == [4, 10]
+    assert "global_step8" in told["left_out"][0]["checkpoint"] and "damaged" in told["left_out"][0]["reason"]
+
+
+def test_bad_input_ends_with_status_2_and_the_cure(folder, done, tmp_path):
+    step, data = folder / "run" / "global_step4", folder / "mixture.yaml"
+    other = tmp_path / "other.yaml"
+    other.write_text(data.read_text().replace("english:", "danish:"))
+    long = {"--out": tmp_path / "x", "--data": data}
+    cases = [
+        ({**long, "--data": other}, "the run's own mixture file"),
+        ({**long, "--samples": 7}, "write 8"),
+        ({**long, "--samples": 4096}, "or less"),
+        ({**long, "--target": "danish=1"}, "no such domain"),
+        ({**long, "--target": "english"}, "NAME=SHARE"),
+        ({**long, "--out": folder / "run"}, "record of a run"),
+        ({**long, "--out": step}, "another folder"),
+        ({**long, "--out": done[1], "--metric": "identity"}, "other settings"),
+        ({**long, "--train-iters": 5}, "budgets sum"),
+    ]
+    for options, cure in cases:
+        found = call(step, *(word for pair in options.items() for word in pair))
+        assert found.exit_code == 2 and cure in found.output, (cure, found.output)
+    found = call("--data", data, "--out", tmp_path / "x")
+    assert found.exit_code == 2 and "name a checkpoint" in found.output
+
+
+def test_data_of_another_vocabulary_is_refused(folder, tmp_path):
+    for path in folder.glob("*_train.*"):
+        shutil.copy(path, tmp_path)
+    mixture = tmp_path / "mixture.yaml"
+    mixture.write_text((folder / "mixture.yaml").read_text().replace(str(folder), str(tmp_path)))
+    raw = np.fromfile(tmp_path / "code_train.bin", dtype=np.uint16)
+    (raw + 1000).astype(np.uint16).tofile(tmp_path / "code_train.bin")
+    words = (folder / "run" / "global_step4", "--data", mixture, "--out", tmp_path / "out")
+    found = call(*words)
+    assert found.exit_code == 2 and "outside the vocabulary of 256" in found.output
+    (tmp_path / "code_train.json").write_text('{"tokenizer": "abc", "vocab_size": 512}')
+    found = call(*words)
+    assert found.exit_code == 2 and "vocabulary of 512" in found.output
+
+
+def test_each_target_is_reported_and_none_is_scheduled_for(folder, tmp_path):
+    place = (folder / "run" / "global_step4", "--data", folder / "mixture.yaml", "--out", tmp_path)
+    told = json.loads(call(*place, "--target", "each", "--json").stdout)
+    assert [one["target"] for one in told["checkpoints"][0]["targets"]] == list(jobs.DOMAINS)
+    assert "several targets" in told["recommendation"]["reason"]
+
+
+def a_plan(samples=800):
+    budgets = (samples // 2, samples // 2)
+    zeros, half = np.zeros(2), np.full(2, 0.5)
+    return types.SimpleNamespace(
+        names=("a", "b"), weights=half, budgets=budgets, targets=half[None], minimum=zeros, maximum=1 - zeros,
+        samples=samples, shares=half, schedule=(),
+    )  # fmt: skip
+
+
+def a_line(sample, score, error, steps=50, rate=1e-2):
+    gap = [[0.0, 2 * error], [2 * error, 0.0]]
+    return {
+        "sample": sample, "score": [score, -score], "score_se": [error, error], "gap_se": gap, "weights": [0.5, 0.5],
+        "windows": [steps * rate, steps * rate], "window_steps": steps,
+    }  # fmt: skip
+
+
+def test_the_predicted_effect_of_one_transfer_is_the_brackets(tmp_path):
+    """Two windows of 50 steps, a constant score: dL = delta e^2 (s_a - s_b), the one formula of bracket.py."""
+    plan, lines = a_plan(), [a_line(0, 3.0, 0.1), a_line(400, 3.0, 0.1)]
+    planned = Mixture(plan.weights, plan.budgets, samples=plan.samples)
+    delta = -0.2  # a gets less first
+    points = [[0, [0.5 + delta, 0.5 - delta]], [400, [0.5 - delta, 0.5 + delta]]]
+    told = advice._effect(planned, points, lines, plan, batch=8)
+    expected = bracket.predicted_excess_loss(6.0, delta, 50 * 1e-2)
+    assert told["expected"] == pytest.approx(expected, rel=1e-6) and told["served"] == [400, 400]
+    # half of the area lies in each window, errors 2 * 0.1 of the gap, independent
+    assert told["expected_se"] == pytest.approx(abs(delta) * 0.25 * 0.2 / np.sqrt(2), rel=1e-6)
+
+
+def test_what_is_recommended_keeps_budgets_and_takes_early_what_should_not_wait():
+    plan = a_plan()
+    law = config.Controller(floors=(0.0, 0.0), caps=(1.0, 1.0), rate=0.2)
+    settings = types.SimpleNamespace(controller=law, probe=config.Probe(splits=4))
+    run = types.SimpleNamespace(global_batch=8)
+    fresh = Mixture(plan.weights, plan.budgets, samples=plan.samples)
+    lines = [a_line(at, 3.0, 0.1, steps=25) for at in (200, 400, 600)]
+    told = advice.recommend(settings, plan, run, fresh, lines)
+    assert told["served"] == [400, 400] and told["points"][1][0] == 200
+    assert told["points"][1][1][0] < 0.5 and told["points"][-1][1][0] > 0.5
+    assert told["expected"] < -3 * told["expected_se"] < 0
+    asked = [(at, np.array(weights)) for at, weights in told["points"]]
+    schedule.refuse_impossible(
+        plan.weights, asked, plan.names, plan.budgets, plan.samples, plan.minimum, plan.maximum
+    )
+    unsure = advice.recommend(settings, plan, run, fresh, [a_line(at, 3.0, 9.0) for at in (200, 400, 600)])
+    assert len(unsure["points"]) == 1 and unsure["expected"] == 0
+
+
+def test_the_pairs_told_improvable_name_the_earlier_one_first():
+    plan, line = a_plan(), a_line(200, 3.0, 0.1)
+    assert advice.improvable(line, plan, 4, 0.95) == [[["b", "a"]]]  # score of a above zero: delay it
+    assert advice.improvable(a_line(200, 3.0, 5.0), plan, 4, 0.95) == [[]]
+
+
+def test_worth_counts_what_was_measured_and_says_when_nothing_was():
+    assert "not known" in advice.worth([], ("adam", "local"))
+    judged = {
+        "event": "calibration", "effect": [1.0, -1.0], "effect_se": [0.01, 0.01], "effect_dof": 20, "weights": [0.4, 0.6],
+        "signals": {"P adam/local": [2.0, -2.0], "last gains": [-1.0, 1.0]},
+    }  # fmt: skip
+    told = advice.worth([judged] * 8, ("adam", "local"))
+    assert (
+        "8 of 8" in told and "earned trust" in told and "0 of 8" in told and "the criterion is local" in told
+    )
+
+
+def test_a_run_without_the_plug_in_draws_what_a_live_probe_would(folder):
+    assert [checkpoints.first_number(None, step, 4) for step in (1, 4, 5, 8, 12)] == [0, 0, 1, 1, 2]
+    assert checkpoints.first_number({"probes": 7}, 4, 4) == 7

@@ -265,7 +265,11 @@ class _Work:
         if found.commute is not None:
             if list(found.commute["ledger"]["names"]) != list(setting.plan.names):
                 raise CheckpointError(f"{folder}: its run has other domains; analyse one run at a time")
-            return np.asarray(Mixture.from_state(found.commute["mixture"]).weights, dtype=np.float64)
+            weights = np.asarray(Mixture.from_state(found.commute["mixture"]).weights, dtype=np.float64)
+            if not weights.sum() > 0:  # the run has ended, every budget is used up: those it was to end on
+                weights = np.array(found.commute["mixture"]["wish"], dtype=np.float64)
+                weights = weights / weights.sum()
+            return weights
         if sample > setting.plan.samples:
             raise CheckpointError(
                 f"{folder}: stands at sample {sample}, the run is said to end at {setting.plan.samples}; write --train-iters"

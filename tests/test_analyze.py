@@ -57,6 +57,9 @@ def digests(run):
 def test_the_numbers_are_those_of_the_live_probes(folder, done):
     live, later = probes(folder / "run"), probes(done[1])
     assert sorted(live) == [4, 8] and sorted(later) == [4, 8, 10]
+    last = later[10]  # of a run that has ended, all budgets used up
+    assert sum(last["weights"]) == pytest.approx(1)
+    assert np.dot(last["weights"], last["score"]) == pytest.approx(0, abs=1e-9 * np.abs(last["score"]).max())
     for step, line in live.items():
         scale = np.abs(line["M"]).max()
         for key in ("P", "M", "P_se", "gap_se"):

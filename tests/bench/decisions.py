@@ -242,7 +242,10 @@ def draw(rows, laws, path):
         panel.minorticks_off()
         panel.set_xlabel("flow time (learning rate x steps)")
     for row in panels:
-        row[0].set_ylabel("share of the attainable gain, %\nmedian, bar to the worst seed, cut at -100")
+        row[0].set_ylabel("share of the gain, %")
+    figure.suptitle(
+        "Part of the attainable gain: median over seeds, bars to the worst, cut at -100 %", fontsize=11
+    )
     figure.tight_layout(rect=(0, 0.05, 1, 1))
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="lower center", ncols=len(laws), fontsize=9)
     figure.savefig(path, dpi=110, metadata={"Software": None})

@@ -1,6 +1,7 @@
 """Directions of the bracket against training itself: the end of a window differs by what the adjoint says."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -103,7 +104,7 @@ def test_on_convex_losses_the_adjoint_only_shrinks():
     end, window = train(losses, [torch.zeros(5, dtype=torch.float64)], "sgd", [(0.5, 0.5)] * 60, keep=True)
     lengths = direction.adjoint(losses[0], end, window).lengths
     assert len(lengths) == 60
-    assert all(before <= after * (1 + 1e-9) for before, after in zip(lengths, lengths[1:], strict=False))
+    assert all(before <= after * (1 + 1e-9) for before, after in itertools.pairwise(lengths))
     assert lengths[0] < 0.1 * lengths[-1]
 
 

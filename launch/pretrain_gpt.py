@@ -300,7 +300,7 @@ def run(args, world, rank, plugin, valid, checkpoint):
     import deepspeed
     import torch
 
-    from megatron_commute.adapters import restart
+    from megatron_commute.adapters import megatron_core, restart
 
     if shutil.which(os.environ.get("CXX") or "c++") is None:
         # DeepSpeed would die building its CPU operator; gloo does the work
@@ -310,7 +310,7 @@ def run(args, world, rank, plugin, valid, checkpoint):
         with contextlib.redirect_stdout(sys.stderr):
             backend = "nccl" if torch.cuda.is_available() else "gloo"
             deepspeed.init_distributed(backend, timeout=datetime.timedelta(minutes=limit))
-        restart.initialise(args.tensor_model_parallel_size, args.seed, limit)
+        megatron_core.initialise(args.tensor_model_parallel_size, args.seed, limit)
         engine = build_engine(args, world // args.tensor_model_parallel_size, checkpoint.universal)
         train(args, engine, plugin, valid, checkpoint)
 

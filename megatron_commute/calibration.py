@@ -43,6 +43,13 @@ class Calibration(NamedTuple):
         return self.n >= ENOUGH and self.low is not None and self.low > 0.5
 
 
+def student(dof, confidence=CONFIDENCE):
+    """Student's two-sided quantile: standard errors that a value must exceed to differ from zero with `confidence`."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(dof, 0.5 + confidence / 2))
+
+
 def wilson(hits, n, confidence=CONFIDENCE):
     """Wilson's score interval (low, high) of a rate seen as `hits` of `n` > 0 (Wilson 1927)."""
     from scipy.special import ndtri
@@ -78,10 +85,8 @@ def compare(told, measured, se, dof, weights, confidence=CONFIDENCE):
     Only what differs from zero with `confidence` is judged. Relative to the mixture one of K effects follows from the
     others: that of the heaviest domain is left out. Log ratios: ln(measured / told) of the hits.
     """
-    from scipy.special import stdtrit
-
     told, measured, se = (np.asarray(a, dtype=np.float64) for a in (told, measured, se))
-    sure = np.abs(measured) > stdtrit(dof, 0.5 + confidence / 2) * se
+    sure = np.abs(measured) > student(dof, confidence) * se
     sure[int(np.argmax(weights))] = False
     silent = sure & (np.abs(told) <= 1e-12 * max(1e-300, np.abs(told).max(initial=0.0)))
     hit = sure & ~silent & (np.sign(told) == np.sign(measured))
@@ -124,8 +129,6 @@ def judged(entry):
 
 def scale_of(logs, confidence=CONFIDENCE):
     """(scale, low, high, dex) of log ratios f64[n]: geometric mean with Student's interval on the logarithms."""
-    from scipy.special import stdtrit
-
     if not logs:
         return None, None, None, None
     logs = np.asarray(logs, dtype=np.float64)
@@ -133,7 +136,7 @@ def scale_of(logs, confidence=CONFIDENCE):
     if len(logs) < 2:
         return scale, None, None, None
     spread = float(logs.std(ddof=1))
-    half = float(stdtrit(len(logs) - 1, 0.5 + confidence / 2)) * spread / math.sqrt(len(logs))
+    half = student(len(logs) - 1, confidence) * spread / math.sqrt(len(logs))
     return scale, scale * math.exp(-half), scale * math.exp(half), spread / math.log(10)
 
 

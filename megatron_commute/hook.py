@@ -64,7 +64,7 @@ class Hook:
             *(lambda event, **fields: self._write(event, **fields), say, self._timed, self._leave_word),
         )
         self.probe_seconds, self.started, self.step_started = 0.0, time.monotonic(), None
-        self.step_seconds = []
+        self.step_seconds, self.step_time = [], None
 
     def _work_in(self, memory):
         """Choose how probes work and deal their splits to ranks; memory: a wish of probe.memory."""
@@ -156,7 +156,7 @@ class Hook:
             weights=self._named(self.weights),
             fingerprint=f"{self.account.fingerprint:016x}",
             timing={
-                "step_seconds": float(np.median(self.step_seconds)) if self.step_seconds else None,
+                "step_seconds": self._step_time(),
                 "probe_seconds": self.probe_seconds,
                 "seconds": time.monotonic() - self.started,
             },
@@ -270,14 +270,19 @@ class Hook:
         if self.off:
             self.say(f"PROBING IS OFF for the rest of this run: {self.failures} probes failed in a row")
 
+    def _step_time(self):
+        """Median seconds of a step since the last loss line; of the steps before it where none has been taken since."""
+        if self.step_seconds:
+            self.step_time = float(np.median(self.step_seconds))
+        return self.step_time
+
     def _timed(self, begun):
         spent = time.monotonic() - begun
         self.probe_seconds += spent
         trained = time.monotonic() - self.started - self.probe_seconds
-        step = float(np.median(self.step_seconds)) if self.step_seconds else None
         return {
             "probe_seconds": spent,
-            "step_seconds": step,
+            "step_seconds": self._step_time(),
             "overhead": self.probe_seconds / trained if trained > 0 else None,
         }
 

@@ -9,6 +9,7 @@ reads the state of a megatron GPTModel (all tensor-parallel shards of it) into t
 import math
 import re
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -240,3 +241,16 @@ def gpt_from_megatron(states, heads, gelu="none"):
     model = GPT(vocabulary, width, heads, layers, state["positions"].shape[0], gelu).double()
     model.load_state_dict(state)
     return model
+
+
+def sequences(part, domain, numbers, vocabulary, length):
+    """i64[n, length + 1] of a domain: what follows a token is a fixed permutation of its own, most of the time."""
+    rows = []
+    for number in numbers:
+        rng = np.random.default_rng([domain, int(number), part == "direction"])
+        follows = np.random.default_rng(domain).permutation(vocabulary)
+        row = rng.integers(vocabulary, size=length + 1)
+        for i in range(length):
+            row[i + 1] = follows[row[i]] if rng.random() < 0.7 else row[i + 1]
+        rows.append(row)
+    return torch.from_numpy(np.array(rows))

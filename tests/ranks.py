@@ -6,6 +6,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
+import signal
 import socket
 import sys
 import tempfile
@@ -111,3 +112,21 @@ def _rank(sender, rank, world_size, port, folder, timeout, task):
     sender.send_bytes(answer)
     sys.stdout.flush()
     os._exit(0)  # a rank that failed must not wait for its peers in a destructor
+
+
+def ended(started, timeout):
+    """(exit status, output) of processes that lead groups of their own, [(process, its output file)]; timeout: seconds for
+    each. Groups that are left are killed whole."""
+    try:
+        for process, _ in started:
+            process.wait(timeout=timeout)
+        told = []
+        for process, output in started:
+            output.seek(0)
+            told.append((process.returncode, output.read()))
+        return told
+    finally:
+        for process, output in started:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            output.close()

@@ -5,6 +5,7 @@ import types
 import warnings
 
 import numpy as np
+import oracles
 import torch
 
 VOCABULARY, LENGTH, WIDTH, BLOCKS = 24, 7, 12, 2
@@ -102,16 +103,7 @@ def loss(module, tokens):
 
 
 def draw(part, domain, numbers):
-    """Sequences of a domain: what follows a token is a fixed permutation of its own, most of the time."""
-    rows = []
-    for number in numbers:
-        rng = np.random.default_rng([domain, int(number), part == "direction"])
-        follows = np.random.default_rng(domain).permutation(VOCABULARY)
-        row = rng.integers(VOCABULARY, size=LENGTH + 1)
-        for i in range(LENGTH):
-            row[i + 1] = follows[row[i]] if rng.random() < 0.7 else row[i + 1]
-        rows.append(row)
-    return torch.from_numpy(np.array(rows))
+    return oracles.sequences(part, domain, numbers, VOCABULARY, LENGTH)
 
 
 def settings(method="difference", metric="identity", memory="full", samples=6, splits=2):
@@ -177,3 +169,23 @@ def zero3_engine(ranks, bf16=False):
         module = Stack()
     made = config(ranks, stage=3, bf16=bf16)
     return deepspeed.initialize(model=module, optimizer=optimizer(module), config=made)[0]
+
+
+def faulty(kind, rank, calls):
+    """Block.forward with a fault of `kind` on rank 1 at the sixth of its `calls` (an itertools.count)."""
+    forward = Block.forward
+
+    def failing(self, inputs):
+        x, mask = forward(self, inputs)
+        if next(calls) == 5 and rank == 1:
+            if kind == "forward":
+                raise KeyError("a bug in a layer")
+            if kind == "memory":
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            if kind == "nan":
+                x = x * float("nan")
+            if kind == "backward":
+                x.register_hook(lambda slope: 1 / 0)
+        return x, mask
+
+    return failing

@@ -52,7 +52,7 @@ def flags(data, mixture, run, *more):
 def nodes(path, argv, dies=""):
     """(exit status, output) of both nodes; each is a process group of its own. Killed as a whole when time runs out."""
     surroundings = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    port, started, ended = str(ranks.free_port()), [], []
+    port, started = str(ranks.free_port()), []
     for number in "01":
         command = ["bash", SCRIPT, "--hostfile", path / "hosts", "--node-rank", number, "--master-addr"]
         command += ["127.0.0.1", "--master-port", port, "--", path / "trainer.py", *argv]
@@ -64,17 +64,7 @@ def nodes(path, argv, dies=""):
             ),
             output,
         ))  # fmt: skip
-    try:
-        for node, output in started:
-            status = node.wait(timeout=400)
-            output.seek(0)
-            ended.append((status, output.read()))
-    finally:
-        for node, output in started:
-            if node.poll() is None:
-                os.killpg(node.pid, signal.SIGKILL)
-            output.close()
-    return ended
+    return ranks.ended(started, 400)
 
 
 def test_a_node_dies_and_the_restart_loses_no_sample_and_repeats_none(folder):

@@ -117,19 +117,6 @@ def faults(rank, engine):
     for kind in (*REASONS, "none"):
         calls = itertools.count()
 
-        def faulty(self, inputs, kind=kind, calls=calls):
-            x, mask = forward(self, inputs)
-            if next(calls) == 5 and rank == 1:
-                if kind == "forward":
-                    raise KeyError("a bug in a layer")
-                if kind == "memory":
-                    raise torch.OutOfMemoryError("CUDA out of memory")
-                if kind == "nan":
-                    x = x * float("nan")
-                if kind == "backward":
-                    x.register_hook(lambda slope: 1 / 0)
-            return x, mask
-
         def draw(part, domain, numbers, kind=kind):
             if kind == "data" and rank == 1 and (part, domain) == ("gradient", 2):
                 raise ValueError("token 99 is outside the vocabulary")
@@ -141,7 +128,7 @@ def faults(rank, engine):
             slot.number -= 3 * (kind == "order" and self.engine.global_rank == 1)
 
         before, limit = state(engine), 0.0 if kind == "late" and rank == 1 else 1e9
-        stacks.Block.forward, pipeline._Run.send_forward = faulty, swapped
+        stacks.Block.forward, pipeline._Run.send_forward = stacks.faulty(kind, rank, calls), swapped
         try:
             found = probed(engine, draw=draw, limit=limit)
             told[kind] = ["measured", bool(np.isfinite(found.P).all())]

@@ -33,16 +33,7 @@ def mean_loss(module, tokens):
 
 
 def text(part, domain, numbers):
-    """Sequences of a domain: what follows a token is a fixed permutation of its own, most of the time."""
-    rows = []
-    for number in numbers:
-        rng = np.random.default_rng([domain, int(number), part == "direction"])
-        follows = np.random.default_rng(domain).permutation(VOCABULARY)
-        row = rng.integers(VOCABULARY, size=LENGTH + 1)
-        for i in range(LENGTH):
-            row[i + 1] = follows[row[i]] if rng.random() < 0.7 else row[i + 1]
-        rows.append(row)
-    return torch.from_numpy(np.array(rows))
+    return oracles.sequences(part, domain, numbers, VOCABULARY, LENGTH)
 
 
 def moments(module):

@@ -17,20 +17,13 @@ LOCAL = (
 )
 
 
-def quantile(splits, confidence):
-    """Of Student's distribution: standard errors of `splits` replicates that a value must exceed."""
-    from scipy.special import stdtrit
-
-    return float(stdtrit(splits - 1, 0.5 + confidence / 2))
-
-
 def improvable(line, plan, splits, confidence):
     """Corollary 3.2(b) at a probe line, by target: [[[earlier, later], ...], ...] names of the pairs whose order the
     measurement says to change, beyond its error; empty lists where the weights pass as locally optimal.
     """
     score, gap_se = (np.array(line[key], dtype=np.float64) for key in ("score", "gap_se"))
     score, gap_se = np.atleast_2d(score), gap_se.reshape(-1, *gap_se.shape[-2:])
-    error = quantile(splits, confidence) * np.where(np.isfinite(gap_se), gap_se, np.inf)
+    error = calibration.student(splits - 1, confidence) * np.where(np.isfinite(gap_se), gap_se, np.inf)
     found = [
         bracket.improvable(s, np.array(line["weights"]), e, plan.minimum, plan.maximum)
         for s, e in zip(score, error, strict=True)

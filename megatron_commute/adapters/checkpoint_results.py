@@ -4,13 +4,12 @@ import csv
 
 import numpy as np
 
-from megatron_commute import bracket
-from megatron_commute.adapters import checkpoint_advice as advice
+from megatron_commute import bracket, calibration
 
 
 def summary(line, names, splits, confidence):
     """One checkpoint as a row: step, sample, scores by target and domain, brackets beyond their error, verdict."""
-    q = advice.quantile(splits, confidence)
+    q = calibration.student(splits - 1, confidence)
     one = np.ndim(line["s"]) == 1
     rows = []
     for t, target in enumerate(["the mixture"] if one else names):

@@ -36,13 +36,18 @@ def on_cpu():
     random.CudaRNGStatesTracker.fork = lambda self, name=None: contextlib.nullcontext()
 
 
-def initialise(tensor_parallel, seed):
-    """Set up megatron-core's process groups and random states; torch.distributed is initialised already."""
+def initialise(tensor_parallel, seed, minutes=30):
+    """Set up megatron-core's process groups and random states; torch.distributed is initialised already.
+
+    minutes: how long a collective of these groups waits for a rank that is gone or stuck.
+    """
     on_cpu()
     with quiet_import():
         from megatron.core import parallel_state
 
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_parallel)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor_parallel, distributed_timeout_minutes=minutes
+    )
     seed_dropout(seed)
 
 

@@ -46,19 +46,6 @@ class Choice(NamedTuple):
     universal: bool
 
 
-def initialise(tensor_parallel, seed, minutes):
-    """megatron_core.initialise with groups whose collectives wait `minutes` at most for a rank that is gone or stuck."""
-    from megatron_commute.adapters import megatron_core
-
-    megatron_core.on_cpu()
-    with megatron_core.quiet_import():
-        from megatron.core import parallel_state
-
-    sizes = {"tensor_model_parallel_size": tensor_parallel, "distributed_timeout_minutes": minutes}
-    parallel_state.initialize_model_parallel(**sizes)
-    megatron_core.seed_dropout(seed)
-
-
 @contextlib.contextmanager
 def explained(rank, ranks, folder):
     """A collective that fails because another rank is gone ends with a message that says so and what to do.

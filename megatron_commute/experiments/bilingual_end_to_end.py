@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from megatron_commute import controller, probe, reduce
+from megatron_commute import calibration, controller, lockin, probe, reduce
 from megatron_commute.adapters import torch_loop
 from megatron_commute.experiments import bilingual_cells as cells
 from megatron_commute.experiments import bilingual_figures as figures
@@ -197,10 +197,10 @@ class Decider:
         for k, name in enumerate(DOMAINS):
             read = np.array([losses[name] for losses in self.readings])[1:]
             # a half period with more of the low-resource domain that follows one with less: that order's effect
-            effects = np.array(self.signs[1:-1]) * (2 * read[1:-1] - read[:-2] - read[2:]) / 4
+            effects = np.array(self.signs[1:-1]) * lockin.second_differences(read[:, None])[:, 0]
             mean, error = tables.mean_and_error(effects)
             error *= 1.5
-            worst = (mean + tables.student(max(len(effects) - 1, 1), 0.9) * error) / step
+            worst = (mean + calibration.student(max(len(effects) - 1, 1), 0.9) * error) / step
             self.notes.append({"domain": name, "effect": mean, "error": error})
             if k == LOW and not worst < 0:
                 reasons.append("the gain of the low-resource domain is inside its error")
@@ -217,7 +217,7 @@ def _with_low(share):
 
 def summary(found, size):
     """One row for each rate, schedule and loss: change against the constant mixture, 95 % interval over paired seeds."""
-    rows, spread = [], tables.student(size.seeds - 1) / math.sqrt(size.seeds)
+    rows, spread = [], calibration.student(size.seeds - 1) / math.sqrt(size.seeds)
     for rate in SETTINGS:
         for schedule in SCHEDULES:
             pairs = [

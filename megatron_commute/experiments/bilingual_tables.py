@@ -5,6 +5,8 @@ import math
 
 import numpy as np
 
+from megatron_commute import calibration, lockin
+
 KINDS = ("trained", "untrained", "mixture")
 
 
@@ -36,13 +38,6 @@ def mean_and_error(values):
     return float(values.mean()), float(error)
 
 
-def student(dof, confidence=0.95):
-    """Two-sided quantile."""
-    from scipy.special import stdtrit
-
-    return float(stdtrit(dof, 0.5 + confidence / 2))
-
-
 def wave_effect(cell, target, settings):
     """Lock-in: half difference of the orders demodulated from the readings after the blocks, and its standard error.
 
@@ -50,21 +45,11 @@ def wave_effect(cell, target, settings):
     """
     read = np.array([loss_of(x, target, settings, cell["weights"]) for x in cell["readings"]])[1:]
     signs = np.array(cell["signs"], dtype=np.float64)
-    inner = signs[1:-1] * (2 * read[1:-1] - read[:-2] - read[2:]) / 4
+    inner = signs[1:-1] * lockin.second_differences(read[:, None])[:, 0]
     mean, error = (
         mean_and_error(inner) if len(inner) else (float(signs[-1] * (read[-1] - read[0]) / 2), math.nan)
     )
     return mean, 1.5 * error
-
-
-def wilson(hits, count, z=1.96):
-    """95 % interval of a share (Wilson 1927)."""
-    if not count:
-        return math.nan, math.nan
-    share, spread = hits / count, z * z / count
-    middle = (share + spread / 2) / (1 + spread)
-    half = z * math.sqrt(share * (1 - share) / count + spread / (4 * count)) / (1 + spread)
-    return middle - half, middle + half
 
 
 def signal_rows(found, settings, size, run, weights):
@@ -126,7 +111,7 @@ SIGNALS = (
 
 
 def significant(row):
-    return row["seeds"] > 1 and abs(row["truth"]) > student(row["seeds"] - 1) * row["truth_se"]
+    return row["seeds"] > 1 and abs(row["truth"]) > calibration.student(row["seeds"] - 1) * row["truth_se"]
 
 
 def judged(rows, signal, kind):
@@ -138,7 +123,7 @@ def judged(rows, signal, kind):
     usable = [r for r in rows if r["kind"] == kind and r.get(signal) is not None]
     cells = [r for r in usable if significant(r)]
     hits = sum(r[signal] * r["truth"] > 0 for r in cells)
-    low, high = wilson(hits, len(cells))
+    low, high = calibration.wilson(hits, len(cells)) if cells else (math.nan, math.nan)
     errors = []
     for r in cells:
         peers = [

@@ -57,35 +57,47 @@ def _row(seed, problem, theta0, budgets):
     return row | {"switches": len(turns), "allowed": allowed, "allowed_local": allowed_local}
 
 
+def constrained(objective, start, totals, iterations, tolerance):
+    """scipy's SLSQP result for weights f64[M, K] in [0, 1] whose rows sum to 1 and whose columns sum to `totals` f64[K].
+
+    objective: weights -> (value, slope f64[M, K]), of a size near 100; start: f64[M, K]. Dense in M * K.
+    """
+    from scipy.optimize import minimize
+
+    M, K = start.shape
+    matrix = np.vstack([np.kron(np.eye(M), np.ones(K)), np.kron(np.ones(M), np.eye(K))[:-1]])
+    sums = np.concatenate([np.ones(M), totals[:-1]])
+
+    def flat_objective(flat):
+        value, slope = objective(flat.reshape(M, K))
+        return float(value), slope.ravel()
+
+    return minimize(
+        flat_objective,
+        start.ravel(),
+        jac=True,
+        method="SLSQP",
+        bounds=[(0, 1)] * start.size,
+        constraints={"type": "eq", "fun": lambda flat: matrix @ flat - sums, "jac": lambda flat: matrix},
+        options={"maxiter": iterations, "ftol": tolerance},
+    )
+
+
 def search(problem, theta0, budgets, time, steps, target, iterations=500):
     """A schedule f64[steps, K] within the budgets whose end no small change lowers, and its final loss.
 
     Sequential quadratic programming (scipy's SLSQP) on the exact gradient, from the constant mixture: a local
     optimum. Dense in steps * K, so for up to a few hundred weights. RuntimeError where it does not converge.
     """
-    from scipy.optimize import minimize
-
     K = len(budgets)
-    rows, columns = np.kron(np.eye(steps), np.ones(K)), np.kron(np.ones(steps), np.eye(K))[:-1]
-    matrix = np.vstack([rows, columns])
-    totals = np.concatenate([np.ones(steps), budgets[:-1] * steps])
     start = np.tile(budgets, (steps, 1))
     scale = 100 / gradient(problem, theta0, start, time, target)[0]
 
-    def objective(flat):
-        loss, slope = gradient(problem, theta0, flat.reshape(steps, K), time, target)
-        return scale * loss, scale * slope.ravel()
+    def objective(weights):
+        loss, slope = gradient(problem, theta0, weights, time, target)
+        return scale * loss, scale * slope
 
-    within = {"type": "eq", "fun": lambda flat: matrix @ flat - totals, "jac": lambda flat: matrix}
-    found = minimize(
-        objective,
-        start.ravel(),
-        jac=True,
-        method="SLSQP",
-        bounds=[(0, 1)] * start.size,
-        constraints=within,
-        options={"maxiter": iterations, "ftol": 1e-13},
-    )
+    found = constrained(objective, start, budgets * steps, iterations, 1e-13)
     if not found.success:
         raise RuntimeError(
             f"search stopped after {found.nit} iterations ({found.message}): raise `iterations`"

@@ -16,6 +16,7 @@ import numpy as np
 
 from megatron_commute import planning
 from megatron_commute.experiments.quadratic_domains import sample
+from megatron_commute.experiments.quadratic_search import constrained
 
 HERE = Path(__file__).resolve().parent
 CACHE = HERE / "decisions_optima.csv"
@@ -63,8 +64,6 @@ def tau_tail(budget, target, windows=WINDOWS):
 
 def best(model, times, budget, starts, rounds=60):
     """(lowest change of the target loss, its schedule f64[M, K])."""
-    from scipy.optimize import minimize
-
     M, K = starts[0].shape
     sizes, rest = np.ones(M), budget * M
     begun = []
@@ -73,26 +72,13 @@ def best(model, times, budget, starts, rounds=60):
         w, value, _ = planning.descend(model, w, times, sizes, rest, rounds)
         begun.append((float(value), w))
     value, w = min(begun, key=lambda found: found[0])
-    rows = np.kron(np.eye(M), np.ones(K))
-    matrix = np.vstack([rows, np.kron(np.ones(M), np.eye(K))[:-1]])
-    totals = np.concatenate([np.ones(M), rest[:-1]])
     scale = 100 / abs(value)
 
-    def objective(flat):
-        change, slope = planning.loss_gradient(model, flat.reshape(M, K), times)
-        return scale * float(change), scale * slope.ravel()
+    def objective(weights):
+        change, slope = planning.loss_gradient(model, weights, times)
+        return scale * change, scale * slope
 
-    within = {"type": "eq", "fun": lambda flat: matrix @ flat - totals, "jac": lambda flat: matrix}
-    options = {"maxiter": 300 if w.size < 200 else 60, "ftol": 1e-9}
-    found = minimize(
-        objective,
-        w.ravel(),
-        jac=True,
-        method="SLSQP",
-        bounds=[(0, 1)] * w.size,
-        constraints=within,
-        options=options,
-    )
+    found = constrained(objective, w, rest, 300 if w.size < 200 else 60, 1e-9)
     exact = planning.spread(np.clip(found.x.reshape(M, K), 1e-12, 1.0), sizes, rest, 1)
     return min((value, w), (float(planning.loss_change(model, exact, times)), exact), key=lambda f: f[0])
 

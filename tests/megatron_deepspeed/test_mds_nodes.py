@@ -27,7 +27,7 @@ def surroundings(tree, dies=""):
 def nodes(folder, tree, argv, dies=""):
     """(exit status, output) of both nodes; each is a process group of its own. Killed as a whole when time runs out."""
     (folder / "hosts").write_text("node-0 slots=2\nnode-1 slots=2\n")
-    port, started, ended = str(ranks.free_port()), [], []
+    port, started = str(ranks.free_port()), []
     for number in "01":
         command = ["bash", SCRIPT, "--hostfile", folder / "hosts", "--node-rank", number, "--master-addr"]
         command += ["127.0.0.1", "--master-port", port, "--", matrix.HERE / "launched.py", *argv]
@@ -38,18 +38,10 @@ def nodes(folder, tree, argv, dies=""):
         )  # fmt: skip
         started.append((node, output))
     try:
-        for node, output in started:
-            status = node.wait(timeout=300)
-            output.seek(0)
-            ended.append((status, output.read()))
+        return ranks.ended(started, 300)
     finally:
-        for node, output in started:
-            if node.poll() is None:
-                os.killpg(node.pid, signal.SIGKILL)
-            output.close()
         for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
             left.unlink()
-    return ended
 
 
 @pytest.mark.parametrize("name", ["pp2-dp2", "tp2-dp2"])

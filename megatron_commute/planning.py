@@ -10,6 +10,8 @@ Method: receding-horizon control with the flow's own adjoint (Pontryagin), budge
 
 import dataclasses
 import functools
+import itertools
+from typing import NamedTuple
 
 import numpy as np
 
@@ -39,10 +41,31 @@ class Quadratic:
         """The largest curvature of any domain in the whole batch."""
         return float(np.abs(np.linalg.eigvalsh(self.H)).max()) if self.H.size else 0.0
 
+    @functools.cached_property
+    def generators(self):
+        """G f64[..., K, r + 1, r + 1]: under weights w, (d, 1)' = -sum_k w_k G_k (d, 1)."""
+        G = np.zeros((*self.g.shape[:-1], self.g.shape[-1] + 1, self.g.shape[-1] + 1))
+        G[..., :-1, :-1], G[..., :-1, -1] = self.H, self.g
+        return G
+
     def change(self, d):
         """Target loss at d f64[..., r] minus that at 0, in the units of the losses."""
         slope, curvature = self.of_target
         return ((slope + 0.5 * times_vector(curvature, d)) * d).sum(-1)
+
+
+class Path(NamedTuple):
+    """A flow as `forward` leaves it for `backward`; N: substeps of all segments together.
+
+    steps f64[..., M, r + 1, r + 1]: -h G of a substep, h f64[..., M] its length; parts i64[M]: substeps of every segment;
+    order: Taylor terms; inside f64[..., N, 4, r + 1]: (d, 1) at the nodes and at the end of every substep.
+    """
+
+    steps: np.ndarray
+    h: np.ndarray
+    parts: np.ndarray
+    order: int
+    inside: np.ndarray
 
 
 def times_vector(A, x):
@@ -65,58 +88,65 @@ def pieces(model, times):
     return parts, next(order for limit, order in ORDERS if reach <= limit * (1 + 1e-9))
 
 
-def taylor(A, first, h, order, offset):
-    """Terms [..., order, r] of a power series with x_0 = first and x_j = -h A x_(j-1) / (j + offset)."""
-    terms = np.empty((*first.shape[:-1], order, first.shape[-1]))
-    terms[..., 0, :] = first
-    step = -h[..., None] * A
-    product = np.dot if A.ndim == 2 else times_vector  # dot has a third of matmul's overhead
-    for j in range(1, order):
-        terms[..., j, :] = product(step, terms[..., j - 1, :]) / (j + offset)
-    return terms
+def march(steps, parts, first, nodes, terms):
+    """exp(node S) x f64[..., N, nodes, r] within every substep, S f64[r, r] of steps[..., M, r, r] applied parts[m] times.
+
+    first f64[..., r]: x at the start; nodes f64[4], the last one 1: there the next substep begins; terms: of the series.
+    Nearly all time of a plan is spent in the inner products here, so their rows are laid out once.
+    """
+    powers = nodes[:, None] ** np.arange(terms) / np.cumprod(np.maximum(np.arange(terms), 1.0))
+    row = np.empty((terms, first.shape[-1]))
+    pairs, dot, found = list(itertools.pairwise(row)), np.dot, []
+    for x, segments in zip(
+        first.reshape(-1, first.shape[-1]), steps.reshape(-1, *steps.shape[-3:]), strict=True
+    ):
+        row[0] = x
+        for S, count in zip(segments, parts, strict=True):
+            for _ in range(count):
+                for before, after in pairs:
+                    dot(S, before, after)
+                found.append(dot(powers, row))
+                row[0] = found[-1][-1]
+    return np.reshape(found, (*steps.shape[:-3], -1, *found[0].shape))
 
 
-def advance(model, w, times, parts, order, keep=False):
-    """(displacement f64[..., r] after all segments under w f64[..., M, K], displacements inside every substep if kept)."""
-    A, c = weighted(w, model.H), np.matmul(w, model.g)
-    d, inside = np.zeros(c.shape[:-2] + c.shape[-1:]), []
-    powers = np.append(NODES, 1.0)[:, None] ** np.arange(1, order + 1)
-    for m in range(w.shape[-2]):
-        h = times[..., m, None] / parts[m]
-        for _ in range(parts[m]):
-            terms = taylor(
-                A[..., m, :, :], -h * (c[..., m, :] + times_vector(A[..., m, :, :], d)), h, order, 1
-            )
-            if keep:
-                at = d[..., None, :] + np.matmul(powers, terms)
-                inside.append(at[..., :3, :])
-                d = at[..., 3, :]
-            else:
-                d = d + terms.sum(-2)
-    return d, inside
+def forward(model, w, times):
+    """(change f64[...] of the target loss from now to the end under w f64[..., M, K], its Path)."""
+    parts, order = pieces(model, times)
+    h = times / parts
+    steps = -h[..., None, None] * weighted(w, model.generators)
+    start = np.zeros((*steps.shape[:-3], steps.shape[-1]))
+    start[..., -1] = 1.0
+    inside = march(steps, parts, start, np.append(NODES, 1.0), order + 1)
+    return model.change(inside[..., -1, -1, :-1]), Path(steps, h, parts, order, inside)
+
+
+def backward(model, path):
+    """Gradient f64[..., M, K] of the change of the target loss, by the exact adjoint of the flow along `path`."""
+    slope, curvature = model.of_target
+    end, inside = path.inside[..., -1, -1, :-1], path.inside[..., :-1, :]
+    last = np.zeros(path.inside[..., -1, -1, :].shape)
+    last[..., :-1] = slope + times_vector(curvature, end)
+    transposed = path.steps[..., ::-1, :, :].swapaxes(-1, -2)
+    back = march(transposed, path.parts[::-1], last, np.append(1 - NODES, 1.0), path.order)
+    back = back[..., ::-1, :-1, :]
+    *batch, N, nodes, r = back.shape
+    pulled = np.matmul(back.reshape(*batch, 1, N * nodes, r), model.generators)
+    slopes = (pulled * inside.reshape(*batch, 1, N * nodes, r)).sum(-1)
+    slopes = slopes.reshape(*slopes.shape[:-1], N, nodes) @ NODE_WEIGHTS
+    slopes = np.add.reduceat(slopes, np.cumsum(path.parts) - path.parts, -1)
+    return -path.h[..., None] * slopes.swapaxes(-1, -2)
 
 
 def loss_change(model, w, times):
     """Change f64[...] of the target loss from now to the end under w f64[..., M, K]."""
-    return model.change(advance(model, w, times, *pieces(model, times))[0])
+    return forward(model, w, times)[0]
 
 
 def loss_gradient(model, w, times):
     """(change of the target loss f64[...], its gradient f64[..., M, K] by the exact adjoint) under w f64[..., M, K]."""
-    parts, order = pieces(model, times)
-    d, inside = advance(model, w, times, parts, order, keep=True)
-    slope, curvature = model.of_target
-    adjoint = slope + times_vector(curvature, d)
-    A, gradient = weighted(w, model.H), np.zeros(w.shape)
-    powers = (1 - np.append(NODES, 0.0))[:, None] ** np.arange(order)
-    for m in range(w.shape[-2] - 1, -1, -1):
-        h = times[..., m, None] / parts[m]
-        for _ in range(parts[m]):
-            back = np.matmul(powers, taylor(A[..., m, :, :], adjoint, h, order, 0))
-            adjoint = back[..., 3, :]
-            slopes = model.g[..., :, None, :] + np.matmul(inside.pop()[..., None, :, :], model.H)
-            gradient[..., m, :] -= h * ((slopes * back[..., None, :3, :]).sum(-1) @ NODE_WEIGHTS)
-    return model.change(d), gradient
+    change, path = forward(model, w, times)
+    return change, backward(model, path)
 
 
 def spread(w, sizes, rest, rounds=12):
@@ -126,9 +156,12 @@ def spread(w, sizes, rest, rounds=12):
     The rounding (Altschuler, Weed & Rigollet 2017, algorithm 2) matters: scaling alone converges slowly near pure segments,
     and a plan that overdraws a budget by little already promises a gain that is not there.
     """
+    row = np.ones(w.shape[:-1])
     for _ in range(rounds):
-        w = w * (rest / np.maximum(np.matmul(sizes, w), 1e-300))[..., None, :]
-        w = w / np.maximum(w.sum(-1, keepdims=True), 1e-300)
+        column = rest / np.maximum(np.matmul((sizes * row)[..., None, :], w)[..., 0, :], 1e-300)
+        row = 1 / np.maximum(times_vector(w, column), 1e-300)
+    if rounds:
+        w = row[..., None] * w * column[..., None, :]
     w = w * np.minimum(rest / np.maximum(np.matmul(sizes, w), 1e-300), 1.0)[..., None, :]
     owed = np.maximum(rest - np.matmul(sizes, w), 0.0)
     lacking = np.maximum(1.0 - w.sum(-1), 0.0)
@@ -147,14 +180,16 @@ def descend(model, w, times, sizes, rest, rounds, pace=None):
     scale = sizes[:, None]  # the gradient per sample, so that segments of any length move alike
     for _ in range(rounds):
         slope = gradient / scale
-        slope = slope - np.average(slope, axis=-2, weights=sizes)[..., None, :]
+        slope = slope - (np.matmul(sizes, slope) / sizes.sum())[..., None, :]
         slope = slope - (slope * w).sum(-1, keepdims=True)
         largest = np.abs(slope).max((-1, -2), keepdims=True) + 1e-300
         step = np.exp(-pace[..., None, None] * slope / largest)
         tried = spread(np.maximum(w, SMALLEST) * step, sizes, rest)
-        found, slopes = loss_gradient(model, tried, times)
+        found, path = forward(model, tried, times)
         better = found < value
-        w, gradient = (np.where(better[..., None, None], a, b) for a, b in ((tried, w), (slopes, gradient)))
-        value = np.where(better, found, value)
+        if better.any():
+            keep = better[..., None, None]
+            w, gradient = np.where(keep, tried, w), np.where(keep, backward(model, path), gradient)
+            value = np.where(better, found, value)
         pace = np.clip(np.where(better, pace * 1.4, pace * 0.4), 1e-5, 50.0)
     return w, value, pace

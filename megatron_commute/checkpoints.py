@@ -46,7 +46,8 @@ def analyze(paths, data, out, wanted=None, say=print, bar=None):
     unless there is no other.
     """
     wanted, out = wanted or Asked(), Path(out)
-    todo = series(paths)
+    extra = extra_flags(wanted)
+    todo = series(paths, extra.get("iteration", 0))
     for _, folder in todo:
         if folder.resolve() in (out.resolve(), *out.resolve().parents):
             raise CheckpointError(f"--out {out}: lies in a checkpoint; name another folder")
@@ -54,7 +55,6 @@ def analyze(paths, data, out, wanted=None, say=print, bar=None):
     log = record.Record(out / record.NAME)
     lines = _reopen(log)
     left_out = []
-    extra = extra_flags(wanted)
     with checkpoint_model.one_process():
         first, asked_for = _first(todo, data, wanted, extra, left_out, say)
         work = _Work(first, asked_for, log, say)
@@ -86,6 +86,8 @@ def _reopen(log):
         raise CheckpointError(
             f"--out {log.path.parent}: holds the record of a run, which is not overwritten; name another folder"
         )
+    if len(kept) == 1:  # nothing was measured, so other settings may follow
+        kept.pop()
     log.rewind(len(kept))
     return kept
 
@@ -191,7 +193,8 @@ class _Work:
         self.standing.take(found)
         if self.settings.metric == "adam" and self.standing.moments is None:
             raise CheckpointError(
-                f"{folder}: holds no second moments of Adam; write --metric identity, or copy the optimiser states too"
+                f"{folder}: holds no second moments of Adam, or in an unknown order; write --metric identity, or copy the "
+                "optimiser states too"
             )
         return self.standing.checkpoint
 

@@ -6,6 +6,7 @@ stand-ins are made, so that nothing of a checkpoint is executed and DeepSpeed ne
 
 import argparse
 import contextlib
+import json
 import re
 import warnings
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-_STEP = re.compile(r"(?:global_step|iter_)(\d+)")
+_STEP = re.compile(r"(?:global_step|iter_|checkpoint-)(\d+)")
 _OPTIMIZER = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 _MODEL = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 _SHARD = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt")
@@ -63,14 +64,15 @@ _NUMPY = [
 ]
 
 
-def series(paths):
-    """[(iteration, folder)] of every checkpoint below `paths`, sorted: checkpoint folders, or --save folders of many.
+def series(paths, unnamed=0):
+    """[(iteration, folder)] of every checkpoint below `paths`, sorted: checkpoint folders, --save folders of many, or model
+    folders of Hugging Face, which are of iteration `unnamed` where nothing says theirs.
 
     Raises CheckpointError for a path that is none and where two checkpoints have one iteration.
     """
     found = {}
     if not paths:
-        raise CheckpointError("name a checkpoint (global_stepN), or the --save folder of a run")
+        raise CheckpointError("name a checkpoint (global_stepN, checkpoint-N), or the --save folder of a run")
     for path in map(Path, paths):
         if not path.is_dir():
             raise CheckpointError(
@@ -79,9 +81,12 @@ def series(paths):
         inside = [path] if _step(path) is not None else [p for p in path.iterdir() if p.is_dir()]
         steps = {folder: _step(folder) for folder in inside}
         chosen = {folder: step for folder, step in steps.items() if step is not None}
+        if not chosen and hugging_face(path):
+            chosen = {path: iteration(path, unnamed)}
         if not chosen:
             raise CheckpointError(
-                f"{path}: holds no checkpoint (global_stepN); name the --save folder of a run, and save with --save-interval"
+                f"{path}: holds no checkpoint (global_stepN, checkpoint-N); name the --save folder of a run, and save with "
+                "--save-interval"
             )
         for folder, step in chosen.items():
             other = found.setdefault(step, folder)
@@ -95,6 +100,30 @@ def series(paths):
 def _step(folder):
     match = _STEP.fullmatch(folder.resolve().name)
     return int(match[1]) if match else None
+
+
+def hugging_face(folder):
+    """Whether a folder is of Hugging Face's libraries: the configuration of a model or of an adapter lies in it."""
+    return any(Path(folder, name).is_file() for name in ("config.json", "adapter_config.json"))
+
+
+def iteration(folder, unnamed=0):
+    """Steps that a folder of Hugging Face says by its name, else in trainer_state.json; `unnamed` where neither does."""
+    named, state = _step(Path(folder)), Path(folder, "trainer_state.json")
+    if named is not None or not state.is_file():
+        return unnamed if named is None else named
+    return read_json(state).get("global_step", unnamed)
+
+
+def read_json(path):
+    """The object in a JSON file. Raises CheckpointError for a damaged one."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("it is no object")
+    except (OSError, ValueError) as fault:
+        raise CheckpointError(f"{path}: damaged ({fault}); copy it again") from None
+    return found
 
 
 def files(folder):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from megatron_commute.adapters import checkpoint_zero, megatron_core, torch_loop
-from megatron_commute.adapters.checkpoint_files import CheckpointError, files
+from megatron_commute.adapters.checkpoint_files import CheckpointError, files, hugging_face
 from megatron_commute.adapters.checkpoint_parallel import merged
 
 # what gpt_model asks of its flags
@@ -20,6 +20,11 @@ _ARCHITECTURE = (
     "num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "seq_length", "max_position_embeddings",
     "init_method_std", "normalization", "swiglu", "group_query_attention", "num_query_groups", "position_embedding_type",
     "untie_embeddings_and_output_weights", "disable_bias_linear",
+)  # fmt: skip
+# what it asks of them if they are there
+_FINER = (
+    "norm_epsilon", "kv_channels", "rotary_base", "rotary_seq_len_interpolation_factor", "use_rope_scaling",
+    "rope_scaling_factor",
 )  # fmt: skip
 
 
@@ -49,10 +54,15 @@ class Checkpoint(NamedTuple):
 
 
 def read(folder, extra=None):
-    """The Checkpoint in a folder that DeepSpeed wrote. extra: {flag: value} that count where the checkpoint says nothing.
+    """The Checkpoint in a folder that DeepSpeed or Hugging Face's libraries wrote. extra: {flag: value} that count where the
+    checkpoint says nothing.
 
     Raises CheckpointError for what is damaged, partial or of an unknown kind.
     """
+    if hugging_face(folder):
+        from megatron_commute.adapters import checkpoint_hugging_face
+
+        return checkpoint_hugging_face.read(folder, extra)
     found = files(folder)
     if found.layers or not _is_ours(found):
         from megatron_commute.adapters import checkpoint_megatron_deepspeed
@@ -100,7 +110,8 @@ def described(found, model):
 
 def architecture(checkpoint):
     """What must be equal in a series, {flag: value}."""
-    return {name: getattr(checkpoint.arguments, name) for name in _ARCHITECTURE}
+    exact = {name: getattr(checkpoint.arguments, name) for name in _ARCHITECTURE}
+    return {**exact, **{name: getattr(checkpoint.arguments, name, None) for name in _FINER}}
 
 
 class Standing:
@@ -123,7 +134,7 @@ class Standing:
         if checkpoint.tanh:
             for module in self.module.modules():
                 if hasattr(module, "activation_func"):
-                    module.activation_func = _gelu_by_tanh
+                    module.activation_func = openai_gelu
         if checkpoint.turned:
             angles = self.module.rotary_pos_emb.forward
             self.module.rotary_pos_emb.forward = lambda *given, **named: angles(*given, **named).cos()
@@ -174,7 +185,8 @@ class Standing:
         return fused.with_fused(model, self.module) if method == "fused" else model
 
 
-def _gelu_by_tanh(x):
+def openai_gelu(x):
+    """GELU by its tanh formula, under the name that Megatron gives it: the fused pass knows functions by their names."""
     return torch.nn.functional.gelu(x, approximate="tanh")
 
 

@@ -107,6 +107,11 @@ def setting(checkpoint, data, asked):
             )
     vocabulary = getattr(flags, "vocab_size", None)
     notes = _compare_with_run(plugin, plan, checkpoint)
+    if not getattr(flags, "lr", None):
+        notes.append(
+            "nothing names the learning rate, so each of the two windows counts as one unit of flow time and predicted "
+            "effects have no scale: name lr, lr_decay_style and lr_warmup_iters with --arguments"
+        )
     _check_vocabulary(config, plan, run, checkpoint, vocabulary)
     return Setting(config, plan, run, plugin.mixture(), vocabulary, notes)
 
@@ -171,10 +176,12 @@ def _check_vocabulary(config, plan, run, checkpoint, vocabulary):
     rows = len(checkpoint.parameters["embedding.word_embeddings.weight"])
     for domain in config.domains:
         said = data_summary(domain.path).vocab_size
+        padded = said is not None and vocabulary == rows > said  # Hugging Face says the rows alone
         if said is not None and vocabulary is not None and said != vocabulary:
             raise CheckpointError(
                 f"{config.file}: {domain.path[0]}.json says a vocabulary of {said}, the model has one of {vocabulary}; "
                 "prepare the data with the model's tokenizer"
+                + (", or, where its rows are padded, name vocab_size with --arguments" if padded else "")
             )
     draw = torch_loop.drawer(config, plan, run.seq_length, vocabulary or rows)
     try:

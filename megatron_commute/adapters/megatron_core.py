@@ -100,7 +100,8 @@ def gpt_model(args, vocab_size):
     args: namespace with num_layers, hidden_size, num_attention_heads, ffn_hidden_size, seq_length, max_position_embeddings,
     tensor_model_parallel_size, hidden_dropout, attention_dropout, init_method_std, normalization, swiglu,
     group_query_attention, num_query_groups, position_embedding_type, untie_embeddings_and_output_weights,
-    disable_bias_linear, bf16. vocab_size: padded to a multiple of the tensor-parallel size.
+    disable_bias_linear, bf16, and where it has them, norm_epsilon, kv_channels, rotary_base, use_rope_scaling,
+    rope_scaling_factor, rotary_seq_len_interpolation_factor. vocab_size: padded to a multiple of the tensor-parallel size.
     """
     with quiet_import():
         from megatron.core.models.gpt import GPTModel
@@ -129,6 +130,7 @@ def gpt_model(args, vocab_size):
             bias_activation_fusion=False,
             params_dtype=torch.float32,
             bf16=args.bf16,
+            **_given(args, layernorm_epsilon="norm_epsilon", kv_channels="kv_channels"),
         )
     model = GPTModel(
         config=config,
@@ -137,8 +139,20 @@ def gpt_model(args, vocab_size):
         max_sequence_length=args.max_position_embeddings,
         share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
         position_embedding_type=args.position_embedding_type,
+        **_given(
+            args,
+            rotary_base="rotary_base",
+            rope_scaling="use_rope_scaling",
+            rope_scaling_factor="rope_scaling_factor",
+            seq_len_interpolation_factor="rotary_seq_len_interpolation_factor",
+        ),
     )
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _given(args, **flags):
+    """{name: value of the flag} of those flags that `args` has; megatron-core's defaults hold for the others."""
+    return {name: getattr(args, flag) for name, flag in flags.items() if hasattr(args, flag)}
 
 
 def token_losses(model, tokens, labels):

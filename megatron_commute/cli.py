@@ -1,6 +1,7 @@
 """The command line: parses, then calls one function. Bad input ends with exit status 2."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ class _Refusal(click.ClickException):
     exit_code = 2
 
     def show(self, file: Any = None) -> None:
-        click.echo(f"error: {self.message}", err=True)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # once a node, as files may be missing on one of them
+            click.echo(f"error: {self.message}", err=True)
 
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
@@ -284,26 +286,34 @@ def quadratic(out_dir: str, seeds: int, as_json: bool) -> None:
     "changes",
     multiple=True,
     metavar="NAME=VALUE",
-    help="Another model, text or optimiser: a field of bilingual_trainer.Settings, such as hidden=768; repeat it.",
+    help="Another model, text or optimiser (a field of bilingual_trainer.Settings, such as hidden=768) or another size "
+    "of the study (a field of its Size, such as window=4000 or starts=2000,8000); repeat it.",
+)
+@click.option("--estimate", is_flag=True, help="Only count steps, FLOPs, GPU hours, disk; reads no data.")
+@click.option(
+    "--tflops", default=150.0, show_default=True, help="Of one GPU in bfloat16, ASSUMED by --estimate."
 )
 @as_json
-def bilingual(out_dir, data, study, quick, processes, changes, as_json) -> None:
-    """Measure what the order of two languages does to a small GPT, and which signal foresees it; resumes."""
+def bilingual(out_dir, data, study, quick, processes, changes, estimate, tflops, as_json) -> None:
+    """Measure what the order of two languages does to a small GPT, and which signal foresees it; resumes.
+
+    On 8 GPUs: torchrun --nproc-per-node 8 -m megatron_commute bilingual OUT_DIR ...
+    """
     from megatron_commute.experiments import bilingual as experiment
 
     try:
-        settings = experiment.settings_from(data, changes)
-        found = experiment.study(
-            study, settings, out_dir, quick, processes, say=lambda line: click.echo(line, err=True)
-        )
+        settings, size = experiment.asked(study, data, changes, quick)
+        if estimate:
+            found = experiment.estimate(study, settings, out_dir, size, tflops)
+        else:
+            say = lambda line: click.echo(line, err=True)  # noqa: E731
+            found = experiment.study(study, settings, out_dir, quick, processes, say, size)
     except ValueError as error:
         raise _Refusal(str(error)) from error
-    if as_json:
+    if as_json and found:
         _print_json(found)
-    else:
-        click.echo(found["text"])
-        click.echo("\n".join(found["files"]))
-        click.echo(f"{found['seconds']:.0f} s")
+    elif found:  # only the first of several ranks has found anything
+        click.echo("\n".join([found["text"], *found["files"]]))
 
 
 @main.command()

@@ -7,7 +7,9 @@ is counted in `traffic`, so that a test can state what a probe costs the network
 """
 
 import contextlib
+import datetime
 import itertools
+import os
 from dataclasses import dataclass, field
 
 import torch
@@ -47,6 +49,24 @@ class Groups:
     @property
     def data_rank(self):
         return rank_in(self.data)
+
+
+@contextlib.contextmanager
+def joined(minutes=30.0):
+    """Inside, the ranks that a launcher has started (torchrun, deepspeed) form the world: nccl, a GPU for each by
+    LOCAL_RANK, or gloo. Nothing happens in a single process and where they have met already. minutes: the most that one
+    may keep the others waiting."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=minutes))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def everyone():

@@ -14,7 +14,7 @@ from megatron_commute.experiments.bilingual_trainer import Settings, Text, Train
 NAMES = ("english", "russian", "code", "handbook_english", "handbook_russian")
 VOCABULARY, SMALL = (
     40,
-    {"layers": 1, "hidden": 8, "sequence": 8, "vocabulary": 40, "held": 16, "probe": 32, "warmup": 2},
+    {"layers": 1, "hidden": 8, "sequence": 8, "vocabulary": 40, "held": 16, "probe": 16, "warmup": 2},
 )
 
 
@@ -171,12 +171,12 @@ def test_every_schedule_spends_its_budgets(settings, tmp_path, monkeypatch):
 
 
 def test_settings_by_name():
-    found = bilingual.settings_from("d", ["hidden=768", "lr=1.5e-4", "domains=a,b,c"])
+    found, _ = bilingual.asked("paper", "d", ["hidden=768", "lr=1.5e-4", "domains=a,b,c"])
     assert (found.hidden, found.lr, found.domains) == (768, 1.5e-4, ("a", "b", "c"))
     with pytest.raises(ValueError, match="hidden is of type int"):
-        bilingual.settings_from("d", ["hidden=x"])
+        bilingual.asked("paper", "d", ["hidden=x"])
     with pytest.raises(ValueError, match="--set depth=3: write NAME=VALUE with one of"):
-        bilingual.settings_from("d", ["depth=3"])
+        bilingual.asked("paper", "d", ["depth=3"])
 
 
 def test_too_little_text_names_the_cure(data):

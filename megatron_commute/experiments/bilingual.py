@@ -2,7 +2,8 @@
 
 Studies: `paper` (sections 4.2 and 4.3 of Rukhovich et al., arXiv 2501.15556, with every effect judged again after a common
 tail) and `signals` (which signal predicts tail-judged effects). Every number comes from cells.jsonl in the study's folder:
-killed at any moment, a study goes on where it stopped; complete, it redraws its tables and figures in seconds.
+killed at any moment, a study goes on where it stopped; complete, it redraws its tables and figures in seconds. Started by
+torchrun or deepspeed, all ranks work on every cell together.
 """
 
 import dataclasses
@@ -11,7 +12,9 @@ import os
 import time
 from pathlib import Path
 
+from megatron_commute import reduce
 from megatron_commute.experiments import bilingual_cells as cells
+from megatron_commute.experiments import bilingual_cost as cost
 from megatron_commute.experiments import bilingual_end_to_end as end_to_end
 from megatron_commute.experiments import bilingual_figures as figures
 from megatron_commute.experiments import bilingual_paper as paper
@@ -19,52 +22,127 @@ from megatron_commute.experiments import bilingual_signals as signals
 from megatron_commute.experiments import bilingual_tables as tables
 from megatron_commute.experiments.bilingual_trainer import Settings
 
-STUDIES = ("paper", "signals", "end-to-end")
+MODULES = {"paper": paper, "signals": signals, "end-to-end": end_to_end}
+STUDIES = tuple(MODULES)
 
 
-def study(name, settings, out_dir, quick=False, processes=None, say=print):
+@reduce.joined()
+def study(name, settings, out_dir, quick=False, processes=None, say=print, size=None):
     """Run (or go on with) study `name` and write its tables and figures into out_dir/name.
 
     settings: bilingual_trainer.Settings. quick: a few steps of everything, to see it work. processes: at a time, default the
-    CPU cores. Returns {"text": tables as text, "files": paths, "seconds": of this call}. Raises ValueError for a folder that
-    holds another study, DataError for missing data.
+    CPU cores. size: of the study, default `size_of`. Returns {"text": tables as text, "files": paths, "seconds": of this
+    call}. Collective over all ranks; None on all but the first. Raises ValueError for a folder that holds another study and
+    for ranks that cannot share the work, DataError for missing data.
     """
-    started, folder = time.monotonic(), Path(out_dir) / name
-    folder.mkdir(parents=True, exist_ok=True)
-    _check_same(folder, {"study": name, "quick": quick, **dataclasses.asdict(settings)})
+    started, folder, ranks = time.monotonic(), Path(out_dir) / name, reduce.size(reduce.everyone())
+    size = size or size_of(name, quick)
+    if ranks > 1:
+        _refuse(name, settings, processes, ranks)
+        processes, say = 1, say if reduce.rank() == 0 else _nothing
+    _claim(
+        folder, {"study": name, "quick": quick, **dataclasses.asdict(settings), **_changed(name, quick, size)}
+    )
     processes = processes or len(os.sched_getaffinity(0))
-    work = {"paper": _paper, "signals": _signals, "end-to-end": end_to_end.study}[name]
-    text, files = work(settings, folder, quick, processes, say)
+    work = {"paper": _paper, "signals": _signals, "end-to-end": _end_to_end}[name]
+    found = work(settings, folder, size, processes, say)
+    if found is None:
+        return None
+    text, files = found
     return {"text": text, "files": files, "seconds": time.monotonic() - started}
 
 
-def settings_from(data, changes):
-    """Settings over `data` with changes ["hidden=768", ...]; ValueError names what cannot be read."""
-    fields = {field.name: field.default for field in dataclasses.fields(Settings)}
+def estimate(name, settings, out_dir, size, tflops):
+    """What study `name` would cost, counted from its jobs; writes out_dir/name/estimate.csv and trains nothing.
+
+    tflops: assumed sustained TFLOP/s of one GPU in bfloat16. Returns {"text", "files", "rows"}.
+    """
+    if name == "end-to-end":
+        raise ValueError("--estimate: for the studies paper and signals")
+    rows = cost.rows(MODULES[name].parts(settings, size), tflops)
+    path = Path(out_dir) / name / "estimate.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tables.write_csv(path, [{"study": name, **row, "assumed_tflops": tflops} for row in rows])
+    return {"text": f"{_text(rows)}\n{cost.sentences(settings, tflops)}", "files": [str(path)], "rows": rows}
+
+
+def size_of(name, quick):
+    """The Size of a study, or its QUICK."""
+    return MODULES[name].QUICK if quick else MODULES[name].Size()
+
+
+def asked(name, data, changes, quick=False):
+    """(Settings over `data`, Size of study `name`) with changes ["hidden=768", "window=4000", "starts=200,600", ...].
+
+    ValueError names what cannot be read.
+    """
+    size = size_of(name, quick)
+    own = (
+        {} if name == "end-to-end" else {key: value for key, value in vars(size).items() if _settable(value)}
+    )
+    fields = {field.name: field.default for field in dataclasses.fields(Settings) if field.name != "data"}
     found = {}
     for change in changes:
-        name, _, value = change.partition("=")
-        if name not in fields or name == "data":
-            raise ValueError(
-                f"--set {change}: write NAME=VALUE with one of {', '.join(sorted(fields.keys() - {'data'}))}"
-            )
-        kind = type(fields[name])
+        field, _, value = change.partition("=")
+        default = {**fields, **own}.get(field)
+        if default is None:
+            known = ", ".join(sorted({*fields, *own}))
+            raise ValueError(f"--set {change}: write NAME=VALUE with one of {known}")
+        kind = type(default[0] if isinstance(default, tuple) else default)
         try:
-            found[name] = tuple(value.split(",")) if kind is tuple else kind(value)
+            many = isinstance(default, tuple)
+            found[field] = tuple(kind(word) for word in value.split(",") if word) if many else kind(value)
         except ValueError:
-            raise ValueError(f"--set {change}: {name} is of type {kind.__name__}") from None
-    return Settings(data, **found)
+            raise ValueError(f"--set {change}: {field} is of type {kind.__name__}") from None
+    of_size = {key: found.pop(key) for key in own if key in found}
+    return Settings(data, **found), dataclasses.replace(size, **of_size)
 
 
-def _check_same(folder, settings):
-    """A folder belongs to one study with one set of settings."""
+def _settable(value):
+    return isinstance(value, int) or all(isinstance(item, int) for item in value)
+
+
+def _changed(name, quick, size):
+    """What study.json says of a size: the fields that differ from the study's own."""
+    own = vars(size_of(name, quick))
+    return {f"size.{key}": value for key, value in vars(size).items() if value != own[key]}
+
+
+def _refuse(name, settings, processes, ranks):
+    """What several ranks cannot do."""
+    if name == "end-to-end":
+        raise ValueError("--study end-to-end: runs in one process; start it without a launcher")
+    if processes not in (None, 1):
+        raise ValueError(
+            f"--processes {processes}: {ranks} ranks work on every cell together; leave --processes out"
+        )
+    if settings.batch // len(settings.domains) < ranks:
+        raise ValueError(
+            f"--set batch={settings.batch}: {settings.batch // len(settings.domains)} sequences of a domain for {ranks} "
+            f"ranks; write at least {ranks * len(settings.domains)}, or start fewer ranks"
+        )
+
+
+def _nothing(line):
+    """What the other ranks say."""
+
+
+def _claim(folder, wanted):
+    """A folder belongs to one study with one set of settings; a field that its study.json lacks has its default."""
     path = folder / "study.json"
-    settings = json.loads(json.dumps(settings))
-    if not path.exists():
-        path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-        return
-    kept = json.loads(path.read_text(encoding="utf-8"))
-    changed = sorted(key for key in settings if key != "data" and kept.get(key) != settings[key])
+    wanted = json.loads(json.dumps(wanted))
+    with reduce.agreed(reduce.everyone()):
+        if reduce.rank() == 0 and not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
+    with reduce.agreed(reduce.everyone()):
+        if not path.exists():
+            raise ValueError(
+                f"{path}: not there on rank {reduce.rank()}; give an OUT_DIR that all ranks share"
+            )
+        kept = json.loads(path.read_text(encoding="utf-8"))
+    kept = {**json.loads(json.dumps(dataclasses.asdict(Settings("")))), **kept}
+    changed = sorted(key for key in {*kept, *wanted} - {"data"} if kept.get(key) != wanted.get(key))
     if changed:
         raise ValueError(
             f"{folder} holds a study with other settings ({', '.join(changed)}): give the same ones, or another folder"
@@ -76,7 +154,7 @@ def _teller(say, total):
     return lambda cell: say(f"[{next(count)}/{total}] {cell['key']}: {cell['timing']['seconds']:.0f} s")
 
 
-def _fill(settings, folder, parts, processes, say):
+def _fill(folder, parts, processes, say):
     """parts: [(settings, base job, jobs)]; bases first, since the others start from their states."""
     done = cells.read(folder)
     total = sum(job[0] not in done for _, base, jobs in parts for job in (base, *jobs))
@@ -87,13 +165,14 @@ def _fill(settings, folder, parts, processes, say):
     return done
 
 
-def _signals(settings, folder, quick, processes, say):
-    size = signals.QUICK if quick else signals.Size()
-    parts = [
-        (signals.settings_of(settings, run), signals.base_job(size, run), signals.jobs(size, run))
-        for run in size.runs
-    ]
-    found = _fill(settings, folder, parts, processes, say)
+def _end_to_end(settings, folder, size, processes, say):
+    return end_to_end.study(settings, folder, size == end_to_end.QUICK, processes, say)
+
+
+def _signals(settings, folder, size, processes, say):
+    found = _fill(folder, signals.parts(settings, size), processes, say)
+    if reduce.rank():
+        return None
     rows = [
         row
         for run in size.runs
@@ -120,10 +199,10 @@ def _signals(settings, folder, quick, processes, say):
     ]
 
 
-def _paper(settings, folder, quick, processes, say):
-    size = paper.QUICK if quick else paper.Size()
-    parts = [(settings, paper.base_job(size, run), paper.jobs(size, run)) for run in paper.RUNS]
-    found = _fill(settings, folder, parts, processes, say)
+def _paper(settings, folder, size, processes, say):
+    found = _fill(folder, paper.parts(settings, size), processes, say)
+    if reduce.rank():
+        return None
     effects = [row for run in paper.RUNS for row in paper.effects(found, settings, size, run)]
     brackets = [row for run in paper.RUNS for row in paper.brackets(found, settings, size, run)]
     agreement = [

@@ -1,10 +1,12 @@
 """Units of work of the language-model studies: each trains or measures something from a saved state and returns numbers.
 
 A cell is a dict of JSON values whose "key" names it; `fill` computes the missing ones of a study, several processes at a
-time, and appends them to a file, so that a study killed at any moment goes on where it stopped.
+time, and appends them to a file, so that a study killed at any moment goes on where it stopped. In a job of several ranks
+all of them work on every cell together, and the first rank alone writes.
 """
 
 import concurrent.futures
+import contextlib
 import json
 import multiprocessing
 import os
@@ -16,10 +18,11 @@ import torch
 
 from megatron_commute import probe, reduce
 from megatron_commute.adapters import torch_loop
-from megatron_commute.experiments.bilingual_trainer import Text, Trainer, mean_loss
+from megatron_commute.experiments.bilingual_trainer import Text, Trainer, mean_loss, team
 from megatron_commute.mixture_file import Probe
 
 CELLS = "cells.jsonl"
+SPLITS = 4  # replicates of a measurement of P
 
 
 def read(folder):
@@ -39,14 +42,17 @@ def fill(folder, settings, jobs, processes, say):
     """Compute the cells of `jobs` [(key, function, arguments)] that `folder` lacks and append each as it is ready.
 
     Jobs run in the order given; with several processes a job must not need one that is still running. Returns all cells.
+    Collective over all ranks, which work on one job at a time: processes is 1 there. Only the first rank has read the cells
+    that `folder` held before.
     """
-    done = read(folder)
-    missing = [job for job in jobs if job[0] not in done]
-    path = Path(folder) / CELLS
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _end_torn_line(path)
+    path, first = Path(folder) / CELLS, reduce.rank() == 0
+    if first:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _end_torn_line(path)
+    done = read(folder) if first else {}
+    missing = _missing(jobs, done)
     context = multiprocessing.get_context("spawn")
-    with path.open("a", encoding="utf-8") as file:
+    with path.open("a", encoding="utf-8") if first else contextlib.nullcontext() as file:
         if processes == 1 or len(missing) < 2:
             for job in missing:
                 _keep(file, _one(settings, folder, job), done, say)
@@ -56,6 +62,15 @@ def fill(folder, settings, jobs, processes, say):
             for ready in concurrent.futures.as_completed(waiting):
                 _keep(file, ready.result(), done, say)
     return done
+
+
+def _missing(jobs, done):
+    """Jobs without a cell as the first rank sees it, so that all ranks take up the same ones."""
+    world = reduce.everyone()
+    flags = reduce.broadcast_numbers(
+        np.array([float(key not in done) for key, _, _ in jobs]), reduce.Groups(world=world)
+    )
+    return [job for job, flag in zip(jobs, flags, strict=True) if flag]
 
 
 def _one(settings, folder, job):
@@ -74,8 +89,10 @@ def _end_torn_line(path):
 
 
 def _keep(file, cell, done, say):
-    file.write(json.dumps(cell, allow_nan=False) + "\n")
-    file.flush()
+    """file: None on all ranks but the first."""
+    if file is not None:
+        file.write(json.dumps(cell, allow_nan=False) + "\n")
+        file.flush()
     done[cell["key"]] = cell
     say(cell)
 
@@ -85,8 +102,16 @@ def state_path(folder, name, step):
 
 
 def _trainer(settings, folder, name, step, seed=None):
-    trainer = Trainer(settings, Text(settings))
-    return trainer.load(torch.load(state_path(folder, name, step), weights_only=True), seed)
+    path = state_path(folder, name, step)
+    with reduce.agreed(reduce.everyone()):
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{path}: no such state on rank {reduce.rank()}: give an OUT_DIR that all ranks share; where states were "
+                f"deleted, remove {CELLS} as well"
+            )
+        # a state that a GPU wrote names that GPU
+        state = torch.load(path, weights_only=True, map_location="cpu")
+    return Trainer(settings, Text(settings)).load(state, seed)
 
 
 def base(settings, folder, name, weights, states, read_every):
@@ -94,7 +119,7 @@ def base(settings, folder, name, weights, states, read_every):
     trainer = Trainer(settings, Text(settings))
     readings = []
     for step in range(max(states) + 1):
-        if step in states:
+        if step in states and reduce.rank() == 0:
             path = state_path(folder, name, step)
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.save(trainer.state(), f"{path}.{os.getpid()}")
@@ -177,7 +202,7 @@ def criterion(settings, folder, name, step, weights, metric, samples=None):
         lambda: torch_loop.second_moments(trainer.optimizer, params),
     )
     samples = samples or settings.probe // 2
-    wish = Probe(samples=samples, splits=4, method="difference", metric=metric)
+    wish = Probe(samples=samples, splits=SPLITS, method="difference", metric=metric)
     half = settings.probe // 2
 
     def draw(part, domain, numbers):
@@ -188,10 +213,7 @@ def criterion(settings, folder, name, step, weights, metric, samples=None):
     shares = np.array([*weights, *[0.0] * (K - len(weights))])
     targets = np.concatenate([np.eye(K), shares[None]])
     rate = trainer.rate(trainer.done)
-    groups = reduce.Groups()
-    found = probe.measure(
-        model, groups, reduce.team(groups, wish.splits), draw, wish, targets, shares, (0.0, (rate, rate))
-    )
+    found = probe.measure(model, *team(wish.splits), draw, wish, targets, shares, (0.0, (rate, rate)))
     return {
         "targets": [*names, "mixture"],
         "P": found.P[:, 0, 1].tolist(),

@@ -48,6 +48,11 @@ QUICK = Size((10, 20), 5, 5, 2, (15,))
 METRICS = ("identity", "adam")
 
 
+def parts(settings, size):
+    """[(settings, base job, jobs)] of both runs."""
+    return [(settings, base_job(size, run), jobs(size, run)) for run in RUNS]
+
+
 def base_job(size, run):
     states = sorted({*size.starts, *size.checkpoints})
     last = max(states) + 2 * size.window

@@ -6,6 +6,7 @@ batch and gradients are summed, so the same flags scale the study up.
 
 import copy
 import dataclasses
+import functools
 import math
 
 import numpy as np
@@ -17,14 +18,18 @@ from megatron_commute import reduce
 from megatron_commute.adapters.indexed_data import TokenSequences
 from megatron_commute.sampler import items
 
+WORDS = {"optimizer": ("adam", "adamw"), "decay": ("constant", "cosine"), "dtype": ("float32", "bfloat16")}
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """Model, text and optimiser of a study.
 
     domains: trained domains by name; others: domains that are only evaluated. batch: sequences in a step, split evenly over
-    the domains. lr: peak rate after `warmup` steps; decay "cosine" falls to a tenth at `steps`, "constant" stays. held:
-    sequences of each domain whose loss is read; probe: sequences of each domain for one measurement of P.
+    the domains; micro: in one forward pass. lr: peak rate after `warmup` steps; decay "cosine" falls to a tenth at `steps`,
+    "constant" stays. held: sequences of each domain whose loss is read; probe: sequences of each domain for one measurement
+    of P. dtype: of the forward and backward pass of training; weights, optimiser, readings and probes are float32 always.
+    Raises ValueError for a word that a field does not take.
     """
 
     data: str
@@ -46,6 +51,12 @@ class Settings:
     held: int = 256
     probe: int = 128
     seed: int = 1234
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        for field, words in WORDS.items():
+            if getattr(self, field) not in words:
+                raise ValueError(f"{field}={getattr(self, field)}: write {' or '.join(words)}")
 
 
 class Block(nn.Module):
@@ -104,6 +115,20 @@ def sequence_losses(model, tokens):
 def mean_loss(model, tokens):
     """Mean loss in nats per token; tokens i64[b, t + 1]."""
     return sequence_losses(model, tokens.to(next(model.parameters()).device)).mean()
+
+
+def team(splits):
+    """(reduce.Groups, reduce.Team) of all ranks, each of which holds the whole model, for a probe of `splits` replicates.
+
+    Made once, since a team may need process groups of its own; collective.
+    """
+    return _team(reduce.everyone(), splits)
+
+
+@functools.cache
+def _team(world, splits):
+    groups = reduce.Groups(data=world, world=world)
+    return groups, reduce.team(groups, splits)
 
 
 class Text:
@@ -185,26 +210,32 @@ class Trainer:
         return s.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
 
     def step(self, weights, counts=None):
-        """One optimiser step under weights f64[K] of the loss, or with counts i64[K] sequences of each domain."""
+        """One optimiser step under weights f64[K] of the loss, or with counts i64[K] sequences of each domain.
+
+        Sequences are dealt to the ranks in turn, so they need at least as many as there are ranks.
+        """
         s, K = self.settings, len(self.taken)
         rank, size = reduce.rank(), reduce.size(reduce.everyone())
         sizes = [s.batch // K] * K if counts is None else [int(c) for c in counts]
         shares = (
             [w / n for w, n in zip(weights, sizes, strict=True)] if counts is None else [1 / sum(sizes)] * K
         )
-        rows, scale = [], []
+        rows, scale, dealt = [], [], 0
         for k, n in enumerate(sizes):
-            mine = np.arange(self.taken[k], self.taken[k] + n)[rank::size]
+            mine = np.arange(self.taken[k], self.taken[k] + n)[(rank - dealt) % size :: size]
             if len(mine) and shares[k]:
                 rows.append(self.text.batch(k, mine, self.seed))
                 scale.append(torch.full((len(mine),), shares[k]))
             self.taken[k] += n
+            dealt += n if shares[k] else 0
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate(self.done)
         self.optimizer.zero_grad()
         tokens, scale = torch.cat(rows).to(self.device), torch.cat(scale).to(self.device)
         for part, share in zip(tokens.split(s.micro), scale.split(s.micro), strict=True):
-            (sequence_losses(self.model, part) * share).sum().backward()
+            with torch.autocast(tokens.device.type, torch.bfloat16, enabled=s.dtype == "bfloat16"):
+                loss = (sequence_losses(self.model, part) * share).sum()
+            loss.backward()
         if size > 1:
             reduce.sum_of_vectors([p.grad for p in self.model.parameters()], reduce.everyone())
         self.optimizer.step()
@@ -217,15 +248,20 @@ class Trainer:
 
     @torch.no_grad()
     def losses(self):
-        """{name: held-out loss in nats per token} of trained and other domains, on the same sequences every time."""
-        found = {}
-        for name, tokens in self.held.items():
-            parts = [
-                sequence_losses(self.model, part).double().sum()
-                for part in tokens.split(4 * self.settings.micro)
-            ]
-            found[name] = float(sum(parts)) / len(tokens)
-        return found
+        """{name: held-out loss in nats per token} of trained and other domains, on the same sequences every time.
+
+        Every rank reads its share of them; collective.
+        """
+        world, totals = reduce.everyone(), np.zeros(len(self.held))
+        for i, tokens in enumerate(self.held.values()):
+            mine = tokens[reduce.rank() :: reduce.size(world)]
+            parts = mine.split(4 * self.settings.micro) if len(mine) else ()
+            totals[i] = float(sum(sequence_losses(self.model, part).double().sum() for part in parts))
+        totals = reduce.sum_of_numbers(totals, world)
+        return {
+            name: float(total) / len(tokens)
+            for (name, tokens), total in zip(self.held.items(), totals, strict=True)
+        }
 
     def state(self):
         """A copy of all that training depends on; plain tensors and numbers, which torch.load reads with weights_only."""

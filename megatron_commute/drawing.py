@@ -20,7 +20,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = "osD^vPX*"
 DASHES = ("-", "--", "-.", ":")
 GREY = "#6b7280"
-WIDTH = 5.0  # inches; still readable when shrunk to the width of a phone
+MANY = 40  # more points than this are drawn small or without markers
+WIDTH = 4.5  # inches; still readable when shrunk to the width of a phone
 STYLE = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
@@ -100,7 +101,7 @@ def canvas(run, rows, height=2.9, sharey=False, over_samples=True):
     figure.get_layout_engine().set(w_pad=0.07)
     if over_samples:
         factor, words = sample_unit(run)
-        end = max(run.samples, 1) / factor
+        end = run.span / factor
         panels[-1].set_xlabel(words)
         panels[-1].set_xlim(-0.02 * end, 1.03 * end)
     return figure, panels
@@ -109,7 +110,7 @@ def canvas(run, rows, height=2.9, sharey=False, over_samples=True):
 def sample_unit(run):
     """Divisor and label of the sample axis."""
     for factor, word in ((1_000_000, "millions"), (1_000, "thousands")):
-        if run.samples >= 2 * factor:
+        if run.span >= 2 * factor:
             return factor, f"samples ({word})"
     return 1, "samples"
 
@@ -125,9 +126,12 @@ def scale(panels, *values):
     if not median or sizes.max() < 30 * median:
         return *series.power_of_ten(sizes), ""
     factor, power = series.power_of_ten(np.array([median]))
+    decades = int(np.log10(sizes.max() / factor))
+    apart = max(1, decades if decades < 4 else -(-decades // 2))  # at most two labels on either side of zero
+    ticks = [10.0**n for n in range(apart, decades + 1, apart)]
     for axes in panels:
         axes.set_yscale("symlog", linthresh=1.0, linscale=1.0)
-        axes.yaxis.get_major_locator().set_params(numticks=4)
+        axes.set_yticks([*(-t for t in reversed(ticks)), 0.0, *ticks])
         axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}".replace("-", "−"))
         axes.minorticks_off()
     return factor, power, " The axis is linear from −1 to 1 and logarithmic beyond."
@@ -140,7 +144,7 @@ def percent(value, _position):
 
 def line(k):
     """Colour and dashes of domain k."""
-    return {"color": COLOURS[k % len(COLOURS)], "linestyle": DASHES[(k // 2) % len(DASHES)]}
+    return {"color": COLOURS[k % len(COLOURS)], "linestyle": DASHES[k % len(DASHES)]}
 
 
 def label(name, length=18):
@@ -155,8 +159,8 @@ def legend(figure, names, which=None):
 
     shorts = [label(name) for name in names]
     handles = [Line2D([], [], **line(k), linewidth=2) for k in which or range(len(names))]
-    columns = max(1, min(len(names), 62 // (7 + max(map(len, shorts)))))
+    columns = max(1, min(len(names), 56 // (8 + max(map(len, shorts)))))
     figure.set_figheight(figure.get_figheight() + 0.19 * ((len(names) - 1) // columns))
     figure.legend(
-        handles, shorts, loc="outside upper left", ncols=columns, handlelength=2.2, columnspacing=1.4
+        handles, shorts, loc="outside upper left", ncols=columns, handlelength=2.8, columnspacing=1.4
     )

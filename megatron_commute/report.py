@@ -1,96 +1,18 @@
 """The HTML page of a run: one file, no network, readable on a phone, on paper and without JavaScript.
 
-Every name, reason or number that comes from a record passes through `escape`.
+Every name, reason or number that comes from a record passes through markup.text.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
-import re
-from html import escape
 
-from megatron_commute import calibration, series
+import numpy as np
+
+from megatron_commute import calibration, report_analysis, series, tables
+from megatron_commute.markup import FIND, SCRIPT, STYLE, by_domain, named, section, table, text, unbroken
 from megatron_commute.memory import in_units
-
-STYLE = """
-:root { color-scheme: light; --ink: #1f2937; --soft: #6b7280; --line: #e5e7eb; --accent: #0072b2; }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2.5rem 1.25rem 4rem; max-width: 70rem; color: var(--ink); background: #fff;
-  overflow-wrap: anywhere;
-  font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
-h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .25rem; }
-h2 { font-size: 1.15rem; margin: 3rem 0 .75rem; }
-p { margin: .5rem 0; max-width: 44rem; }
-.soft, figcaption { color: var(--soft); font-size: .85rem; line-height: 1.45; }
-.soft { max-width: 60rem; }
-.loud { margin: 1.5rem 0 0; padding: .9rem 1.1rem; max-width: none; border-left: .4rem solid #b45309;
-  background: #fef3c7; font-weight: 600; }
-dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .9rem 1.5rem;
-  margin: 1.5rem 0; }
-dt { color: var(--soft); font-size: .85rem; }
-dd { margin: 0; }
-.wide { grid-column: 1 / -1; }
-table { border-collapse: collapse; width: 100%; font-size: .88rem; font-variant-numeric: tabular-nums; }
-th { text-align: left; font-weight: 600; color: var(--soft); border-bottom: 1px solid var(--soft); }
-th, td { padding: .45rem .9rem .45rem 0; vertical-align: top; overflow-wrap: break-word; }
-#summary td:first-child { min-width: 6.5rem; }
-.name, td:last-child { overflow-wrap: anywhere; }
-td { border-bottom: 1px solid var(--line); }
-.pictures { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 2.5rem 3rem;
-  align-items: start; }
-.tall { grid-row: span 2; }
-figure { margin: 0; break-inside: avoid; }
-figure h3 { font-size: 1rem; margin: 0 0 .25rem; }
-figure svg { display: block; width: 100%; height: auto; }
-.find { display: block; margin: 0 0 .75rem; font-size: .9rem; }
-.find[hidden] { display: none; }
-input { font: inherit; width: 14rem; max-width: 100%; padding: .35rem .6rem; border: 1px solid var(--soft);
-  border-radius: .3rem; }
-input:focus-visible { outline: 2px solid var(--accent); }
-@media screen and (max-width: 48rem) {
-  body { padding: 1.5rem 1rem 3rem; }
-  .pictures { grid-template-columns: minmax(0, 1fr); }
-  .tall { grid-row: auto; }
-  thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
-  table, tbody, tr, td { display: block; }
-  tr { padding: .6rem 0; border-bottom: 1px solid var(--line); }
-  tr[hidden] { display: none; }
-  td { display: grid; grid-template-columns: 8.5rem minmax(0, 1fr); column-gap: .5rem; padding: .15rem 0;
-    border: 0; }
-  td::before { content: attr(data-label); color: var(--soft); grid-row: 1 / span 99; }
-  td > * { grid-column: 2; }
-}
-@media print {
-  @page { margin: 14mm; }
-  html { font-size: 11px; }
-  body { padding: 0; max-width: none; }
-  h2 { margin-top: 1.5rem; break-after: avoid; }
-  th, td { padding: .25rem .5rem .25rem 0; }
-  .pictures { gap: 1.2rem 1.5rem; }
-  .find { display: none !important; }
-  tr[hidden] { display: table-row; }
-  tr, .loud { break-inside: avoid; }
-  .loud { border: 2pt solid #000; }
-}
-"""
-SCRIPT = """
-const box = document.querySelector(".find"), count = box && box.querySelector("output");
-const rows = Array.from(document.querySelectorAll("#decisions tbody tr"));
-function show() {
-  const words = box.querySelector("input").value.toLowerCase().split(/\\s+/).filter(Boolean);
-  let seen = 0;
-  for (const row of rows) {
-    const text = row.textContent.toLowerCase();
-    row.hidden = !words.every(word => text.includes(word));
-    seen += !row.hidden;
-  }
-  count.textContent = seen + " of " + rows.length;
-}
-if (box) { box.hidden = false; box.addEventListener("input", show); show(); }
-"""
-FIND = """<label class="find" hidden>Show rows with
-<input type="search" autocomplete="off"> <output></output></label>"""
 
 
 def page(run, pictures, torn=0):
@@ -102,13 +24,17 @@ def page(run, pictures, torn=0):
         loud(run),
         section("Summary", summary(run)),
         section("What this record lacks", missing(run, torn)),
+        section("Recommendation", report_analysis.recommendation(run)),
         section(
             "Pictures", f'<div class="pictures">{"".join(map(figure, pictures))}</div>' if pictures else ""
         ),
         section("Calibration of the signals", calibrated(run)),
-        section("Decisions", decisions(run)),
+        *(
+            [section("Checkpoints", report_analysis.checkpoints(run))]
+            if run.analysis
+            else [section("Decisions", decisions(run)), section("Skipped probes", skips(run))]
+        ),
         section("Interventions", interventions(run)),
-        section("Skipped probes", skips(run)),
     ]
     return f"""<!doctype html>
 <html lang="en">
@@ -125,26 +51,8 @@ def page(run, pictures, torn=0):
 """
 
 
-def text(value):
-    return escape(str(value), quote=True)
-
-
-def unbroken(value):
-    """Escaped text whose pairs 'a → b', 'a ± b' and 'a / b' stay on one line."""
-    return re.sub(r" ([→±/]) ", "\u00a0\\1\u00a0", text(value))
-
-
-def named(name):
-    """An escaped name; a long one may be broken anywhere."""
-    return f'<span class="name">{text(name)}</span>' if len(name) > 20 else text(name)
-
-
 def title(run):
-    return f"Order of data: {', '.join(run.names)}"
-
-
-def section(heading, content):
-    return f"<section>\n<h2>{text(heading)}</h2>\n{content}\n</section>\n" if content else ""
+    return f"Order of data{' at checkpoints' * run.analysis}: {', '.join(run.names)}"
 
 
 def header(run):
@@ -155,24 +63,28 @@ def header(run):
         target = ", ".join(f"{name} {share:.3g}" for name, share in zip(run.names, target, strict=True))
     step = max([line["step"] for line in (*run.losses, *run.probes, *run.skips, run.end) if line], default=0)
     facts = {
-        "mode": start.get("mode"),
+        "mode": f"{start.get('mode')}, analysed afterwards" if run.analysis else start.get("mode"),
         "steps": f"{step:,} of {start['train_iters']:,}" if start.get("train_iters") else f"{step:,}",
         "samples": f"{run.samples:,} of {start['samples']:,}" if start.get("samples") else f"{run.samples:,}",
         "sample length": f"{start['seq_length']:,} tokens" if start.get("seq_length") else None,
         "global batch": f"{start['global_batch']:,} samples" if start.get("global_batch") else None,
         "parameters": f"{start['parameters']:,}" if start.get("parameters") else None,
         "target": target,
-        "probes": f"{len(run.probes)} finished, {len(run.skips)} skipped",
+        "checkpoints": f"{len(run.probes)} analysed" if run.analysis else None,
+        "probes": None if run.analysis else f"{len(run.probes)} finished, {len(run.skips)} skipped",
         "samples of a probe": f"{last['samples']} a domain" if last.get("samples") else None,
         "method": ", ".join(str(last[key]) for key in ("method", "metric", "direction") if last.get(key))
         or None,
         "memory of a probe": f"{held['mode']}, {in_units(held['bytes'])} a rank" if held else None,
-        "law": (start.get("controller") or {}).get("law") if start.get("mode") == "act" else None,
+        "law": (start.get("controller") or {}).get("law")
+        if start.get("mode") == "act" and not run.analysis
+        else None,
         "confidence": f"{100 * run.confidence:g} %",
         "seed": start.get("seed"),
         "mixture file (sha256)": (start.get("config") or "")[:12] or None,
     }
-    notes = "".join(f"<p>Note: {text(warning)}</p>\n" for warning in start.get("warnings") or [])
+    told = start["analysis"].get("notes") if run.analysis else start.get("warnings")
+    notes = "".join(f"<p>Note: {text(note)}</p>\n" for note in told or [])
     items = "".join(fact(name, value) for name, value in facts.items() if value is not None)
     return f"<header>\n<h1>{text(title(run))}</h1>\n<dl>{items}</dl>\n{notes}</header>\n"
 
@@ -191,17 +103,6 @@ def loud(run):
     )
 
 
-def table(headers, rows, name=""):
-    """Rows of cells that are HTML already; each cell repeats its header for narrow screens."""
-    head = "".join(f'<th scope="col">{text(h)}</th>' for h in headers)
-    cells = (
-        "".join(f'<td data-label="{text(h)}">{c}</td>' for h, c in zip(headers, row, strict=True))
-        for row in rows
-    )
-    body = "\n".join(f"<tr>{row}</tr>" for row in cells)
-    return f'<table id="{name}">\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>'
-
-
 def summary(run):
     headers, rows = series.summary_rows(run)
     own = " The numbers of a domain are for itself as the target." if len(run.targets) > 1 else ""
@@ -217,29 +118,102 @@ def summary(run):
 
 
 def missing(run, torn):
-    notes = series.lacks(run, torn)
+    notes = lacks(run, torn)
     return "<ul>" + "".join(f"<li>{text(note)}</li>" for note in notes) + "</ul>" if notes else ""
+
+
+def lacks(run, torn=0):
+    """What the record cannot show, one plain sentence each. torn: lines at the end that could not be read."""
+    notes = []
+    if torn:
+        notes.append("The last line is torn: the run was ended while writing it. It is left out.")
+    notes += _lacks_of_an_analysis(run) if run.analysis else _lacks_of_a_run(run)
+    scores_only = sum(1 for probe in run.probes if probe.get("P") is None)
+    if scores_only:
+        notes.append(
+            f"{scores_only} of {len(run.probes)} probes worked with probe.memory scores, which does not measure P."
+        )
+    for key in ("P", "score"):
+        _, value, error = series.measured(run, key)
+        if (np.isfinite(value) & ~np.isfinite(error)).any():
+            notes.append(
+                f"Some {key} have no standard error; they are drawn without bars and marked as uncertain."
+            )
+    return notes
+
+
+def _lacks_of_a_run(run):
+    notes = []
+    if run.end is None:
+        notes.append(
+            f"There is no end line: the run goes on or was stopped. Its lines reach sample {run.samples:,}."
+        )
+    if not run.probes:
+        notes.append("There is no finished probe, so there are no scores, no P and no decisions.")
+    for kind, word in (("train", "training"), ("valid", "validation")):
+        known = np.isfinite(series.losses(run, kind)[1]).any(0)
+        unknown = [name for name, seen in zip(run.names, known, strict=True) if not seen]
+        if unknown:
+            notes.append(f"No {word} loss of {', '.join(unknown)} was recorded.")
+    if run.probes and not len(series.measured(run, "score")[0]):
+        notes.append("No probe has a full score; decisions cannot be compared with what the law acted on.")
+    if all(budget is None for budget in run.budgets):
+        notes.append("No domain has a budget, so there is no burn-down.")
+    if run.probes and not len(series.overhead(run)[0]):
+        notes.append("No probe has a timing, so the overhead is unknown.")
+    return notes
+
+
+def _lacks_of_an_analysis(run):
+    """Losses of training, decisions and their cost belong to a run: an analysis misses nothing by not having them."""
+    if run.recommendation is None:
+        return [
+            "There is no recommendation yet: the analysis was stopped; the same command goes on where it ended."
+        ]
+    return []
 
 
 def figure(picture):
     svg = picture.svg().replace("<svg ", f'<svg role="img" aria-label="{text(picture.title)}" ', 1)
     caption = f"<figcaption>{text(picture.caption)}</figcaption>"
-    tall = ' class="tall"' if picture.name == "scores" else ""  # the two heat maps fit beside it
-    return f'<figure id="{text(picture.name)}"{tall}><h3>{text(picture.title)}</h3>{svg}{caption}</figure>\n'
+    return f'<figure id="{text(picture.name)}"><h3>{text(picture.title)}</h3>{svg}{caption}</figure>\n'
 
 
 def calibrated(run):
     """What every signal was worth when it was compared with effects measured later, judged after a common tail."""
-    if not run.judgements:
+    kind = run.response_kind
+    if run.analysis or kind is None:
         return ""
-    headers, rows = calibration.table(calibration.book_of(run.judgements))
+    if not run.judgements:
+        done = f"{len(run.responses)} readings by {kind}; a comparison needs a probe before them"
+        why = "response.kind: off" if kind == "off" else text(done)
+        return f"<p>No signal was compared with a measured effect ({why}).</p>"
+    headers, rows = tables.calibrated(run)
     note = (
-        f"{len(run.judgements)} times every signal's word on each domain was compared with the effect measured after it, "
-        "where that differs from zero with 95 % confidence. A hit has the right sign. The last column compares with the "
-        "constant “the domain trained last gains”, which needs no measurement: half of hits minus misses beyond its own."
+        "Compared: numbers of a signal, one for each domain but the heaviest, beside the effect measured after it. Hits: "
+        "right signs among those measured effects that differ from zero with 95 % confidence, with Wilson’s interval. "
+        "Measured / foretold: 1 is a faithful size, with Student’s interval. The last number compares with the constant "
+        "“the domain trained last gains”, which needs no measurement: half of hits minus misses beyond its own."
     )
-    cells = [[text(cell) for cell in row] for row in rows]
-    return f'{table(headers, cells, "calibrations")}\n<p class="soft">{text(note)}</p>'
+    cells = [[text(cell).replace(" of ", "\u00a0of\u00a0") for cell in row] for row in rows]
+    return f'{_resolution(run)}{table(headers, cells, "calibrations")}\n<p class="soft">{text(note)}</p>'
+
+
+def _resolution(run):
+    """A sentence on how far measured effects stand out of their error, where none of them does."""
+    pairs = series.comparisons(run)
+    ratios = [
+        calibration.student(dof) * se / max(abs(value), 1e-300)
+        for *_, value, se, dof in pairs
+        if se is not None
+    ]
+    if not ratios or min(ratios) < 1:
+        return ""
+    return (
+        "<p>Nothing is proven for or against any signal yet: no effect that was measured differs from zero with 95 % "
+        f"confidence; in the median its interval is ± {np.median(ratios):.2g} times the effect itself. More cycles (a "
+        "larger measure_budget or a longer run), a wider wave (response.delta) and more response.sequences shrink it.</p>\n"
+    )
 
 
 def decisions(run):
@@ -258,15 +232,17 @@ def decisions(run):
         step, sample = f"{probe['step']:,}", f"{probe['sample']:,}"
         force = "stay" if when is None else f"sample {when:,}"
         reason = text(probe.get("reason") or "not recorded")
-        rows.append([step, sample, _lines(run, found, power), _lines(run, _weights(probe)), force, reason])
+        rows.append(
+            [
+                step,
+                sample,
+                by_domain(run.names, found, power),
+                by_domain(run.names, _weights(probe)),
+                force,
+                reason,
+            ]
+        )
     return f"{FIND}\n{table(headers, rows, 'decisions')}"
-
-
-def _lines(run, values, power=""):
-    """One line per domain, and one for their common power of ten."""
-    pairs = zip(run.names, values, strict=True)
-    common = f"<div>× {power}</div>" if power else ""
-    return "".join(f"<div>{named(name)}\u00a0{unbroken(value)}</div>" for name, value in pairs) + common
 
 
 def _weights(probe):

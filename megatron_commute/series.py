@@ -1,4 +1,5 @@
-"""Series of numbers out of the lines of a decision log: what report, tables and CSV files are made of.
+"""Series of numbers out of the lines of a decision log, of a run or of an analysis of checkpoints: what report, tables and
+CSV files are made of.
 
 Shapes: K domains, T targets (1, or K where the target is `each`), n samples at which something was recorded.
 What a line lacks is NaN. Nothing here draws, reads a file or knows HTML.
@@ -30,6 +31,17 @@ class Run:
     responses: list = dataclasses.field(default_factory=list)  # readings and rollouts that did not fail
     judgements: list = dataclasses.field(default_factory=list)  # what was foretold, beside what was measured
     interventions: list = dataclasses.field(default_factory=list)  # versions of the control file
+    recommendation: dict | None = None  # what an analysis says for a repetition of the run
+
+    @property
+    def analysis(self):
+        """Whether checkpoints were analysed: its probes decided nothing, and there are no losses of training."""
+        return self.start.get("analysis") is not None
+
+    @property
+    def span(self):
+        """Last sample of the sample axis: of the whole run where checkpoints of it were analysed."""
+        return max(1, self.samples, (self.start.get("samples") or 0) if self.analysis else 0)
 
     @property
     def names(self):
@@ -48,6 +60,11 @@ class Run:
     def confidence(self):
         """Confidence of the two-sided interval outside which the law lets a score count."""
         return (self.start.get("controller") or {}).get("confidence") or 0.95
+
+    @property
+    def response_kind(self):
+        """How effects were measured: lock-in, rollout, or off (also where the budget paid for none); None: not recorded."""
+        return (self.start.get("responses") or self.start.get("response") or {}).get("kind")
 
     @property
     def targets(self):
@@ -80,6 +97,7 @@ def by_event(records, source="the record"):
         responses=[line for line in groups.get("response", ()) if line.get("wave") is not None],
         judgements=groups.get("calibration", []),
         interventions=groups.get("control", []),
+        recommendation=groups["recommendation"][-1] if groups.get("recommendation") else None,
     )
 
 
@@ -118,9 +136,11 @@ def weights(run):
     """Samples i64[n] at which weights f64[n, K] came into force or were seen in force, in order.
 
     Planned changes (`effective_sample` of the probes that were reached) fix where a step lies; loss lines add
-    what the mixture made of them when a budget ran short.
+    what the mixture made of them when a budget ran short. Of an analysis: what the checkpoints hold.
     """
     knots = {0: run.start["weights"]}
+    if run.analysis:
+        knots |= {probe["sample"]: probe["weights"] for probe in run.probes if any(probe["weights"])}
     for probe in moves(run):
         if probe["effective_sample"] <= run.samples:
             knots[probe["effective_sample"]] = probe["weights_next"]
@@ -136,6 +156,13 @@ def weights(run):
 def moves(run):
     """Probes after which the weights were to change."""
     return [probe for probe in run.probes if probe.get("effective_sample") is not None]
+
+
+def recommended(run):
+    """Samples i64[n] from which weights f64[n, K] are recommended for a repetition of the run; n = 0 without a schedule."""
+    points = (run.recommendation or {}).get("points") or []
+    sample, weight = [point[0] for point in points], [point[1] for point in points]
+    return np.array(sample, dtype=np.int64), _numbers(weight).reshape(-1, len(run.names))
 
 
 def measured(run, key):
@@ -185,16 +212,22 @@ def summary_rows(records):
     standard error. With target `each` a domain's row shows the numbers for itself as the target.
     """
     run = records if isinstance(records, Run) else by_event(records)
-    ends = [_first_last(losses(run, kind)[1], "{:.3f}") for kind in ("train", "valid")]
-    weight = _first_last(weights(run)[1], "{:.3f}")
+    train, valid = (_first_last(losses(run, kind)[1], "{:.3f}") for kind in ("train", "valid"))
     used = zip(served(run)[1][-1], run.budgets, strict=True)
     share = [f"{int(n):,} / {'no budget' if budget is None else f'{budget:,}'}" for n, budget in used]
-    headers = ["domain", "training loss", "validation loss", "weight", "samples used / budget"]
-    found = [_last_probe(run, key) for key in ("score", "s", "P")]
-    headers += [f"{word} ({power})" if power else word
-                for word, (power, _) in zip(("score", "s", "largest P"), found, strict=True)]  # fmt: skip
-    columns = *ends, weight, share, *(cells for _, cells in found)
-    return headers, [list(row) for row in zip(run.names, *columns, strict=True)]
+    columns = {
+        "domain": run.names,
+        "training loss": train,
+        "held-out loss" if run.analysis else "validation loss": valid,
+        "weight": _first_last(weights(run)[1], "{:.3f}"),
+        "samples used / budget": share,
+    }
+    if run.analysis:  # nothing was trained
+        del columns["training loss"], columns["samples used / budget"]
+    for word, key in (("score", "score"), ("s", "s"), ("largest P", "P")):
+        power, cells = _last_probe(run, key)
+        columns[f"{word} ({power})" if power else word] = cells
+    return list(columns), [list(row) for row in zip(*columns.values(), strict=True)]
 
 
 def _first_last(values, form):
@@ -230,42 +263,6 @@ def _last_probe(run, key):
     return power, cells
 
 
-def lacks(run, torn=0):
-    """What the record cannot show, one plain sentence each. torn: lines at the end that could not be read."""
-    notes = []
-    if torn:
-        notes.append("The last line is torn: the run was ended while writing it. It is left out.")
-    if run.end is None:
-        notes.append(
-            f"There is no end line: the run goes on or was stopped. Its lines reach sample {run.samples:,}."
-        )
-    if not run.probes:
-        notes.append("There is no finished probe, so there are no scores, no P and no decisions.")
-    for kind, word in (("train", "training"), ("valid", "validation")):
-        known = np.isfinite(losses(run, kind)[1]).any(0)
-        unknown = [name for name, seen in zip(run.names, known, strict=True) if not seen]
-        if unknown:
-            notes.append(f"No {word} loss of {', '.join(unknown)} was recorded.")
-    if run.probes and not len(measured(run, "score")[0]):
-        notes.append("No probe has a full score; decisions cannot be compared with what the law acted on.")
-    scores_only = sum(1 for probe in run.probes if probe.get("P") is None)
-    if scores_only:
-        notes.append(
-            f"{scores_only} of {len(run.probes)} probes worked with probe.memory scores, which does not measure P."
-        )
-    for key in ("P", "score"):
-        _, value, error = measured(run, key)
-        if (np.isfinite(value) & ~np.isfinite(error)).any():
-            notes.append(
-                f"Some {key} have no standard error; they are drawn without bars and marked as uncertain."
-            )
-    if all(budget is None for budget in run.budgets):
-        notes.append("No domain has a budget, so there is no burn-down.")
-    if run.probes and not len(overhead(run)[0]):
-        notes.append("No probe has a timing, so the overhead is unknown.")
-    return notes
-
-
 def overhead(run):
     """Samples i64[n], probe time as a fraction of training time f64[n], seconds of each probe f64[n]."""
     lines = [probe for probe in run.probes if (probe.get("timing") or {}).get("overhead") is not None]
@@ -286,47 +283,30 @@ def effects(run):
 def uncalibrated(run):
     """Whether the run acts on a signal that has not earned trust by measured effects."""
     law, probe = (run.start.get("controller") or {}).get("law"), run.start.get("probe") or {}
-    if run.start.get("mode") != "act" or law not in MEASURED:
+    if run.start.get("mode") != "act" or law not in MEASURED or run.analysis:
         return False
     signal = calibration.signal_of(law, (probe.get("metric"), probe.get("direction")))
     entry = calibration.book_of(run.judgements).get(signal)
     return entry is None or not calibration.judged(entry).trusted
 
 
-def tables(run):
-    """Every series as {file name: (headers, rows)}, numbers unrounded, for CSV files."""
-    names = list(run.names)
-    plain = {
-        "train_loss": losses(run, "train"),
-        "valid_loss": losses(run, "valid"),
-        "weights": weights(run),
-        "served": served(run),
-    }
-    result = {key: (["sample", *names], _joined(*pair)) for key, pair in plain.items()}
-    result["overhead"] = (["sample", "fraction_of_training_time", "probe_seconds"], _joined(*overhead(run)))
-    for key in ("score", "s"):
-        sample, value, error = measured(run, key)
-        result[key] = (["sample", "target", "domain", "value", "standard_error"],
-                       [[sample[n], run.targets[t], names[k], value[n, t, k], error[n, t, k]]
-                        for n, t, k in np.ndindex(value.shape)])  # fmt: skip
-    sample, P, error = measured(run, "P")
-    result["P"] = (["sample", "target", "first", "second", "value", "standard_error"],
-                   [[sample[n], run.targets[t], names[i], names[j], P[n, t, i, j], error[n, t, i, j]]
-                    for n, t, i, j in np.ndindex(P.shape) if i != j])  # fmt: skip
-    decisions = [
-        [p.get(key) for key in ("step", "sample", "lr", "effective_sample", "reason")] for p in run.probes
+def comparisons(run):
+    """What signals foretold beside what was measured later, one row each: (sample i64, signal, domain k, foretold, measured,
+    standard error, degrees of freedom), in nats per unit of weight. Constants foretell a sign, not a size.
+    """
+    return [
+        (line["sample"], signal, k, told[k], line["effect"][k], line["effect_se"][k], line["effect_dof"])
+        for line in run.judgements
+        for signal, told in line["signals"].items()
+        for k in range(len(run.names))
     ]
-    result["decisions"] = (["step", "sample", "learning_rate", "effective_sample", "reason"], decisions)
-    result["skips"] = (["step", "sample", "reason", "failures", "off"],
-                       [[line.get(key) for key in ("step", "sample", "reason", "failures", "off")]
-                        for line in run.skips])  # fmt: skip
-    sample, value, error = effects(run)
-    result["effects"] = (["sample", "domain", "value", "standard_error"],
-                         [[sample[n], names[k], value[n, k], error[n, k]] for n, k in np.ndindex(value.shape)])  # fmt: skip
-    result["calibration"] = calibration.table(calibration.book_of(run.judgements))
-    result["summary"] = summary_rows(run)
-    return result
 
 
-def _joined(sample, *columns):
-    return [[n, *row] for n, row in zip(sample.tolist(), np.column_stack(columns).tolist(), strict=True)]
+def improvable(run):
+    """Corollary 3.2(b) at the checkpoints of an analysis: (probe, target t, pairs [[earlier, later], ...]) each."""
+    return [
+        (probe, t, pairs)
+        for probe in run.probes
+        if probe.get("improvable") is not None
+        for t, pairs in enumerate(probe["improvable"])
+    ]

@@ -16,7 +16,8 @@ LAYERS = [
     ["memory", "yaml_checks", "schedule", "mixture_file", "shares", "config"],
     ["_mixture", "feasible", "mixture", "takeover", "sampler", "bracket", "record", "events"],
     ["planning", "receding", "laws", "controller", "lockin", "calibration", "control", "replay"],
-    ["series", "drawing", "report", "plots"],
+    ["series", "curves", "drawing", "tables", "markup", "report_analysis", "report"],
+    ["picture_run", "picture_criterion", "picture_evidence", "plots"],
     ["_kernels", "reference", "ops", "reduce"],
     ["hvp", "rop_layers", "rop", "direction", "account"],
     ["replicate", "probe", "response"],
@@ -26,7 +27,7 @@ LAYERS = [
     ["experiments.*"],
     ["patch", "cli", "doctor", "__main__"],
 ]
-PURE = LAYERS[0] + LAYERS[1][1:] + LAYERS[2] + LAYERS[3]
+PURE = LAYERS[0] + LAYERS[1][1:] + LAYERS[2] + LAYERS[3] + LAYERS[4]
 HEAVY = ["matplotlib", "scipy", "deepspeed", "megatron", "tokenizers", "tabulate", "tqdm"]
 
 

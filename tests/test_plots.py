@@ -7,15 +7,38 @@ import numpy as np
 import pytest
 import records
 
-from megatron_commute import plots, series
+from megatron_commute import plots, report, series
+from megatron_commute.tables import tables
 
 
 def test_effects_and_calibration_are_drawn_where_they_were_measured():
     run = series.by_event(records.responded(records.lines()))
     names = [picture.name for picture in plots.pictures(run)]
-    assert names[-2:] == ["effects", "calibration"]
-    assert not {"effects", "calibration"} & {picture.name for picture in plots.pictures(run_of())}
-    assert len(series.tables(run)["effects"][1]) == 3 * len(run.probes)
+    assert names[-3:] == ["effects", "foretold", "calibration"]
+    assert not {"effects", "foretold", "calibration"} & {picture.name for picture in plots.pictures(run_of())}
+    written = tables(run)
+    assert len(written["effects"][1]) == 3 * len(run.probes)
+    assert len(written["comparisons"][1]) == 5 * 3 * len(run.judgements)
+
+
+def test_what_was_foretold_stands_beside_what_was_measured_with_its_interval():
+    lines = records.responded(records.lines())
+    last = [line for line in lines if line["event"] == "calibration"][-1]
+    drawn = {picture.name: picture for picture in plots.pictures(series.by_event(lines))}
+    for k, axes in enumerate(drawn["foretold"].figure.get_axes()):
+        dots = [one for one in axes.lines if len(one.get_xdata()) == 1]
+        at = {int(one.get_xdata()[0]): one.get_ydata()[0] for one in dots}
+        unit = last["effect"][k] / at[0]
+        assert unit == pytest.approx(10.0 ** round(np.log10(unit)))
+        for x, (signal, told) in enumerate(last["signals"].items(), 1):
+            if signal == "last gains":  # a sign without a size
+                assert at[x] == pytest.approx(np.sign(told[k]) * abs(at[0]))
+            else:
+                assert at[x] * unit == pytest.approx(told[k])
+        low, high = axes.collections[0].get_segments()[0][:, 1]
+        assert [high - at[0], at[0] - low] == pytest.approx(
+            [2.4469 * 2e-3 / unit] * 2, rel=1e-4
+        )  # Student, six degrees
 
 
 def run_of(**options):
@@ -83,7 +106,7 @@ def test_summary_without_probes_losses_or_budgets():
     _, rows = plots.summary_rows([start])
     assert [set(row[1:3]) for row in rows] == [{"not recorded"}] * 2
     assert [set(row[5:]) for row in rows] == [{"not measured"}] * 2
-    assert len(series.lacks(series.by_event([start]))) == 5
+    assert len(report.lacks(series.by_event([start]))) == 5
     drawn = plots.pictures(series.by_event([start]))
     assert [picture.name for picture in drawn] == ["weights"]
 
@@ -185,6 +208,38 @@ def test_export_writes_every_picture_and_every_number(tmp_path):
     assert read_csv(tmp_path / "out" / "skips.csv")[0]["reason"] == "loss of code is not finite on rank 1"
     decided = read_csv(tmp_path / "out" / "decisions.csv")
     assert [row["effective_sample"] for row in decided] == [str(p["effective_sample"] or "") for p in probes]
+
+
+def test_export_of_an_analysis_has_its_schedule_and_checks_and_nothing_empty(tmp_path):
+    lines = records.analysed(records.lines(K=3))
+    plots.export(records.write(tmp_path, lines), tmp_path / "out")
+    points = lines[-1]["points"]
+    rows = read_csv(tmp_path / "out" / "recommended.csv")
+    names = lines[0]["names"]
+    assert [[int(row["sample"]), [float(row[n]) for n in names]] for row in rows] == points
+    pairs = [
+        [line["step"], *pair] for line in lines if line["event"] == "probe" for pair in line["improvable"][0]
+    ]
+    found = read_csv(tmp_path / "out" / "improvable.csv")
+    assert [[int(row["step"]), row["earlier"], row["later"]] for row in found] == pairs and pairs
+    for path in (tmp_path / "out").glob("*.csv"):
+        assert len(read_csv(path)) > 0, path
+    assert (tmp_path / "out" / "recommended.png").stat().st_size > 0
+
+
+def test_the_recommended_schedule_is_drawn_to_the_end_of_the_run_beside_its_own_weights():
+    lines = records.analysed(records.lines(K=3))
+    cut = [line for line in lines if line.get("step", 0) <= 200]  # checkpoints of the first half only
+    run = series.by_event(cut)
+    picture = plots.pictures(run)[0]
+    assert picture.name == "recommended" and run.span == lines[0]["samples"] > run.samples
+    for k, axes in enumerate(picture.figure.get_axes()):
+        own, asked, budget = axes.lines[:3]
+        assert asked.get_ydata().tolist()[:-1] == [weights[k] for _, weights in lines[-1]["points"]]
+        assert 1000 * asked.get_xdata()[-1] == 1000 * own.get_xdata()[-1] == run.span
+        held = [line["weights"][k] for line in cut if line["event"] == "probe"]
+        assert own.get_ydata().tolist()[1:-1] == held
+        assert budget.get_ydata()[0] == lines[0]["budgets"][k] / lines[0]["samples"]
 
 
 def read_csv(path):

@@ -1,23 +1,13 @@
-"""The report as a reader's browser gets it: whole, escaped, without network, and usable on a phone."""
+"""The report as HTML: whole, escaped, without network; what a run or an analysis says, and what it lacks."""
 
-import html
 import re
-import shutil
-import subprocess
-import tempfile
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 import records
 
 from megatron_commute import plots, report, series
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-needs_chromium = pytest.mark.skipif(
-    CHROMIUM is None, reason="Chromium is not installed (apt-get install chromium)"
-)
-FLAGS = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking"
-FLAGS += " --disable-component-update --disable-sync --enable-logging=stderr"
 
 
 class Page(HTMLParser):
@@ -91,6 +81,34 @@ def test_a_signal_that_failed_its_comparisons_stays_loud_and_all_of_them_are_in_
     for signal in ("P adam/local", "recency adam", "persistence", "lock-in", "last gains"):
         assert signal in read.text
     assert "100% (81% to 100%)" in read.text and "16 of 16" in read.text
+    assert "has earned trust" in read.text and "not shown to be better than chance" in read.text
+    assert "Nothing is proven" not in read.text
+
+
+def test_comparisons_inside_their_error_prove_nothing_and_the_report_says_so():
+    lines = records.responded(records.lines(probe_every=200))
+    for line in lines:
+        if line["event"] == "calibration":
+            line["effect_se"], line["effect_dof"] = [1.0] * 3, 1
+            del line["signals"]["lock-in"]
+    read = words(lines)
+    assert "Nothing is proven for or against any signal yet" in read.text
+    half = [
+        12.706 / abs(e) for x in lines if x["event"] == "calibration" for e in x["effect"]
+    ]  # Student, one degree
+    assert f"± {np.median(half):.2g} times the effect" in read.text
+    assert read.text.count("every measured effect is inside its error") == 4
+    assert read.text.count("no prediction was followed by a reading") == 1
+    assert read.rows["calibrations"] == 6
+
+
+def test_a_run_without_comparisons_says_why():
+    lines = records.lines()
+    assert "Calibration" not in words(lines).text  # a record from before there were responses
+    lines[0]["responses"] = {"kind": "off", "why": ""}
+    assert "compared with a measured effect (response.kind: off)" in words(lines).text
+    lines[0]["responses"] = {"kind": "lock-in", "why": ""}
+    assert "0 readings by lock-in" in words(lines).text
 
 
 def test_what_people_wrote_into_the_control_file_is_listed():
@@ -170,56 +188,72 @@ def test_a_thousand_lines_are_one_page_of_moderate_size(tmp_path):
     assert path.stat().st_size < 1_500_000
 
 
-def browse(text, folder, script=""):
-    """(title, complaints): the title `script` leaves in Chromium, and what its console says."""
-    (folder / "page.html").write_text(text + f"<script>{script}</script>", encoding="utf-8")
-    with tempfile.TemporaryDirectory() as profile:
-        flags = [*FLAGS.split(), f"--user-data-dir={profile}", "--dump-dom", f"file://{folder}/page.html"]
-        done = subprocess.run([CHROMIUM, *flags], capture_output=True, text=True, timeout=120, check=True)
-    title = re.search(r"<title>(.*?)</title>", done.stdout)
-    return title and title[1], [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-
-
-def framed(path, script):
-    """A page with the report 390 and 1280 pixels wide; `script` runs in both and may call `tell`."""
-    text = re.sub(r"<meta http-equiv[^>]*>", "", path.read_text(encoding="utf-8"))
-    tell = "const tell = word => { parent.document.title += word + ';' };"
-    inner = html.escape(text + f"<script>{{ {tell} {script} }}</script>")
-    frames = "".join(
-        f'<iframe width="{width}" height="900" srcdoc="{inner}"></iframe>' for width in (390, 1280)
-    )
-    return f"<!doctype html><meta charset=utf-8><title></title>{frames}"
-
-
-@needs_chromium
-@pytest.mark.parametrize("options", [{"K": 8}, {"names": ["x" * 60, "long name " * 6, "中文"]}])
-def test_nothing_is_wider_than_the_screen(tmp_path, options):
-    _, path = page(tmp_path, **options)
-    measure = """addEventListener('load', () => { const root = document.documentElement;
-    tell(innerWidth + ' too wide by ' + (root.scrollWidth - root.clientWidth)) })"""
-    title, complaints = browse(framed(path, measure), tmp_path)
-    assert sorted(title.split(";")[:-1]) == ["1280 too wide by 0", "390 too wide by 0"]
-    assert not complaints
-
-
-@needs_chromium
-def test_typing_filters_the_decisions(tmp_path):
-    lines = records.lines(K=3)
+def test_an_analysis_shows_its_recommendation_and_lacks_nothing(tmp_path):
+    lines = records.analysed(records.lines(K=3))
+    read, _ = page(tmp_path, lines=lines)
     probes = [line for line in lines if line["event"] == "probe"]
-    probes[1]["reason"] = "weights stay: a Peculiar reason"
-    _, path = page(tmp_path, lines=lines)
-    script = """const input = document.querySelector("input"), seen = document.querySelector("output");
-    const before = seen.textContent;
-    input.value = "reason peculiar"; input.dispatchEvent(new Event("input", {bubbles: true}));
-    const left = [...document.querySelectorAll("#decisions tbody tr")].filter(row => row.offsetHeight > 0);
-    tell([before, seen.textContent, ...left.map(row => row.cells[0].textContent)].join("|"));"""
-    expected = f"{len(probes)} of {len(probes)}|1 of {len(probes)}|{probes[1]['step']};"
-    assert browse(framed(path, script), tmp_path)[0] == 2 * expected
+    assert read.rows["checkpoints"] == 1 + len(probes)
+    assert read.rows["schedule"] == 2 + len(probes)
+    assert "(−2.50 ± 1.00) × 10⁻⁴ nats per token" in read.text
+    assert "How well such predictions hold here is not known." in read.text
+    assert "Note: holdout: seen in training" in read.text
+    budget = lines[0]["budgets"][0]
+    assert f"english {budget:,} of {budget:,}" in read.text.replace("\u00a0", " ")
+    moved = sum(bool(line["improvable"][0]) for line in probes)
+    assert 0 < moved < len(probes) and read.text.count("code earlier, english later") == moved
+    assert "global_step50" in read.text and "somewhere" not in read.text
+    for fault in (
+        "lacks",
+        "Decisions",
+        "Skipped",
+        "uncalibrated",
+        "not recorded",
+        "Calibration",
+        "size cannot",
+    ):
+        assert fault not in read.text, fault
+    pictures = [value for tag, name, value in read.attributes if tag == "figure" and name == "id"]
+    assert pictures == ["recommended", "losses", "scores", "P_last", "P_mean"]
 
 
-@needs_chromium
-def test_only_the_script_of_the_report_may_run(tmp_path):
-    _, path = page(tmp_path, K=3)
-    title, complaints = browse(path.read_text(encoding="utf-8"), tmp_path, "document.title = 'foreign'")
-    assert title == "Order of data: english, russian, code"
-    assert len(complaints) == 1 and "Content Security Policy" in complaints[0]
+def test_a_prediction_larger_than_a_tenth_of_the_loss_is_called_impossible():
+    lines = records.analysed(records.lines(K=3))
+    lines[-1] |= {"expected": -8.8, "expected_se": 3.0}
+    read = words(lines)
+    assert "−8.80 ± 3.00 nats per token" in read.text.replace("\u00a0", " ")
+    assert "Beside losses of up to 3.2 this size cannot be right" in read.text
+
+
+def test_an_analysis_without_a_schedule_or_cut_short_says_so():
+    lines = records.analysed(records.lines(K=2, each=True, mode="shadow"), reason="target <each>")
+    read = words(lines)
+    assert "No schedule is recommended: target <each>." in read.text
+    assert read.rows["checkpoints"] == 1 + 2 * sum(line["event"] == "probe" for line in lines)
+    assert "schedule" not in read.rows
+    read = words(lines[:-1])
+    assert "the same command goes on where it ended" in read.text and "Recommendation" not in read.text
+    lines = records.analysed(records.lines(K=2))
+    lines[-1]["points"] = lines[-1]["points"][:1]
+    assert "changes nothing at these checkpoints" in words(lines).text
+
+
+def test_names_of_an_analysis_stay_text(tmp_path):
+    evil = ["<script>alert(1)</script>", "\"><img src=x onerror='y'>", "a & b"]
+    lines = records.analysed(records.lines(names=evil))
+    lines[-1]["worth"] = "<b onclick=z>worth</b>"
+    read, _ = page(tmp_path, lines=lines)
+    assert read.tags.count("script") == 1 and not {"img", "b"} & set(read.tags)
+    for word in [*evil, "<b onclick=z>worth</b>"]:
+        assert word in read.text
+
+
+def test_only_brackets_outside_their_interval_are_listed_the_worse_order_first():
+    lines = records.analysed(records.lines(K=3))
+    read = words(lines)
+    probes, expected = [line for line in lines if line["event"] == "probe"], 0
+    for line in probes:
+        P, se = np.array(line["P"]), np.array(line["P_se"])
+        expected += int(
+            (P / np.maximum(se, 1e-300) > 3.1824).sum()
+        )  # Student's quantile at 95 %, three degrees of freedom
+    assert expected and len(re.findall(r"\w+ then \w+ \+", read.text)) == expected

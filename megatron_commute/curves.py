@@ -1,0 +1,91 @@
+"""One line of a record as named numbers for TensorBoard and its like: the series of the report while a run goes on.
+
+Names are KIND/DOMAIN; with target `each` KIND/TARGET/DOMAIN; P/FIRST/SECOND for each pair once, since P is antisymmetric.
+Words (reasons, skips) stay in the record.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+# kinds of numbers by domain, under their names in the record
+_LOSS = ("train", "valid", "served")
+_PROBE = ("score", "score_se", "s", "s_se", "weights_next", "effect", "effect_se")
+
+
+def of(line, names, budgets):
+    """[(name, float)] of a line (a dict of plain values, as in the record); none for events that hold no series.
+
+    names, budgets: of the K domains, budgets in samples or None. Missing and non-finite numbers are left out.
+    """
+    found = {"loss": _loss, "probe": _probe, "calibration": _calibration}.get(line["event"], _nothing)
+    pairs = found(line, names, budgets)
+    if "probe_seconds" in (line.get("timing") or {}) and line["event"] in ("probe", "skip"):
+        pairs += [(key, line["timing"].get(key)) for key in ("probe_seconds", "overhead")]
+    known = [pair for pair in pairs if isinstance(pair[1], int | float)]
+    return [(name, float(value)) for name, value in known if math.isfinite(value)]
+
+
+def _nothing(line, names, budgets):
+    return []
+
+
+def _loss(line, names, budgets):
+    pairs = [pair for kind in _LOSS for pair in _by_domain(kind, line.get(kind), names)]
+    # without the wave that may ride on them
+    pairs += _by_domain("weights", line.get("base") or line.get("weights"), names)
+    left = {
+        n: b - line["served"][n]
+        for n, b in zip(names, budgets, strict=True)
+        if b is not None and "served" in line
+    }
+    return [*pairs, *_by_domain("budget_left", left, names), ("learning_rate", line.get("lr"))]
+
+
+def _probe(line, names, budgets):
+    pairs = [pair for kind in _PROBE for pair in _by_domain(kind, line.get(kind), names)]
+    pairs += [pair for kind in ("P", "P_se") for pair in _by_pair(kind, line.get(kind), names)]
+    for signal, found in (line.get("calibration") or {}).items():
+        pairs += [(f"calibration_{key}/{signal}", found.get(key)) for key in ("hits", "n", "rate", "scale")]
+    return pairs
+
+
+def _calibration(line, names, budgets):
+    pairs = [
+        pair for kind in ("effect", "effect_se") for pair in _by_domain(f"measured_{kind}", line[kind], names)
+    ]
+    return pairs + [
+        pair
+        for signal, told in line["signals"].items()
+        for pair in _by_domain(f"foretold/{signal}", told, names)
+    ]
+
+
+def _by_domain(kind, values, names):
+    """(KIND/DOMAIN, number) of {name: number}, of an array [K], or of [K, K] with a target in front."""
+    if isinstance(values, dict):
+        return [(f"{kind}/{name}", value) for name, value in values.items()]
+    if values is None:
+        return []
+    if np.ndim(values) == 2:
+        return [
+            pair
+            for t, row in zip(names, values, strict=True)
+            for pair in _by_domain(f"{kind}/{t}", row, names)
+        ]
+    return [(f"{kind}/{name}", value) for name, value in zip(names, values, strict=True)]
+
+
+def _by_pair(kind, values, names):
+    if values is None:
+        return []
+    if np.ndim(values) == 3:
+        return [
+            pair
+            for t, rows in zip(names, values, strict=True)
+            for pair in _by_pair(f"{kind}/{t}", rows, names)
+        ]
+    pairs = [(i, j) for i in range(len(names)) for j in range(i + 1, len(names))]
+    return [(f"{kind}/{names[i]}/{names[j]}", values[i][j]) for i, j in pairs]

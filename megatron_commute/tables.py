@@ -1,0 +1,127 @@
+"""Every series of a record as rows of numbers, unrounded, for CSV files; and what each signal was worth, in words."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from megatron_commute import calibration, series
+
+
+def tables(run):
+    """Every series of a series.Run as {file name: (headers, rows)}."""
+    names = list(run.names)
+    left = [np.nan if budget is None else budget for budget in run.budgets]
+    sample, used = series.served(run)
+    plain = {
+        "train_loss": series.losses(run, "train"),
+        "valid_loss": series.losses(run, "valid"),
+        "weights": series.weights(run),
+        "served": (sample, used),
+        "budget_left": (sample, np.array(left) - used),
+    }
+    result = {key: (["sample", *names], _joined(*pair)) for key, pair in plain.items()}
+    overhead = _joined(*series.overhead(run))
+    result["overhead"] = (["sample", "fraction_of_training_time", "probe_seconds"], overhead)
+    for key in ("score", "s", "P"):
+        result[key] = _measured(run, key)
+    result |= {name: _lines(*columns) for name, columns in _told(run).items()}
+    sample, value, error = series.effects(run)
+    result["effects"] = (["sample", "domain", "value", "standard_error"],
+                         [[sample[n], names[k], value[n, k], error[n, k]] for n, k in np.ndindex(value.shape)])  # fmt: skip
+    result["comparisons"] = (
+        ["sample", "signal", "domain", "foretold", "measured", "standard_error", "degrees_of_freedom"],
+        [[n, signal, names[k], *values] for n, signal, k, *values in series.comparisons(run)],
+    )
+    result["calibration"] = calibrated(run)
+    result["summary"] = series.summary_rows(run)
+    if run.analysis:
+        of_a_run = (
+            "train_loss",
+            "served",
+            "budget_left",
+            "overhead",
+            "effects",
+            "comparisons",
+            "calibration",
+        )
+        for name in (*of_a_run, *_told(run)):
+            del result[name]
+        result["recommended"] = (["sample", *names], _joined(*series.recommended(run)))
+        result["improvable"] = (
+            ["step", "sample", "target", "earlier", "later"],
+            [[probe["step"], probe["sample"], run.targets[t], *pair]
+             for probe, t, pairs in series.improvable(run) for pair in pairs],
+        )  # fmt: skip
+    return result
+
+
+def _told(run):
+    """{file name: (lines, their keys)} of what is written down as it stands."""
+    decision = ("step", "sample", "lr", "effective_sample", "reason")
+    control = ("step", "sample", "freeze", "weights", "caps", "effective_sample", "error")
+    return {
+        "decisions": (run.probes, decision),
+        "skips": (run.skips, ("step", "sample", "reason", "failures", "off")),
+        "interventions": (run.interventions, control),
+    }
+
+
+def _lines(lines, keys):
+    headers = ["learning_rate" if key == "lr" else key for key in keys]
+    return headers, [[line.get(key) for key in keys] for line in lines]
+
+
+def _measured(run, key):
+    """Headers and rows of P, s or score: one row for each number."""
+    sample, value, error = series.measured(run, key)
+    places = ["first", "second"] if key == "P" else ["domain"]
+    cells = [at for at in np.ndindex(value.shape) if len(set(at[2:])) == len(places)]
+    rows = [
+        [sample[at[0]], run.targets[at[1]], *(run.names[k] for k in at[2:]), value[at], error[at]]
+        for at in cells
+    ]
+    return ["sample", "target", *places, "value", "standard_error"], rows
+
+
+def _joined(sample, *columns):
+    return [[n, *row] for n, row in zip(sample.tolist(), np.column_stack(columns).tolist(), strict=True)]
+
+
+def calibrated(run):
+    """Headers and rows of text, one for each signal that was compared with measured effects, and for each that this kind of
+    response could have judged and did not.
+    """
+    book = calibration.book_of(run.judgements)
+    headers, rows = calibration.table(book)
+    found = [[row[0], str(_compared(run, row[0])), *row[1:], _verdict(book[row[0]])] for row in rows]
+    none = ["-"] * (len(headers) - 1)
+    found += [
+        [name, "0", *none, "no prediction was followed by a reading"]
+        for name in expected(run)
+        if name not in book
+    ]
+    return ["signal", "compared", *headers[1:], "verdict"], found
+
+
+def _compared(run, signal):
+    """Numbers of a signal that stand beside a measured one: relative to the mixture one domain follows from the others."""
+    return sum(len(run.names) - 1 for line in run.judgements if signal in line["signals"])
+
+
+def _verdict(entry):
+    found = calibration.judged(entry)
+    if not found.n:
+        return "not known: every measured effect is inside its error"
+    if found.n < calibration.ENOUGH:
+        return f"too few to say, {calibration.ENOUGH} are the least"
+    return "has earned trust" if found.trusted else "not shown to be better than chance"
+
+
+def expected(run):
+    """Names of the signals that a run with measured responses compares; () without any."""
+    kind, probe = run.response_kind, run.start.get("probe") or {}
+    if run.analysis or kind not in ("lock-in", "rollout") or not run.probes:
+        return ()
+    metric, direction = probe.get("metric"), probe.get("direction")
+    own = ("lock-in",) if kind == "lock-in" else ("switch", "tilt")
+    return (f"P {metric}/{direction}", f"recency {metric}", "persistence", *own, calibration.LAST)

@@ -1,0 +1,95 @@
+"""Every series of the report is a curve of TensorBoard too: both are listed here, and no series may be missing on either."""
+
+import pytest
+import records
+
+from megatron_commute import calibration, curves, series
+from megatron_commute.tables import tables
+
+# what the report shows in words, or once for the whole run, and TensorBoard therefore does not
+WORDS = {"decisions", "skips", "interventions", "summary"}
+KINDS = {"train_loss": "train", "valid_loss": "valid", "served": "served", "budget_left": "budget_left"}
+OVERHEAD = {"fraction_of_training_time": "overhead", "probe_seconds": "probe_seconds"}
+
+
+def drawn(lines):
+    """{(curve, sample): number} of a whole record."""
+    names, budgets = lines[0]["names"], lines[0]["budgets"]
+    return {
+        (name, line["sample"]): value for line in lines for name, value in curves.of(line, names, budgets)
+    }
+
+
+def judged(lines):
+    """The lines with the calibration that a live run writes into its probe lines."""
+    seen = []
+    for line in lines:
+        if line["event"] == "calibration":
+            seen.append(line)
+        if line["event"] == "probe" and seen:
+            book = calibration.book_of(seen)
+            line["calibration"] = {name: calibration.judged(entry)._asdict() for name, entry in book.items()}
+    return lines
+
+
+def expected(run, name, headers, row):
+    """[(curve, sample, value)] that a row of a table stands for."""
+    cells = dict(zip(headers, row, strict=True))
+    sample = cells.get("sample")
+    if name in KINDS:
+        return [(f"{KINDS[name]}/{n}", sample, cells[n]) for n in run.names] if sample else []
+    if name == "weights":
+        probe = [p for p in run.probes if p["effective_sample"] == sample]
+        at, kind = (probe[0]["sample"], "weights_next") if probe else (sample, "weights")
+        return [(f"{kind}/{n}", at, cells[n]) for n in run.names] if sample else []
+    if name == "overhead":
+        return [(curve, sample, cells[key]) for key, curve in OVERHEAD.items()]
+    if name == "comparisons":
+        told = (f"foretold/{cells['signal']}/{cells['domain']}", sample, cells["foretold"])
+        of = cells["domain"]
+        measured = [(f"measured_effect/{of}", sample, cells["measured"])]
+        return [told, *measured, (f"measured_effect_se/{of}", sample, cells["standard_error"])]
+    if name == "calibration":
+        hits, _, n = cells["hits"].partition(" of ")
+        last, kind = run.probes[-1]["sample"], cells["signal"]
+        return [(f"calibration_hits/{kind}", last, int(hits)), (f"calibration_n/{kind}", last, int(n))]
+    kind = {"effects": "effect"}.get(name, name)
+    places = [cells[key] for key in ("first", "second", "domain") if key in cells]
+    if name == "P" and run.names.index(places[0]) > run.names.index(places[1]):
+        return []  # the same number with the other sign
+    where = "/".join([*([cells["target"]] if len(run.targets) > 1 else []), *places])
+    return [
+        (f"{kind}/{where}", sample, cells["value"]),
+        (f"{kind}_se/{where}", sample, cells["standard_error"]),
+    ]
+
+
+@pytest.mark.parametrize(
+    "options", [{"K": 3}, {"K": 2}, {"K": 3, "each": True, "mode": "shadow"}, {"K": 3, "endless": (1,)}]
+)
+def test_every_series_of_the_report_is_a_curve_with_the_same_numbers(options):
+    lines = records.lines(**options)
+    if not options.get("each"):
+        lines = judged(records.responded(lines))
+    run, found = series.by_event(lines), drawn(lines)
+    seen = set()
+    for name, (headers, rows) in tables(run).items():
+        if name in WORDS:
+            continue
+        seen.add(name)
+        for row in rows:
+            for curve, sample, value in expected(run, name, headers, row):
+                if value == value:  # NaN: not recorded
+                    assert found[curve, sample] == value, (curve, sample)
+    assert seen == {*KINDS, "weights", "overhead", "score", "s", "P", "effects", "comparisons", "calibration"}
+
+
+def test_a_wave_on_the_weights_is_not_in_their_curve_and_numbers_that_are_not_are_left_out():
+    line = {"event": "loss", "step": 3, "sample": 9, "train": {"a": 2.0, "b": None}, "served": {"a": 5, "b": 4}, "lr": 0.1,
+            "weights": {"a": 0.7, "b": 0.3}, "base": {"a": 0.5, "b": 0.5}}  # fmt: skip
+    told = dict(curves.of(line, ["a", "b"], [10, None]))
+    assert told == {"train/a": 2.0, "served/a": 5, "served/b": 4, "weights/a": 0.5, "weights/b": 0.5,
+                    "budget_left/a": 5, "learning_rate": 0.1}  # fmt: skip
+    probe = {"event": "probe", "s": [float("nan"), 1.0], "timing": {"probe_seconds": 2.0, "overhead": None}}
+    assert curves.of(probe, ["a", "b"], [None, None]) == [("s/b", 1.0), ("probe_seconds", 2.0)]
+    assert curves.of({"event": "start", "names": ["a"], "weights": [1.0]}, ["a"], [None]) == []

@@ -28,6 +28,21 @@ def of(line, names, budgets):
     return [(name, float(value)) for name, value in known if math.isfinite(value)]
 
 
+def safe(listen, say=print):
+    """`listen` of lines, told of nothing more once its writer has failed: curves are not worth a training run."""
+    listeners = [listen]
+
+    def told(line):
+        for one in list(listeners):
+            try:
+                one(line)
+            except Exception as fault:
+                listeners.clear()
+                say(f"commute: no more scalars, the writer failed: {type(fault).__name__}: {fault}")
+
+    return told
+
+
 def _nothing(line, names, budgets):
     return []
 
@@ -41,7 +56,12 @@ def _loss(line, names, budgets):
         for n, b in zip(names, budgets, strict=True)
         if b is not None and "served" in line
     }
-    return [*pairs, *_by_domain("budget_left", left, names), ("learning_rate", line.get("lr"))]
+    pairs += _by_domain("budget_left", left, names)
+    return [
+        *pairs,
+        ("learning_rate", line.get("lr")),
+        ("step_seconds", (line.get("timing") or {}).get("step_seconds")),
+    ]
 
 
 def _probe(line, names, budgets):

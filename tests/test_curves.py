@@ -90,6 +90,22 @@ def test_a_wave_on_the_weights_is_not_in_their_curve_and_numbers_that_are_not_ar
     told = dict(curves.of(line, ["a", "b"], [10, None]))
     assert told == {"train/a": 2.0, "served/a": 5, "served/b": 4, "weights/a": 0.5, "weights/b": 0.5,
                     "budget_left/a": 5, "learning_rate": 0.1}  # fmt: skip
+    line["timing"] = {"step_seconds": 0.5, "probe_seconds": 7.0}
+    assert curves.of(line, ["a", "b"], [10, None])[-1] == ("step_seconds", 0.5)
     probe = {"event": "probe", "s": [float("nan"), 1.0], "timing": {"probe_seconds": 2.0, "overhead": None}}
     assert curves.of(probe, ["a", "b"], [None, None]) == [("s/b", 1.0), ("probe_seconds", 2.0)]
     assert curves.of({"event": "start", "names": ["a"], "weights": [1.0]}, ["a"], [None]) == []
+
+
+def test_a_writer_that_fails_is_told_of_nothing_more_and_nobody_else_notices():
+    told, said = [], []
+
+    def listen(line):
+        told.append(line)
+        raise OSError("no space left")
+
+    tell = curves.safe(listen, said.append)
+    tell({"event": "loss"})
+    tell({"event": "probe"})
+    assert told == [{"event": "loss"}]
+    assert said == ["commute: no more scalars, the writer failed: OSError: no space left"]

@@ -256,4 +256,4 @@ def test_only_brackets_outside_their_interval_are_listed_the_worse_order_first()
         expected += int(
             (P / np.maximum(se, 1e-300) > 3.1824).sum()
         )  # Student's quantile at 95 %, three degrees of freedom
-    assert expected and len(re.findall(r"\w+ then \w+ \+", read.text)) == expected
+    assert expected and len(re.findall(r"\w+ then \w+ [+−]", read.text)) == expected

@@ -23,21 +23,14 @@ def listener(plan):
 
 
 def heard(write, listen):
-    """`write` of hook.Hook with `listen` told of every line; a writer that fails is told of nothing more, and training goes
-    on."""
-    listeners = [] if listen is None else [listen]
+    """`write` of hook.Hook with `listen`, where there is one, told of every line; its faults do not touch training."""
+    if listen is None:
+        return write
+    tell = curves.safe(listen, lambda words: print(words, flush=True))
 
     def written(event, **fields):
         write(event, **fields)
-        for one in list(listeners):
-            try:
-                one({"event": event, **fields})
-            except Exception as fault:
-                listeners.clear()
-                print(
-                    f"commute: no more scalars, the writer failed: {type(fault).__name__}: {fault}",
-                    flush=True,
-                )
+        tell({"event": event, **fields})
 
     return written
 

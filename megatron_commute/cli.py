@@ -335,7 +335,7 @@ def bilingual(out_dir, data, study, quick, processes, changes, estimate, tflops,
 @click.option("--arguments", type=click.Path(), help="JSON flags for checkpoints that keep none.")
 @as_json
 def analyze(checkpoints, data, out, as_json, **asked) -> None:
-    """Measure the criterion along checkpoints (global_stepN folders, or a --save folder of many); resumes."""
+    """Measure the criterion along checkpoints (global_stepN, checkpoint-N, or a folder of many); resumes."""
     from tqdm import tqdm
 
     from megatron_commute import checkpoints as analysis

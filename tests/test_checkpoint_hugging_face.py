@@ -110,6 +110,13 @@ def test_losses_and_gradients_are_those_of_transformers(name, tmp_path):
         torch.testing.assert_close(p.grad, gradients[name], rtol=1e-4, atol=1e-6 * scale, msg=name)
 
 
+def test_rotations_as_transformers_4_wrote_them():
+    said = {name: value for name, value in LLAMA3.items() if name != "rope_theta"}
+    four = {**LLAMA, "model_type": "llama", "rope_theta": 5e5, "rope_scaling": said}
+    five = {**LLAMA, "model_type": "llama", "rope_parameters": LLAMA3}
+    assert hugging_face.models.model_flags(four, ".") == hugging_face.models.model_flags(five, ".")
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """Runs of transformers' own Trainer: {kind: (folder of checkpoint-2 and checkpoint-4, model, optimiser)}."""
@@ -265,8 +272,7 @@ def test_damage_and_missing_pieces_are_named(trained, tmp_path, monkeypatch):
     weights.unlink()
     refused(place, "no weights in it")
     (place / "pytorch_model.bin").write_bytes(pickle.dumps(types.SimpleNamespace()))
-    refused(place, "pytorch_model.bin: ")
-    (place / "pytorch_model.bin").unlink()
+    refused(place, "pytorch_model.bin: ")  # and is found after any safetensors, so it may stay
     (place / "model.safetensors.index.json").write_text('{"weight_map": {"wte.weight": "../a.safetensors"}}')
     refused(place, f"{place}/a.safetensors: is missing")
     weights.write_bytes(whole)
@@ -275,13 +281,10 @@ def test_damage_and_missing_pieces_are_named(trained, tmp_path, monkeypatch):
     state.write_text(said[:40])
     refused(place, "trainer_state.json: damaged")
     state.write_text(said)
-    states = place / "optimizer.pt"
-    states.write_bytes(states.read_bytes()[:500])
+    (place / "optimizer.pt").write_bytes((place / "optimizer.pt").read_bytes()[:500])
     refused(place, "optimizer.pt: damaged or cut off")
-    adapter = tmp_path / "adapter"
-    adapter.mkdir()
-    (adapter / "adapter_config.json").write_text("{}")
-    refused(adapter, "merge_and_unload")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    refused(tmp_path, "merge_and_unload")
 
 
 def test_second_moments_in_an_unknown_order_are_not_guessed(trained, tmp_path):

@@ -60,7 +60,10 @@ def foretold(run):
         axes.axhspan(
             (value[k] - bar[k]) / factor, (value[k] + bar[k]) / factor, color=GREY, alpha=0.2, linewidth=0
         )
-        axes.errorbar([0], value[k] / factor, yerr=bar[k] / factor, fmt="o", color="black", elinewidth=0.9)
+        fill = "black" if np.isfinite(se[k]) else "white"
+        axes.errorbar(
+            [0], value[k] / factor, bar[k] / factor, fmt="o", color="black", mfc=fill, elinewidth=0.9
+        )
         for x, signal in enumerate(signals, 1):
             constant = signal == calibration.LAST
             style = {"color": GREY, "markerfacecolor": "white"} if constant else {"color": COLOURS[0]}

@@ -76,12 +76,6 @@ def their_losses(model, tokens):
     return torch.nn.functional.cross_entropy(logits.mT, tokens[:, 1:], reduction="none").mean(1)
 
 
-def saved(config, folder, **how):
-    model = model_of(config)
-    model.save_pretrained(folder, **how)
-    return model
-
-
 def laid_out(model, vectors, folder):
     """Vectors like the model's parameters in our layout: saved as weights, they are read like weights."""
     with torch.no_grad():
@@ -93,7 +87,8 @@ def laid_out(model, vectors, folder):
 
 @pytest.mark.parametrize("name", CASES)
 def test_losses_and_gradients_are_those_of_transformers(name, tmp_path):
-    model = saved(CASES[name], tmp_path)
+    model = model_of(CASES[name])
+    model.save_pretrained(tmp_path)
     found = checkpoint_model.read(tmp_path, FLAGS)
     assert found.iteration == 0 and found.moments is None
     tokens = torch.randint(256, (5, jobs.SEQUENCE + 1))
@@ -171,9 +166,10 @@ def of_torch(folder, shards):
 
 
 def test_every_way_of_storing_weights_reads_the_same(tmp_path):
-    model = saved(GPT2, tmp_path / "one")
+    model = model_of(GPT2)
+    model.save_pretrained(tmp_path / "one")
     expected = checkpoint_model.read(tmp_path / "one", FLAGS).parameters
-    saved(GPT2, tmp_path / "shards", max_shard_size="20KB")
+    model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
     model.transformer.save_pretrained(tmp_path / "base")  # names without `transformer.`
     for name in ("bin", "bins"):
@@ -188,15 +184,16 @@ def test_every_way_of_storing_weights_reads_the_same(tmp_path):
         assert all(torch.equal(found[key], expected[key]) for key in expected), name
 
 
-def test_moments_of_trainer_under_deepspeed(tmp_path, monkeypatch):
-    """Its ZeRO shards lie in a folder of their own, under the names of the model's parameters."""
+@pytest.mark.parametrize("stage", [1, 3])
+def test_trainer_under_deepspeed(stage, tmp_path, monkeypatch):
+    """Its ZeRO shards lie in a folder of their own, under the model's names; in stage 3 there may be no other weights."""
     import deepspeed
-    from deepspeed.utils import safe_get_full_optimizer_state
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     monkeypatch.setenv("LOCAL_RANK", "0")
     model, place = model_of(LLAMA), tmp_path / "checkpoint-1"
-    config = {"train_batch_size": 2, "zero_optimization": {"stage": 1}, "zero_allow_untested_optimizer": True}
-    config |= {"zero_force_ds_cpu_optimizer": False}
+    config = {"train_batch_size": 2, "zero_allow_untested_optimizer": True}
+    config["zero_optimization"] = {"stage": stage, "stage3_param_persistence_threshold": 0}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         inner = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -204,15 +201,17 @@ def test_moments_of_trainer_under_deepspeed(tmp_path, monkeypatch):
         engine.backward(their_losses(engine.module, torch.randint(256, (2, 9))).mean())
         engine.step()
         engine.save_checkpoint(str(place))
-    model.save_pretrained(place)
+    moments = [safe_get_full_optimizer_state(p, "exp_avg_sq") / (1 - 0.999) for p in model.parameters()]
+    weights = [safe_get_full_fp32_param(p).clone() for p in model.parameters()]
+    (model if stage == 1 else model.config).save_pretrained(place)
+    engine.destroy()
     found = checkpoint_model.read(place, FLAGS)
     assert found.iteration == 1
-    states = [safe_get_full_optimizer_state(p, "exp_avg_sq") for p in model.parameters()]
-    expected = laid_out(model, [state / (1 - 0.999) for state in states], tmp_path / "moments")
-    assert found.moments.keys() == expected.keys()
-    for name, moment in found.moments.items():
-        torch.testing.assert_close(moment, expected[name], rtol=1e-6, atol=0, msg=name)
-    engine.destroy()
+    for given, vectors in ((found.moments, moments), (found.parameters, weights)):
+        expected = laid_out(model_of(LLAMA), vectors, tmp_path / "expected")
+        assert given.keys() == expected.keys()
+        for name, vector in given.items():
+            torch.testing.assert_close(vector, expected[name], rtol=1e-6, atol=0, msg=name)
 
 
 def changed(folder, file, **keys):

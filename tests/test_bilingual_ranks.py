@@ -1,7 +1,9 @@
 """The language-model studies on several ranks, in bfloat16, at other sizes, and what they would cost."""
 
 import collections
+import csv
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -229,3 +231,28 @@ def test_a_folder_keeps_its_size_and_older_folders_are_read(data, alone, tmp_pat
     assert not said
     with pytest.raises(ValueError, match=r"other settings \(dtype\)"):
         bilingual.study("paper", dataclasses.replace(settings, dtype="bfloat16"), out, size=SIZE)
+
+
+def test_the_table_of_the_paper_size_is_what_the_command_counts():
+    folder = ROOT / "launch" / "paper"
+    with open(folder / "estimate.csv", encoding="utf-8") as file:
+        kept = [row for row in csv.DictReader(file) if row["run"] == "all"]
+    lines = (folder / "README.md").read_text(encoding="utf-8").splitlines()
+    flags = [("paper", "seeds=1", "tail=0"), ("paper",), ("signals",)]
+    for (name, *more), row in zip(flags, kept, strict=True):
+        command = ["bash", folder / "study.sh", name, "out", *(word for m in more for word in ("--set", m))]
+        said = subprocess.run(
+            command, env={**os.environ, "LAUNCH": "echo"}, capture_output=True, text=True, check=True
+        )
+        words = said.stdout.split()
+        settings, size = bilingual.asked(name, "d", [b for a, b in itertools.pairwise(words) if a == "--set"])
+        assert (settings.layers, settings.hidden, settings.batch, settings.sequence) == (12, 768, 512, 1024)
+        whole = bilingual_cost.rows(
+            bilingual.MODULES[name].parts(settings, size), float(row["assumed_tflops"])
+        )[-1]
+        assert {key: str(value) for key, value in whole.items()} == {key: row[key] for key in whole}
+        stated = next(line for line in lines if f"`{' --set '.join([f'{name} OUT', *more])}`" in line)
+        cells = [cell.strip() for cell in stated.split("|")]
+        numbers = [f"{whole['steps']:,}".replace(",", " "), f"{whole['tokens']:.1e}".replace("e+", "e")]
+        numbers += [f"{whole['training_flops']:.1e}".replace("e+", "e"), f"{whole['gpu_hours']:.0f}"]
+        assert cells[3:-1] == [*numbers, f"{whole['longest_cell']:.1f}", f"{whole['state_gigabytes']:.0f} GB"]

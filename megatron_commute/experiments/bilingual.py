@@ -12,6 +12,8 @@ import os
 import time
 from pathlib import Path
 
+import torch
+
 from megatron_commute import reduce
 from megatron_commute.experiments import bilingual_cells as cells
 from megatron_commute.experiments import bilingual_cost as cost
@@ -31,7 +33,7 @@ def study(name, settings, out_dir, quick=False, processes=None, say=print, size=
     """Run (or go on with) study `name` and write its tables and figures into out_dir/name.
 
     settings: bilingual_trainer.Settings. quick: a few steps of everything, to see it work. processes: at a time, default the
-    CPU cores. size: of the study, default `size_of`. Returns {"text": tables as text, "files": paths, "seconds": of this
+    CPU cores, one where there is a GPU. size: of the study, default `size_of`. Returns {"text": tables as text, "files": paths, "seconds": of this
     call}. Collective over all ranks; None on all but the first. Raises ValueError for a folder that holds another study and
     for ranks that cannot share the work, DataError for missing data.
     """
@@ -43,7 +45,7 @@ def study(name, settings, out_dir, quick=False, processes=None, say=print, size=
     _claim(
         folder, {"study": name, "quick": quick, **dataclasses.asdict(settings), **_changed(name, quick, size)}
     )
-    processes = processes or len(os.sched_getaffinity(0))
+    processes = processes or (1 if torch.cuda.is_available() else len(os.sched_getaffinity(0)))
     work = {"paper": _paper, "signals": _signals, "end-to-end": _end_to_end}[name]
     found = work(settings, folder, size, processes, say)
     if found is None:

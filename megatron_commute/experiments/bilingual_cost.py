@@ -7,7 +7,9 @@ left out.
 """
 
 import dataclasses
+import functools
 
+import numpy as np
 import torch
 
 from megatron_commute.config import CHECK_GRADIENTS, GRADIENTS_PER_SAMPLE, direction_samples
@@ -70,31 +72,55 @@ def work(settings, jobs):
     return Work(*(sum(column) for column in zip(*found, strict=True)))
 
 
+@functools.cache
 def parameters(settings):
     with torch.device("meta"):
         return sum(p.numel() for p in GPT(settings).parameters())
 
 
+def _token(settings):
+    """FLOPs of one token of a gradient."""
+    return 6.0 * parameters(settings) + 12 * settings.layers * settings.hidden * settings.sequence
+
+
+def _tokens(settings, found):
+    """Trained tokens of some work."""
+    return found.steps * (settings.batch // len(settings.domains)) * len(settings.domains) * settings.sequence
+
+
+def _flops(settings, found):
+    """Of training, of probes and of readings."""
+    names = len(settings.domains) + len(settings.others)
+    read = found.readings * settings.held * names * settings.sequence
+    tokens = np.array([_tokens(settings, found), found.gradients * settings.sequence, read / 3])
+    return tokens * _token(settings)
+
+
+def _hours(settings, flops, tflops):
+    speed = np.array([1.0 if settings.dtype == "bfloat16" else FLOAT32, FLOAT32, FLOAT32])
+    return float((flops / speed).sum() / (tflops * 1e12 * 3600))
+
+
 def row(settings, jobs, tflops):
-    """Counts, FLOPs, GPU hours and disk of some jobs as a dict; tflops: assumed sustained TFLOP/s of a GPU in bfloat16."""
-    s, found, N = settings, work(settings, jobs), parameters(settings)
-    token = 6.0 * N + 12 * s.layers * s.hidden * s.sequence
-    tokens = found.steps * (s.batch // len(s.domains)) * len(s.domains) * s.sequence
-    read = found.readings * s.held * (len(s.domains) + len(s.others)) * s.sequence
-    training, reading, probing = tokens * token, read * token / 3, found.gradients * s.sequence * token
-    slow = reading + probing + (training if s.dtype == "float32" else 0)
-    total = training + reading + probing
+    """Counts, FLOPs, GPU hours (of all, and of the longest job: what a kill may cost) and disk of some jobs as a dict.
+
+    tflops: assumed sustained TFLOP/s of a GPU in bfloat16.
+    """
+    found = work(settings, jobs)
+    flops = _flops(settings, found)
+    longest = max(_hours(settings, _flops(settings, work(settings, [job])), tflops) for job in jobs)
     return {
         "cells": len(jobs),
         "steps": found.steps,
-        "tokens": tokens,
+        "tokens": _tokens(settings, found),
         "probe_gradients": found.gradients,
-        "training_flops": training,
-        "probe_flops": probing,
-        "reading_flops": reading,
-        "gpu_hours": (total - slow + slow / FLOAT32) / (tflops * 1e12 * 3600),
+        "training_flops": float(flops[0]),
+        "probe_flops": float(flops[1]),
+        "reading_flops": float(flops[2]),
+        "gpu_hours": _hours(settings, flops, tflops),
+        "longest_cell": longest,
         # weights and two moments of Adam, float32
-        "state_gigabytes": 12 * N * found.states / 1e9,
+        "state_gigabytes": 12 * parameters(settings) * found.states / 1e9,
     }
 
 
@@ -105,15 +131,14 @@ def rows(parts, tflops):
         run = base[0].partition("/")[0]
         found.append({"run": run, **row(settings, [base, *jobs], tflops)})
     total = {key: sum(r[key] for r in found) for key in found[0] if key != "run"}
-    return [*found, {"run": "all", **total}]
+    return [*found, {"run": "all", **total, "longest_cell": max(r["longest_cell"] for r in found)}]
 
 
 def sentences(settings, tflops):
     """The formula with its numbers, and what is assumed."""
-    s, N = settings, parameters(settings)
     return (
-        f"N = {N} parameters; a token of a gradient costs 6 N + 12 layers hidden sequence = "
-        f"{6 * N + 12 * s.layers * s.hidden * s.sequence:.4g} FLOPs, one of a reading a third of it\n"
-        f"gpu_hours ASSUMES {tflops:g} TFLOP/s a GPU, sustained, in bfloat16 and {FLOAT32 * tflops:g} in float32 (probes, "
-        f"readings, training with dtype=float32): an assumption (--tflops), not a measurement"
+        f"N = {parameters(settings)} parameters; a token of a gradient costs 6 N + 12 layers hidden sequence = "
+        f"{_token(settings):.4g} FLOPs, one of a reading a third of it\n"
+        f"gpu_hours and longest_cell ASSUME {tflops:g} TFLOP/s a GPU, sustained, in bfloat16 and {FLOAT32 * tflops:g} in "
+        f"float32 (probes, readings, training with dtype=float32): an assumption (--tflops), not a measurement"
     )

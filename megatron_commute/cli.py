@@ -280,7 +280,7 @@ def quadratic(out_dir: str, seeds: int, as_json: bool) -> None:
     help="Which one.",
 )
 @click.option("--quick", is_flag=True, help="A few steps of everything, to see it work.")
-@click.option("--processes", type=click.IntRange(min=1), help="At a time; default the CPU cores, 1 with a GPU.")
+@click.option("--processes", type=click.IntRange(min=1), help="At a time; default CPU cores, 1 with a GPU.")
 @click.option(
     "--set",
     "changes",

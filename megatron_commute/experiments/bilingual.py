@@ -34,8 +34,8 @@ def study(name, settings, out_dir, quick=False, processes=None, say=print, size=
 
     settings: bilingual_trainer.Settings. quick: a few steps of everything, to see it work. processes: at a time, default the
     CPU cores, one where there is a GPU. size: of the study, default `size_of`. Returns {"text": tables as text,
-    "files": paths, "seconds": of this call}; None on all ranks but the first. Collective. Raises ValueError for a folder that
-    holds another study and for ranks that cannot share the work, DataError for missing data.
+    "files": paths, "seconds": of this call}; None on all ranks but the first. Collective. Raises ValueError for a folder
+    that holds another study and for ranks that cannot share the work, DataError for missing data.
     """
     started, folder, ranks = time.monotonic(), Path(out_dir) / name, reduce.size(reduce.everyone())
     size = size or size_of(name, quick)

@@ -250,7 +250,9 @@ def test_the_table_of_the_paper_size_is_what_the_command_counts():
         whole = bilingual_cost.rows(
             bilingual.MODULES[name].parts(settings, size), float(row["assumed_tflops"])
         )[-1]
-        assert {key: str(value) for key, value in whole.items()} == {key: row[key] for key in whole}
+        assert {key: str(value) for key, value in whole.items()} == {key: row[key] for key in whole}, (
+            "the job lists have changed: run launch/paper/estimate.sh and correct the table in launch/paper/README.md"
+        )
         stated = next(line for line in lines if f"`{' --set '.join([f'{name} OUT', *more])}`" in line)
         cells = [cell.strip() for cell in stated.split("|")]
         numbers = [f"{whole['steps']:,}".replace(",", " "), f"{whole['tokens']:.1e}".replace("e+", "e")]

@@ -149,6 +149,25 @@ def loss_gradient(model, w, times):
     return change, backward(model, path)
 
 
+def shrunk(model, H_se, g_se):
+    """The Quadratic to expect where `model` was measured with standard errors H_se f64[K, r, r], g_se f64[K, r].
+
+    Eigenvalues of H_k lose what noise adds to them (Gavish & Donoho 2017, Frobenius loss: sqrt(x^2 - edge^2), none below the
+    edge of pure noise); coordinates of g_k along its eigenvectors are Wiener-filtered with a signal in proportion to the
+    squared eigenvalue, as it is where the minimum of domain k lies anywhere (g_k = H_k (theta - b_k), b_k isotropic).
+    """
+    values, vectors = np.linalg.eigh(model.H)
+    noisy = np.maximum((H_se > 0).any(-1).sum(-1), 1)
+    edge = 4 * (H_se**2).sum((-1, -2)) / noisy  # squared: coordinates x 4 x mean squared error
+    values = np.sqrt(np.maximum(values**2 - edge[..., None], 0.0)) * (values > 0)
+    along, noise = np.matmul(model.g[..., None, :], vectors)[..., 0, :], g_se**2
+    power = np.maximum((along**2 - noise).sum(-1, keepdims=True), 0.0)
+    power = power * values**2 / np.maximum((values**2).sum(-1, keepdims=True), 1e-300)
+    along = along * np.where(noise > 0, power / np.maximum(power + noise, 1e-300), 1.0)
+    H = (vectors * values[..., None, :]) @ vectors.swapaxes(-1, -2)
+    return Quadratic(H, times_vector(vectors, along), model.target)
+
+
 def spread(w, sizes, rest, rounds=12):
     """w f64[..., M, K] > 0 scaled (Sinkhorn), then rounded so that every segment sums to one and domain k uses exactly
     rest f64[..., K] samples; sizes f64[M] sum to the samples left.

@@ -22,21 +22,27 @@ SILENT = 1e-7  # relative noise below which products count as exact
 SMALL_STEP = 1e-5  # part of a step outside the basis from which its gradients tell products
 LEFT_OUT = 6  # newest basis vectors that the leaner model does without
 MOST_PIECES = 32  # of a plan: windows of equal length while they are few, then growing
-FIRST, NEXT = 240, 20  # rounds of descent: of the first plan, and of one that goes on from the last
-DISAGREEMENT = 0.25  # part of the disagreement with the leaner model that counts as an error
-OPTIMISM = 0.25  # part of what the leaner model's plan loses in the fuller one that counts as an error
+ROUNDS = 240, 20  # of descent: of the first plan, and of one that goes on from the last
+# part of the disagreement with the leaner model that is an error, without and with noise
+DISAGREEMENT = 0.25, 0.5
+UNSEEN = (
+    0.001  # part of what the gradients could do outside the model, by the end of the run, that is an error
+)
+OPTIMISM = 0.25  # part of what the leaner model's plan loses in the fuller one that is an error
 STEPS = (1.0, 0.7, 0.4, 0.2, 0.1)  # parts of the planned deviation that are weighed against each other
-DRAWS = 4  # models as they might have been measured, where the products carry noise
+DRAWS = 4  # models as they would be measured again, where there is noise
+AGAIN = 60, 8  # rounds of descent on each: of the first plan, and of one that goes on
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """What the products say in r coordinates, at the parameters of now. K domains; all but clock may carry a batch shape.
+    """What the products say in r coordinates, at the parameters of now. K domains.
 
     full: the planning.Quadratic; lean: the same learned without the newest LEFT_OUT products (other coordinates), whose
     disagreement says how much the products that are still missing matter. H_se f64[K, r, r], g_se f64[K, r]: standard errors
     of full.H and full.g, zero where exact. clock f64[P + 1]: flow time from now to the ends of P equal parts of the samples
-    left (two numbers, 0 and the whole, for a constant learning rate).
+    left (two numbers, 0 and the whole, for a constant learning rate). unseen f64[K]: inner products of the target's gradient
+    and those of the domains outside these coordinates: rates at which the target loss falls there, unknown to the model.
     """
 
     full: planning.Quadratic
@@ -44,34 +50,34 @@ class Model:
     H_se: np.ndarray
     g_se: np.ndarray
     clock: np.ndarray
+    unseen: np.ndarray | float = 0.0
 
     @property
     def noisy(self):
-        """bool[...]: whether anything was measured with an error."""
-        return (self.H_se > 0).any((-1, -2, -3)) | (self.g_se > 0).any((-1, -2))
+        """Whether anything was measured with an error."""
+        return bool((self.H_se > 0).any() or (self.g_se > 0).any())
 
-    def draws(self, count):
-        """`count` models as they would be measured again, one Quadratic with a new leading axis: errors added anew, negative
-        curvature cut. The same at every call."""
+    def draws(self, quadratic, count):
+        """`quadratic` as it would be measured again, `count` times, as one Quadratic with a new leading axis; the same at
+        every call."""
         rng = np.random.default_rng(0)
         noise = np.tril(rng.standard_normal((count, *self.H_se.shape)))
         noise = noise + np.tril(noise, -1).swapaxes(-1, -2)
-        values, vectors = np.linalg.eigh(self.full.H + self.H_se * noise)
-        H = (vectors * np.maximum(values, 0.0)[..., None, :]) @ vectors.swapaxes(-1, -2)
-        g = self.full.g + self.g_se * rng.standard_normal((count, *self.g_se.shape))
-        return planning.Quadratic(H, g, np.broadcast_to(self.full.target, (count, *self.full.target.shape)))
+        g = quadratic.g + self.g_se * rng.standard_normal((count, *self.g_se.shape))
+        target = np.broadcast_to(quadratic.target, (count, *quadratic.target.shape))
+        return planning.Quadratic(quadratic.H + self.H_se * noise, g, target)
 
 
 class Proposal(NamedTuple):
-    """wish f64[..., K] for the coming window, the shares where active bool[...] is False; expected, error f64[...]: change
-    of the target loss at the end against the shares, and its standard error; constant f64[...]: its change under the shares
-    from now on; plan f64[..., M, K], pace: for the next call."""
+    """wish f64[K] for the coming window, the shares where not active; expected, error: change of the target loss at the end
+    against the shares, and its standard error; constant: its change under the shares from now on; plan f64[M, K], pace: for
+    the next call."""
 
     wish: np.ndarray
-    active: np.ndarray
-    expected: np.ndarray
-    error: np.ndarray
-    constant: np.ndarray
+    active: bool
+    expected: float
+    error: float
+    constant: float
     plan: np.ndarray
     pace: np.ndarray
 
@@ -205,12 +211,14 @@ class Recycled:
         H_se = np.zeros_like(full.H)
         H_se[:, :r, :r] = error
         slope = np.zeros(K) if g_se is None else np.asarray(g_se, dtype=np.float64)
+        unseen = self.dots(gradients, gradients) - full.g @ full.g.T
         return Model(
             full,
             lean,
             H_se,
             np.repeat(slope[:, None], full.g.shape[1], 1),
             np.asarray(clock, dtype=np.float64),
+            unseen @ target,
         )
 
     def _completed(self, dots, target, r):
@@ -267,56 +275,91 @@ def segments(samples_left, window, clock):
 
 
 def target_last(rest, sizes, target):
-    """Schedule f64[..., M, K]: excess budgets first, then the target's mixture for as long as the budgets carry it."""
+    """Schedule f64[M, K]: excess budgets first, then the target's mixture for as long as the budgets carry it."""
     share = np.where(target > 0, target, 1.0)
-    tail = np.where(target > 0, rest / share, np.inf).min(-1, keepdims=True)
+    tail = np.where(target > 0, rest / share, np.inf).min()
     first = np.maximum(sizes.sum() - tail, 1e-9 * sizes.sum())
-    early = np.clip((first - (np.cumsum(sizes) - sizes)) / sizes, 0, 1)[..., None]
+    early = np.clip((first - (np.cumsum(sizes) - sizes)) / sizes, 0, 1)[:, None]
     excess = np.maximum(rest - (sizes.sum() - first) * target, 0.0)
-    return early * (excess / first)[..., None, :] + (1 - early) * target[..., None, :]
+    return early * (excess / first) + (1 - early) * target
+
+
+def gains(quadratic, times, base, plan):
+    """(loss under base f64[M, K] - loss with the parts STEPS of what `plan` f64[..., M, K] deviates from it) f64[..., S]."""
+    tried = base + np.reshape(STEPS, (-1, 1, 1)) * (plan - base)[..., None, :, :]
+    return planning.loss_change(quadratic, base, times) - planning.loss_change(quadratic, tried, times)
 
 
 def propose(model, times, sizes, rest, start=None, pace=None):
     """The Proposal for the coming window: plan the rest of the run on the small model, apply no more of it than is sure.
 
-    times f64[..., M], sizes f64[M] as from `segments`, rest f64[..., K] samples left of every domain (their sum is that of
-    sizes); start f64[..., M, K], pace: the last plan for the windows that remain. A plan chosen freely on a model with noise
-    is chosen for its noise, and harms: there the only plan is the target's own mixture at the end (`target_last`), which has
-    nothing to choose, and the spread of its gain over models as they might have been measured is an error. The step is the
-    part of the deviation from the shares with the largest gain minus two errors. Where there is no noise the leaner model
-    tells two errors: how far it disagrees with the fuller one about the plan, and what its own best plan, chosen for its
-    faults, loses when the fuller one judges it; a quarter of each counts, since the fuller one errs by less.
+    times f64[M], sizes f64[M] as from `segments`, rest f64[K] samples left of every domain (their sum is that of sizes);
+    start f64[M, K], pace: the last plan for the windows that remain. The step is the part of a plan's deviation from the
+    shares with the largest gain minus two errors.
     """
-    shares = rest / rest.sum(-1, keepdims=True)
-    base = np.repeat(shares[..., None, :], len(sizes), -2)
-    begin = (
-        base if start is None else planning.spread(np.maximum(0.98 * start + 0.02 * base, 1e-6), sizes, rest)
-    )
-    noisy, noise = model.noisy, np.zeros(shares.shape[:-1])
-    plan, bias = begin, 0.0
-    constant = planning.loss_change(model.full, base, times)
-    leaner = planning.loss_change(model.lean, base, times)
-    if not np.all(noisy):
-        rounds = FIRST if start is None else NEXT
-        plan, _, pace = planning.descend(model.full, begin, times, sizes, rest, rounds, pace)
-        chosen, value, _ = planning.descend(model.lean, begin, times, sizes, rest, rounds, pace)
-        bias = np.abs(leaner - value - constant + planning.loss_change(model.full, chosen, times))
-    if np.any(noisy):
-        safe = target_last(rest, sizes, model.full.target)
-        again = model.draws(DRAWS)
-        kept = planning.loss_change(again, base, times) - planning.loss_change(again, safe, times)
-        noise = np.where(noisy, kept.std(0, ddof=1), 0.0)
-        plan = np.where(noisy[..., None, None], safe, plan)
-    steps = np.reshape(STEPS, (-1,) + (1,) * noise.ndim)
-    tried = base + steps[..., None, None] * (plan - base)
-    gain = constant - planning.loss_change(model.full, tried, times)
-    other = leaner - planning.loss_change(model.lean, tried, times)
-    error = np.sqrt(
-        (DISAGREEMENT * (gain - other)) ** 2 + (OPTIMISM * steps * bias) ** 2 + (steps * noise) ** 2
-    )
-    best = np.argmax(gain - 2 * error, 0)[None]
-    mean, error = (np.take_along_axis(x, best, 0)[0] for x in (gain, error))
-    wish = np.take_along_axis(tried[..., 0, :], best[..., None], 0)[0]
-    active = mean - 2 * error > 0
-    wish = np.where(active[..., None], wish, shares)
-    return Proposal(wish, active, -mean, error, constant, plan, pace)
+    shares = rest / rest.sum()
+    base = np.tile(shares, (len(sizes), 1))
+    begin, goes_on = base, start is not None
+    if goes_on:
+        begin = planning.spread(np.maximum(0.98 * start + 0.02 * base, 1e-6), sizes, rest)
+    run = times, sizes, rest
+    if model.noisy:
+        plan, claims = noisy_claims(model, run, base, begin, AGAIN[goes_on])
+    else:
+        plan, pace, claims = exact_claims(model, run, base, begin, ROUNDS[goes_on], pace)
+    first, gain, error = (np.concatenate(column) for column in zip(*claims, strict=True))
+    best = int(np.argmax(gain - 2 * error))
+    active = bool(gain[best] > 2 * error[best])
+    constant = float(planning.loss_change(model.full, base, times))
+    wish = first[best] if active else shares
+    return Proposal(wish, active, -float(gain[best]), float(error[best]), constant, plan, pace)
+
+
+def claim(plan, base, gain, *errors):
+    """(first windows f64[S, K] of the STEPS from base towards plan, their gain f64[S], its error f64[S])."""
+    first = base[0] + np.reshape(STEPS, (-1, 1)) * (plan[0] - base[0])
+    return first, gain, np.sqrt(sum(error**2 for error in errors))
+
+
+def exact_claims(model, run, base, begin, rounds, pace):
+    """(plan f64[M, K], pace, its claim) of a model without noise.
+
+    Errors: how far the leaner model disagrees about the plan; what the leaner model's own best plan, chosen for its faults,
+    loses when the fuller one judges it; and what moves where neither sees it. A part of each counts, since the fuller one
+    errs by less.
+    """
+    times, sizes, rest = run
+    plan, _, pace = planning.descend(model.full, begin, times, sizes, rest, rounds, pace)
+    chosen, value, _ = planning.descend(model.lean, begin, times, sizes, rest, rounds, pace)
+    promised = planning.loss_change(model.lean, base, times) - value
+    bias = promised - gains(model.full, times, base, chosen)[0]
+    gain = gains(model.full, times, base, plan)
+    apart = gain - gains(model.lean, times, base, plan)
+    unseen = times.sum() * (base[0] * model.unseen).sum()
+    errors = DISAGREEMENT[0] * apart, OPTIMISM * bias * np.array(STEPS), UNSEEN * unseen
+    return plan, pace, [claim(plan, base, gain, *errors)]
+
+
+def noisy_claims(model, run, base, begin, rounds):
+    """(plan f64[M, K], its claim and that of `target_last`) of a model that was measured with noise.
+
+    A plan chosen freely on a noisy model is chosen for its noise, and harms. So the model is shrunk to what stands out of
+    its noise; DRAWS models, as they would be measured and shrunk again if that were the truth, have a plan each, and what
+    those keep of their gain in the truth tells what choosing is worth (parametric bootstrap). Their mean is the plan. The
+    other is the target's own mixture at the end, which has nothing to choose: there the measurement counts as it is.
+    """
+    times, sizes, rest = run
+    truth = planning.shrunk(model.full, model.H_se, model.g_se)
+    again = planning.shrunk(model.draws(truth, DRAWS), model.H_se, model.g_se)
+    found = planning.descend(again, np.repeat(begin[None], DRAWS, 0), times, sizes, rest, rounds)[0]
+    plan, kept = found.mean(0), gains(truth, times, base, found)
+    apart = gains(truth, times, base, plan) - gains(model.lean, times, base, plan)
+    chosen = claim(plan, base, kept.mean(0), kept.std(0, ddof=1), DISAGREEMENT[1] * apart)
+    safe = target_last(rest, sizes, model.full.target)
+    # no errors given: nothing is shrunk, only negative curvature is cut
+    again = planning.shrunk(model.draws(model.full, DRAWS), 0 * model.H_se, 0 * model.g_se)
+    kept = planning.loss_change(again, base, times) - planning.loss_change(again, safe, times)
+    gain = gains(model.full, times, base, safe)
+    apart = gain - gains(model.lean, times, base, safe)
+    errors = kept.std(ddof=1) * np.array(STEPS), DISAGREEMENT[1] * apart
+    return plan, [chosen, claim(safe, base, gain, *errors)]

@@ -1,6 +1,7 @@
 """What decisions are worth: every law on random quadratics with exact flows, against the best schedule of each problem.
 
     python tests/bench/decisions.py --jobs 2   # base cells and one axis at a time
+    python tests/bench/decisions.py --jobs 2 --resume  # the same, with the rows that decisions.csv has already
     python tests/bench/decisions.py --quick    # two seeds, two flow times, two noise levels, for CI
     python tests/bench/decisions.py --all      # every axis at every noise level
     python tests/bench/decisions.py --laws tilt receding --axes base --times 1 4 --noise 0 --seeds 10 --out /tmp
@@ -171,22 +172,46 @@ def measured(task):
     return dict(zip(FIELDS, (axis, time, budgets, level, law, seeds, *told), strict=True))
 
 
-def study(wanted, laws, seeds, jobs):
-    """The rows of all cells and laws as they are done, in `jobs` processes."""
-    tasks = [(cell, law, seeds) for cell in wanted for law in laws]
+def key_of(row):
+    """What a row is about, in the order of the file."""
+    return tuple(row[name] for name in FIELDS[:5])
+
+
+def study(wanted, laws, seeds, jobs, known=()):
+    """The rows of all cells and laws as they are done, in `jobs` processes; but those of `known` with as many seeds."""
+    done = {key_of(row) for row in known if row["seeds"] >= seeds}
+    tasks = [(cell, law, seeds) for cell in wanted for law in laws if (*cell, law) not in done]
     if jobs == 1:
         yield from map(measured, tasks)
         return
     with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-        yield from pool.imap(measured, tasks)
+        yield from pool.imap_unordered(measured, tasks)
+
+
+def read(path):
+    """The rows of a file that `write` left."""
+    with open(path, newline="") as file:
+        lines = list(csv.DictReader(file))
+    texts = {"axis", "budgets", "law"}
+    return [
+        {k: v if k in texts else (int if k == "seeds" else float)(v) for k, v in line.items()}
+        for line in lines
+    ]
 
 
 def write(path, rows):
+    """Rows in the order axis, noise, flow time, budgets, law."""
+    axes, laws = list(AXES), ("hold", *LAWS)
+    rows = sorted(
+        rows,
+        key=lambda r: (axes.index(r["axis"]), r["noise"], r["time"], r["budgets"], laws.index(r["law"])),
+    )
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
         writer.writeheader()
         lines = ({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
         writer.writerows(lines)
+    return rows
 
 
 def table(rows, laws):
@@ -262,6 +287,7 @@ def main():
     parser.add_argument("--noise", nargs="+", type=float, default=None)
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--resume", action="store_true")
     parser.add_argument("--out", type=Path, default=HERE)
     asked = parser.parse_args()
     started = clock.perf_counter()
@@ -278,12 +304,16 @@ def main():
             *cells(others, asked.times, NOISE if asked.all else (0.0, 0.3)),
         ]
     asked.out.mkdir(parents=True, exist_ok=True)
-    name, rows = "decisions_quick" if asked.quick else "decisions", []
-    for row in study(wanted, asked.laws, asked.seeds, asked.jobs):
-        rows.append(row)
-        write(asked.out / f"{name}.csv", rows)  # at every row: a study that is stopped keeps what it measured
-    draw(rows, asked.laws, asked.out / f"{name}.png")
-    print(table(rows, asked.laws))
+    name = "decisions_quick" if asked.quick else "decisions"
+    path = asked.out / f"{name}.csv"
+    rows = read(path) if asked.resume and path.exists() else []
+    for row in study(wanted, asked.laws, asked.seeds, asked.jobs, rows):
+        rows = [old for old in rows if key_of(old) != key_of(row)] + [row]
+        rows = write(path, rows)  # at every row: a study that is stopped keeps what it measured
+    if any(row["axis"] == "base" for row in rows):
+        draw(rows, asked.laws, asked.out / f"{name}.png")
+    mine = {(*cell, law) for cell in wanted for law in asked.laws}
+    print(table([row for row in rows if key_of(row) in mine], asked.laws))
     print(f"{clock.perf_counter() - started:.0f} s, {asked.seeds} seeds, {WINDOWS} decisions a run")
 
 

@@ -25,9 +25,6 @@ MOST_PIECES = 32  # of a plan: windows of equal length while they are few, then 
 ROUNDS = 240, 20  # of descent: of the first plan, and of one that goes on from the last
 # part of the disagreement with the leaner model that is an error, without and with noise
 DISAGREEMENT = 0.25, 0.5
-UNSEEN = (
-    0.001  # part of what the gradients could do outside the model, by the end of the run, that is an error
-)
 OPTIMISM = 0.25  # part of what the leaner model's plan loses in the fuller one that is an error
 STEPS = (1.0, 0.7, 0.4, 0.2, 0.1)  # parts of the planned deviation that are weighed against each other
 DRAWS = 4  # models as they would be measured again, where there is noise
@@ -41,8 +38,7 @@ class Model:
     full: the planning.Quadratic; lean: the same learned without the newest LEFT_OUT products (other coordinates), whose
     disagreement says how much the products that are still missing matter. H_se f64[K, r, r], g_se f64[K, r]: standard errors
     of full.H and full.g, zero where exact. clock f64[P + 1]: flow time from now to the ends of P equal parts of the samples
-    left (two numbers, 0 and the whole, for a constant learning rate). unseen f64[K]: inner products of the target's gradient
-    and those of the domains outside these coordinates: rates at which the target loss falls there, unknown to the model.
+    left (two numbers, 0 and the whole, for a constant learning rate).
     """
 
     full: planning.Quadratic
@@ -50,7 +46,6 @@ class Model:
     H_se: np.ndarray
     g_se: np.ndarray
     clock: np.ndarray
-    unseen: np.ndarray | float = 0.0
 
     @property
     def noisy(self):
@@ -211,14 +206,12 @@ class Recycled:
         H_se = np.zeros_like(full.H)
         H_se[:, :r, :r] = error
         slope = np.zeros(K) if g_se is None else np.asarray(g_se, dtype=np.float64)
-        unseen = self.dots(gradients, gradients) - full.g @ full.g.T
         return Model(
             full,
             lean,
             H_se,
             np.repeat(slope[:, None], full.g.shape[1], 1),
             np.asarray(clock, dtype=np.float64),
-            unseen @ target,
         )
 
     def _completed(self, dots, target, r):
@@ -324,9 +317,8 @@ def claim(plan, base, gain, *errors):
 def exact_claims(model, run, base, begin, rounds, pace):
     """(plan f64[M, K], pace, its claim) of a model without noise.
 
-    Errors: how far the leaner model disagrees about the plan; what the leaner model's own best plan, chosen for its faults,
-    loses when the fuller one judges it; and what moves where neither sees it. A part of each counts, since the fuller one
-    errs by less.
+    Errors: how far the leaner model disagrees about the plan, and what the leaner model's own best plan, chosen for its
+    faults, loses when the fuller one judges it; a part of each counts, since the fuller one errs by less.
     """
     times, sizes, rest = run
     plan, _, pace = planning.descend(model.full, begin, times, sizes, rest, rounds, pace)
@@ -335,9 +327,7 @@ def exact_claims(model, run, base, begin, rounds, pace):
     bias = promised - gains(model.full, times, base, chosen)[0]
     gain = gains(model.full, times, base, plan)
     apart = gain - gains(model.lean, times, base, plan)
-    unseen = times.sum() * (base[0] * model.unseen).sum()
-    errors = DISAGREEMENT[0] * apart, OPTIMISM * bias * np.array(STEPS), UNSEEN * unseen
-    return plan, pace, [claim(plan, base, gain, *errors)]
+    return plan, pace, [claim(plan, base, gain, DISAGREEMENT[0] * apart, OPTIMISM * bias * np.array(STEPS))]
 
 
 def noisy_claims(model, run, base, begin, rounds):

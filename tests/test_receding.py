@@ -191,20 +191,6 @@ def test_with_little_noise_plans_are_chosen_freely_and_gain_in_truth():
     assert min(gained) > -0.1 * np.mean(gained)
 
 
-def test_what_the_gradients_could_do_outside_the_model_counts_as_an_error():
-    problem, theta, recycled, gradients = learned(12, n=30)
-    moved = list(problem.gradients(theta + 1.0))
-    recycled.completed = 0
-    model = recycled.model(moved, TARGET, [0.0, 4.0])
-    V, g = np.array(recycled.basis), np.array(moved)
-    outside = g - (g @ V.T) @ V
-    np.testing.assert_allclose(model.unseen, outside @ (TARGET @ outside), rtol=1e-9)
-    recycled.completed = 12
-    model = recycled.model(gradients, TARGET, [0.0, 4.0])
-    assert even(model).active
-    assert not even(dataclasses.replace(model, unseen=np.full(3, 1e6))).active
-
-
 def test_segments_begin_with_the_window_and_follow_the_clock():
     times, sizes = receding.segments(1000, 100, [0.0, 3.0])
     assert sizes.tolist() == [100.0] * 10 and times.sum() == pytest.approx(3)

@@ -161,6 +161,7 @@ def situation(config, plan, ahead, left, window, found, progress, control=None, 
         end_share=law.end.share,
         end_weights=None if law.end.weights is None else np.array(law.end.weights),
         gate=law.gate,
+        harm=law.harm,
         **known,
     )
 
@@ -220,14 +221,17 @@ def from_facts(found):
 def refuse_blind(config, run):
     """Raises ConfigError for a law, or one to compare with, whose signal this run does not measure."""
     law = config.controller
-    measured = response_cost(config, run).kind != "off"
+    kind = response_cost(config, run).kind
+    measured = kind != "off"
     cures = {
         "scheduled": "write schedule: FILE and mode: fixed",
         "quadratic": "no running job learns that model; choose tilt, response or tau-tail",
         "effect": "write response.kind: lock-in (or rollout) and a measure_budget that pays for it",
+        "recency": "write response.kind: rollout, a measure_budget that pays for it, and a target beside the mixture",
         "target": "write the target as shares",
     }
     has = {"scheduled": config.schedule is not None, "quadratic": False, "effect": measured}
+    has["recency"] = law.law == "finish" and kind == "rollout" and config.target is not None
     has["target"] = config.target != "each" or config.mode != "act"
     for key, names in (("law", (law.law,)), ("compare", law.compare)):
         for name in names:

@@ -29,14 +29,17 @@ class Situation:
     Signals of some laws: target f64[K], shares of the target; losses f64[K], mean training loss of each domain since the
     last decision, nats; effect, effect_se f64[K], effect_dof: measured change of the target loss, judged after a common
     tail, per unit of weight moved onto domain k now and given back later, relative to the mixture (negative: earlier
-    helps); scale, scale_interval: measured over predicted effect of the law's signal and its interval, None while
-    uncalibrated; scheduled f64[K], the schedule's weights for this window; quadratic: the receding.Model that law
-    `receding` plans on; loss: target loss, nats; memory: what the law's last decision asked to keep.
+    helps); recency, recency_se f64[K], recency_dof: change of every domain's own loss, read without a tail, when weights
+    move by `order` f64[K] now and back in the next window; domain_losses f64[K]: held-out, nats; scale, scale_interval:
+    measured over predicted effect of the law's signal and its interval, None while uncalibrated; scheduled f64[K], the
+    schedule's weights for this window; quadratic: the receding.Model that law `receding` plans on; loss: target loss, nats;
+    memory: what the law's last decision asked to keep.
 
     Guardrails: decisions_since_change: decisions since the last one that changed the weights (0: that was the last one);
     cooldown: decisions to rest after a change; progress: samples used / samples in all; freeze: part of the run at whose
     end the law stops; frozen: the weights stay, whatever the law says; end_share, end_weights f64[K]: last part of the run
-    and its mixture (None: the planned one); gate: least expected gain as a part of the loss, for laws that predict.
+    and its mixture (None: the planned one); gate: least expected gain as a part of the loss, for laws that predict; harm:
+    largest expected loss of a domain outside the target, as a part of its loss, that law `finish` may cause.
     """
 
     weights: np.ndarray
@@ -59,6 +62,11 @@ class Situation:
     effect: np.ndarray | None = None
     effect_se: np.ndarray | None = None
     effect_dof: int = 1
+    order: np.ndarray | None = None
+    recency: np.ndarray | None = None
+    recency_se: np.ndarray | None = None
+    recency_dof: int = 1
+    domain_losses: np.ndarray | None = None
     scale: float | None = None
     scale_interval: tuple[float, float] | None = None
     scheduled: np.ndarray | None = None
@@ -73,6 +81,7 @@ class Situation:
     end_share: float = 0.0
     end_weights: np.ndarray | None = None
     gate: float = 5e-4
+    harm: float = 2e-3
 
 
 @dataclasses.dataclass(frozen=True)

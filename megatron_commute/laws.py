@@ -12,6 +12,7 @@ import numpy as np
 from megatron_commute.receding import propose, segments
 
 TRUST = 0.2  # deviation from the shares, relative, up to which effects measured at that amplitude stay linear
+LAST = 0.5  # likewise for the last two windows: recency is a stronger effect, and linear further out
 ODM_SMOOTHING = 0.9  # of the moving average of rewards, as published
 
 
@@ -157,6 +158,43 @@ def response(situation):
     return Wish(wish, True, why, expected, error, s.effect_dof)
 
 
+def finish(situation):
+    """The planned mixture, and in the last two windows a measured order: what the target gains most from comes last.
+
+    Recency fades with the steps that follow, so it counts only where the run ends. Rollouts have measured what moving
+    weights along `order` into the first of two windows does to every domain's loss; the law moves them the way that helps
+    the target, by LAST of a weight at most, and less where a domain outside the target would lose more than `harm` of its
+    loss, error included. The last window gives everything back, budgets exact.
+    """
+    s, shares = situation, shares_of(situation)
+    if s.recency is None or s.target is None or s.domain_losses is None or not np.abs(s.order).max() > 0:
+        return Wish(shares, False, "no recency measured yet")
+    if not s.window < s.samples_left <= 2 * s.window:
+        return Wish(shares, False, "the planned mixture until the last two windows")
+    effect, error = np.array([s.target @ s.recency]), np.array([s.target @ s.recency_se])
+    if not significant(effect, error, s.recency_dof, s.confidence)[0]:
+        return Wish(shares, False, "the measured recency is inside its error bar")
+    with np.errstate(divide="ignore"):
+        room = np.where(s.order != 0, shares / np.abs(s.order), np.inf).min()
+    moved = -float(np.sign(effect[0])) * LAST * min(s.strength, 1.0) * room
+    moved *= _harmless(s, moved)
+    told = moved * float(effect[0]), abs(moved) * float(error[0]), s.recency_dof
+    why = "the last two windows: what the target was measured to gain most from comes last"
+    return Wish(shares + moved * s.order, moved != 0, why, *told)
+
+
+def _harmless(situation, moved):
+    """Part, 0 to 1, of `moved` units of the order under which no domain outside the target loses more than `harm` of its
+    loss, error included."""
+    from scipy.special import stdtrit
+
+    s = situation
+    quantile = float(stdtrit(s.recency_dof, 0.5 + s.confidence / 2))
+    worst = moved * s.recency + quantile * abs(moved) * s.recency_se
+    at_risk = (s.target <= 0) & (worst > 0)
+    return float(min(1.0, (s.harm * s.domain_losses[at_risk] / worst[at_risk]).min(initial=1.0)))
+
+
 def receding(situation):
     """The first window of the best plan for the rest of the run, made anew at every decision on the small quadratic model of
     receding.py (RH-Nys); no more of it than is surer than its error. No oracle: the model knows only products and gradients.
@@ -217,6 +255,7 @@ LAWS = {
     "tilt": tilt,
     "receding": receding,
     "response": response,
+    "finish": finish,
     "odm": odm,
 }
 NEEDS = {  # fields of a Situation without which a law does nothing but hold
@@ -227,6 +266,7 @@ NEEDS = {  # fields of a Situation without which a law does nothing but hold
     "tilt": ("score", "score_se"),
     "receding": ("quadratic", "loss"),
     "response": ("effect", "effect_se", "loss"),
+    "finish": ("recency", "domain_losses", "order", "target"),
     "odm": ("losses",),
 }
 MEASURED = {"tilt", "receding", "response", "odm"}  # laws that rest after a change

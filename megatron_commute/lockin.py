@@ -61,6 +61,25 @@ def wave(base, signs, delta, low, high):
     return v * max(0.0, float((room / np.abs(v[moved])).min()))
 
 
+def towards(target, base):
+    """Signs f64[K]: +1 for the domains of which target f64[K] asks for more than base f64[K] has, -1 for the others."""
+    return np.where(np.asarray(target) > np.asarray(base), 1.0, -1.0)
+
+
+def along(order, waves, changes):
+    """(value, se f64[K], dof): change of K losses per unit of `order` f64[K], fitted through zero to n changes f64[n, K]
+    under waves f64[n, K]; what a wave has beside the order counts as noise. None for n < 2."""
+    if len(waves) < 2 or not np.any(order):
+        return None
+    changes = np.asarray(changes, dtype=np.float64)
+    sizes = np.asarray(waves, dtype=np.float64) @ order / (order @ order)
+    if not sizes.any():
+        return None
+    value = sizes @ changes / (sizes @ sizes)
+    rest = ((changes - sizes[:, None] * value) ** 2).sum(0) / (len(sizes) - 1)
+    return value, np.sqrt(rest / (sizes @ sizes)), len(sizes) - 1
+
+
 def demodulate(losses, waves, weights, at=None, epoch=None):
     """The Effect on n held-out losses f64[n, T] (or f64[n]) read after cycles whose first halves moved the weights by
     waves f64[n, K] around `weights` f64[K].
@@ -211,6 +230,17 @@ class Waves:
         self.count, self.epoch, self.readings = state["count"], state["epoch"], list(state["readings"])
         self.base = None if state["base"] is None else np.array(state["base"])
         self.cycles = [Cycle(**cycle) for cycle in state["cycles"]]
+
+
+def as_served(mixture, cycle):
+    """The wave f64[K] of a Cycle ahead as the Mixture will serve it: samples are whole, and losses answer to what is
+    served. `mixture` itself stays where it is."""
+    ahead, counts = mixture.copy(), []
+    for at in (cycle.start, cycle.start + cycle.half, cycle.start + 2 * cycle.half):
+        ahead.skip(at - ahead.index)
+        counts.append(ahead.served)
+    up, down = counts[1] - counts[0], counts[2] - counts[1]
+    return (up - down) / (2 * cycle.half)
 
 
 def effect_of(readings, weights, targets, kind="tail", since=-1):

@@ -32,9 +32,9 @@ LIVE_DIRECTIONS = (
     "local",
 )  # the others need the run's end or its stored steps; direction.py offers them offline
 MEMORIES = ("auto", *memory.MODES)
-LAWS = ("hold", "schedule", "proportional", "tau-tail", "tilt", "receding", "response", "odm")
+LAWS = ("hold", "schedule", "proportional", "tau-tail", "tilt", "receding", "response", "finish", "odm")
 RESPONSES = ("off", "lock-in", "rollout")
-LARGEST_DELTA = 0.2  # of the smallest weight: beyond it measured responses stop being linear
+LARGEST_DELTA, LARGEST_ROLLOUT = 0.2, 0.9  # of the smallest weight; rollouts are put back and may go further
 SHARE_TOLERANCE = 1e-6
 
 
@@ -105,6 +105,7 @@ class Controller:
     freeze: float = 1.0
     end: End = field(default_factory=End)
     gate: float = 5e-4
+    harm: float = 2e-3
     compare: tuple[str, ...] = ()
 
 
@@ -263,6 +264,7 @@ CONTROLLER_KEYS: dict[str, Check] = {
     "freeze": number("write a part of the run above 0, such as 0.9; 1: never", lambda x: 0 < x <= 1),
     "end": anything,
     "gate": number("write a part of the loss, such as 5e-4", lambda x: 0 <= x < 1),
+    "harm": number("write a part of the loss, such as 0.002", lambda x: 0 <= x < 1),
     "compare": _laws,
 }
 END_KEYS: dict[str, Check] = {
@@ -272,8 +274,8 @@ END_KEYS: dict[str, Check] = {
 RESPONSE_KEYS: dict[str, Check] = {
     "kind": one_of(RESPONSES),
     "delta": number(
-        f"write a part of the smallest weight above 0 and at most {LARGEST_DELTA}, beyond which responses are not linear",
-        lambda x: 0 < x <= LARGEST_DELTA,
+        f"write a part of the smallest weight above 0 and at most {LARGEST_ROLLOUT}",
+        lambda x: 0 < x <= LARGEST_ROLLOUT,
     ),
     "window": integer("write a positive number of steps", 1),
     "tail": integer("write a number of steps, 0 or more", 0),
@@ -301,6 +303,9 @@ def load(path: str | Path) -> Config:
         raise document.error("probe.samples", problem, f"write {fitting}, or other probe.splits")
     law = _controller(document, values.pop("controller", None), names)
     response = Response(**document.section("response", values.pop("response", None), RESPONSE_KEYS))
+    if response.kind != "rollout" and response.delta > LARGEST_DELTA:
+        cure = f"write {LARGEST_DELTA} or less of the smallest weight: beyond it the run's own weights move too far"
+        raise document.error("response.delta", f"got {response.delta:g}", cure)
     if isinstance(values.get("target"), dict):
         refuse_strangers(document, "target", values["target"], names)
     if values.get("target") == "each" and values.get("mode") == "act":
@@ -338,6 +343,9 @@ def _controller(document: Document, value: Any, names: list[str]) -> Controller:
             )
         refuse_strangers(document, "controller.end.weights", end["weights"], names)
         end["weights"] = tuple(end["weights"].get(name, 0.0) for name in names)
+    if law.get("law") == "finish" and end.get("share"):
+        problem = "law finish mixes the end of the run itself"
+        raise document.error("controller.end.share", problem, "leave it out, or choose another law")
     return Controller(**law, end=End(**end))
 
 

@@ -19,6 +19,7 @@ GUARDS = {
     "cooldown": int,
     "freeze": float,
     "gate": float,
+    "harm": float,
     "floors": float,
     "caps": float,
     "end.share": float,

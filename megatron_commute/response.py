@@ -114,6 +114,11 @@ def measure(host, step, weights, v, settings, batch, position, evaluate, mine=sl
     return Pair(losses, served)
 
 
+def direction(weights, target, delta, low, high):
+    """The wave f64[K] around weights f64[K] that has more of what the target f64[K] asks for in its first half."""
+    return lockin.wave(weights, lockin.towards(target, weights), delta, low, high)
+
+
 def effect_of(pairs, weights, targets, mark="tail"):
     """The lockin.Effect on targets f64[T, K] of several Pairs; None where they do not determine it."""
     if not pairs:
@@ -163,6 +168,10 @@ class Responses:
         self.cost = response_cost(config, run)
         self.kind = self.cost.kind
         self.names = (config.probe.metric, config.probe.direction)
+        # law finish measures one order, the one that it would use
+        self.target = (
+            plan.targets[0] if config.controller.law == "finish" and self.kind == "rollout" else None
+        )
         self.waves, self.pairs = lockin.Waves(len(plan.names)), []
         self.book, self.told, self.next = {}, None, -1
 
@@ -181,15 +190,9 @@ class Responses:
         for stream in (mixture, sampler):
             for at, weights in changes:
                 stream.schedule(weights, at)
-        ahead = mixture.copy()
-        for cycle in self.waves.cycles:  # samples are whole: what is served is what the losses answer to
-            if cycle.start >= max(first, ahead.index):
-                counts = []
-                for at in (cycle.start, cycle.start + cycle.half, cycle.start + 2 * cycle.half):
-                    ahead.skip(at - ahead.index)
-                    counts.append(ahead.served)
-                up, down = counts[1] - counts[0], counts[2] - counts[1]
-                cycle.wave = ((up - down) / (2 * cycle.half)).tolist()
+        for cycle in self.waves.cycles:
+            if cycle.start >= max(first, mixture.index):
+                cycle.wave = lockin.as_served(mixture, cycle).tolist()
         self.look_ahead(mixture.index - 1)
 
     def look_ahead(self, sample):
@@ -223,7 +226,10 @@ class Responses:
     def excursion(self, step, mixture, low, high, mine):
         """One rollout from here, everything put back: the fields of a response line."""
         weights = np.asarray(mixture.weights, dtype=np.float64)
-        v = self.waves.draw(weights, self.settings.delta, low, high)
+        if self.target is None:
+            v = self.waves.draw(weights, self.settings.delta, low, high)
+        else:
+            v = direction(weights, self.target, self.settings.delta, low, high)
         place = (self.settings, self.run.global_batch, np.asarray(mixture.served))
         pair = measure(self.host, step, weights, v, *place, self.losses, mine)
         self.pairs = [*self.pairs, {"sample": mixture.index, "wave": pair.wave, "losses": pair.losses}][
@@ -239,6 +245,15 @@ class Responses:
             chosen = [Pair(p["losses"], p["wave"]) for p in self.pairs if p["sample"] > since]
             return effect_of(chosen, weights, self.plan.targets, mark)
         return lockin.effect_of(self.waves.readings, weights, self.plan.targets, mark, since)
+
+    def recency(self, weights):
+        """order, recency, recency_se and recency_dof of a controller.Situation from the rollouts; {} below two."""
+        pairs = [Pair(p["losses"], p["wave"]) for p in self.pairs]
+        order = direction(weights, self.target, 1.0, np.zeros_like(weights), np.ones_like(weights))
+        found = lockin.along(order, [p.wave for p in pairs], [p.difference("switch") for p in pairs])
+        if found is None:
+            return {}
+        return {"order": order, **dict(zip(("recency", "recency_se", "recency_dof"), found, strict=True))}
 
     def judge(self, weights):
         """Compare what was foretold with what was measured since: the fields of a calibration line, or None."""
@@ -280,15 +295,18 @@ class Responses:
         self.told = {"sample": sample, "signals": signals}
 
     def known(self, weights):
-        """effect, effect_se, effect_dof and loss of a controller.Situation, as far as they are measured."""
+        """effect, recency, domain_losses and loss of a controller.Situation, as far as they are measured."""
         measured = self.effect(weights) if len(self.plan.targets) == 1 else None
         found = {}
         if measured is not None:
             found = {"effect": measured.value[0], "effect_se": measured.se[0], "effect_dof": measured.dof}
-        last = self.waves.readings[-1]["tail"] if self.waves.readings else None
+        if self.target is not None:
+            found |= self.recency(weights)
+        last = np.array(self.waves.readings[-1]["tail"]) if self.waves.readings else None
         if self.pairs:
             last = np.mean(self.pairs[-1]["losses"][-1], axis=0)
-        return found if last is None else found | {"loss": float(self.plan.targets[0] @ last)}
+        return found if last is None else found | {
+            "domain_losses": last, "loss": float(self.plan.targets[0] @ last)}  # fmt: skip
 
     def worth(self):
         """{signal: calibration.Calibration} of every signal judged so far."""

@@ -72,6 +72,9 @@ def signals(rng, K, left):
     return {
         "target": rng.dirichlet(np.ones(K)), "losses": rng.exponential(size=K), "loss": float(rng.exponential()),
         "effect": rng.normal(size=K), "effect_se": rng.exponential(size=K), "effect_dof": int(rng.integers(1, 30)),
+        "order": rng.normal(size=K) @ (np.eye(K) - 1 / K), "recency": rng.normal(size=K),
+        "recency_se": rng.exponential(size=K) * error, "recency_dof": int(rng.integers(1, 30)),
+        "domain_losses": rng.exponential(size=K), "harm": 0.01,
         "scale": 1.0, "scale_interval": (float(rng.normal()), 2.0), "scheduled": rng.dirichlet(np.ones(K)),
         "quadratic": model, "progress": 1 - left / total, "frozen": bool(rng.random() < 0.1),
         "freeze": float(rng.choice([0.5, 1.0])), "end_share": float(rng.choice([0.0, 0.3, 1.0])),

@@ -14,7 +14,7 @@ from megatron_commute.laws import LAWS, NEEDS
 
 def test_every_law_says_what_it_needs_and_holds_without_it():
     assert set(LAWS) == set(NEEDS) == {
-        "hold", "schedule", "proportional", "tau-tail", "tilt", "receding", "response", "odm",
+        "hold", "schedule", "proportional", "tau-tail", "tilt", "receding", "response", "finish", "odm",
     }  # fmt: skip
     s = situation((0.5, 0.3, 0.2), score=(np.nan,) * 3, score_se=(np.nan,) * 3)
     for name, law in LAWS.items():
@@ -72,6 +72,50 @@ def test_response_steps_along_effects_outside_their_error_and_says_what_it_expec
 def vars_of(s):
     names = ("weights", "effect", "effect_se", "effect_dof", "loss", "window")
     return {name: tuple(v) if isinstance(v := getattr(s, name), np.ndarray) else v for name in names}
+
+
+RECENCY = {  # domain 2 is the target and gains from coming last, domain 0 loses a little by it
+    "order": (-0.1, -0.1, 0.2),
+    "recency": (-0.04, 0.01, 0.3),
+    "recency_se": (0.002, 0.002, 0.03),
+    "recency_dof": 5,
+    "domain_losses": (3.0, 4.0, 2.0),
+    "target": (0.0, 0.0, 1.0),
+    "score": (0, 0, 0),
+    "rate": 1.0,
+    "loss": 2.0,
+}
+
+
+def test_finish_waits_for_the_last_two_windows_and_gives_back_in_the_last():
+    """The order takes all of domain 2, half of that at most: 0.5 x (0.2 / 0.2) units of it, the other way round."""
+    wish = LAWS["finish"]
+    assert not wish(situation(**RECENCY, samples_left=201)).active
+    assert not wish(situation(**RECENCY, samples_left=100)).active
+    free = {**RECENCY, "harm": 1.0}
+    found = wish(situation(**free, samples_left=200))
+    np.testing.assert_allclose(found.weights, [0.55, 0.35, 0.1], atol=1e-12)
+    assert (found.expected, found.expected_se, found.dof) == (pytest.approx(-0.15), pytest.approx(0.015), 5)
+    rest = np.array([100, 60, 40]) - 100 * found.weights
+    last = decide("finish", situation(tuple(found.weights), remaining=rest, **free, samples_left=100))
+    np.testing.assert_allclose(last.weights, [0.45, 0.25, 0.3], atol=1e-9)
+    turned = wish(situation(**{**free, "recency": (0.04, -0.01, -0.3)}, samples_left=200))
+    np.testing.assert_allclose(turned.weights, [0.45, 0.25, 0.3], atol=1e-12)
+
+
+def test_finish_stops_where_another_domain_would_lose_too_much():
+    """Domain 0 loses 0.04 a unit and, at five degrees of freedom and 95 %, 2.5706 errors of 0.002; it may lose 0.006."""
+    s = situation(**RECENCY, samples_left=200, harm=0.002)
+    moved = 0.006 / (0.04 + 2.570582 * 0.002)
+    np.testing.assert_allclose(
+        LAWS["finish"](s).weights, [0.5 + 0.1 * moved, 0.3 + 0.1 * moved, 0.2 - 0.2 * moved]
+    )
+    blind = situation(**{**RECENCY, "recency_se": (0.1,) * 3}, samples_left=200)
+    assert LAWS["finish"](blind).active and not LAWS["finish"](situation(
+        **{**RECENCY, "recency_se": (0.2,) * 3}, samples_left=200)).active, "0.3 against 2.57 errors"  # fmt: skip
+    assert decide("finish", situation(**{**RECENCY, "loss": 2e4}, samples_left=200)).weights is None, (
+        "the gate"
+    )
 
 
 def test_odm_is_exp3_as_published():

@@ -154,3 +154,23 @@ def test_planning_fills_a_block_gives_everything_back_and_survives_json():
     assert state.epoch == 1
     state.plan(900, 1300, np.array([0.5, 0.2, 0.3]), 80, 20, 0.2, 0 * w, 1 + 0 * w)
     assert state.epoch == 2
+
+
+def test_along_is_the_regression_through_zero_of_one_order():
+    rng = np.random.default_rng(0)
+    order, n = np.array([-0.1, 0.15, -0.05]), 9
+    sizes = rng.uniform(0.5, 1.0, n)
+    truth, noise = np.array([0.2, -0.5, 0.0]), 0.01 * rng.normal(size=(n, 3))
+    value, se, dof = lockin.along(order, sizes[:, None] * order, sizes[:, None] * truth + noise)
+    for k in range(3):
+        fit = np.linalg.lstsq(sizes[:, None], sizes * truth[k] + noise[:, k], rcond=None)
+        assert value[k] == pytest.approx(fit[0][0])
+        assert se[k] == pytest.approx(np.sqrt(fit[1][0] / (n - 1) / (sizes @ sizes)))
+    assert dof == n - 1 and lockin.along(order, [order], [[1.0, 2.0, 3.0]]) is None
+
+
+def test_towards_has_more_of_what_the_target_asks_for():
+    base, target = np.array([0.6, 0.1, 0.3]), np.array([0.0, 1.0, 0.0])
+    v = lockin.wave(base, lockin.towards(target, base), 0.9, np.zeros(3), np.ones(3))
+    np.testing.assert_allclose(v, [-0.06, 0.09, -0.03], atol=1e-12)
+    assert not lockin.wave(base, lockin.towards(base, base), 0.9, np.zeros(3), np.ones(3)).any()

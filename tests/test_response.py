@@ -184,3 +184,29 @@ def test_a_measured_law_waits_until_its_signal_has_earned_trust(tmp_path):
     probes = lines(tmp_path, "probe")
     assert all(set(line["laws"]) == {"response", "tilt", "hold"} for line in probes)
     assert all(line["effective_sample"] is None for line in probes)
+
+
+# --- law finish -----------------------------------------------------------------------------------------------------
+
+
+def test_finish_rehearses_one_order_and_acts_in_the_last_two_windows_alone(tmp_path):
+    """48 steps, decisions take effect two steps late: that of step 32 leaves 14 steps, its window of 8 and the last."""
+    rehearsal = Response("rollout", 0.9, 2, 0, None, 8)
+    asked = {"targets": [[0.0, 1.0, 0.0]], "response": rehearsal, "law": "finish", "confidence": 0.1}
+    loop = Loop(tmp_path, steps=48, every=8, batch=20, **asked).until()
+    assert loop.hook.mixture.served.tolist() == list(loop.plan.budgets)
+    told = lines(tmp_path, "response")
+    assert len(told) >= 4 and all("reason" not in line for line in told)
+    for line in told:  # ru alone against the others, in their proportions
+        np.testing.assert_allclose(np.array(line["wave"]) / line["wave"][1], [-2 / 3, 1, -1 / 3], atol=0.1)
+    probes = lines(tmp_path, "probe")
+    acted = {line["step"]: line for line in probes if line["effective_sample"] is not None}
+    assert set(acted) <= {32, 40} and 32 in acted
+    seen = acted[32]["situation"]
+    pairs = [np.array(line["losses"]) for line in told if line["step"] < 32]
+    changes = np.array([(pair[1, 0] - pair[1, 1]) / 2 for pair in pairs])
+    order = np.array(seen["order"])
+    sizes = np.array([line["wave"] for line in told[: len(pairs)]]) @ order / (order @ order)
+    np.testing.assert_allclose(seen["recency"], sizes @ changes / (sizes @ sizes), rtol=1e-9)
+    moved = np.array(acted[32]["weights_next"]) - seen["weights"]
+    assert np.sign(moved[1]) == -np.sign(seen["recency"][1]) and acted[32]["laws"]["finish"]["expected"] < 0

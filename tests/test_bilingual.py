@@ -144,7 +144,7 @@ def test_a_wave_on_a_straight_trend_finds_the_alternation():
 @pytest.mark.parametrize("name", bilingual.STUDIES)
 def test_a_study_goes_on_after_a_torn_line_and_redraws_from_records(settings, tmp_path, name, monkeypatch):
     monkeypatch.setattr(bilingual_paper, "QUICK", bilingual_paper.Size((2,), 2, 2, 2, (3,)))
-    monkeypatch.setattr(bilingual_end_to_end, "QUICK", bilingual_end_to_end.Size(12, 2, 2, 4, 2))
+    monkeypatch.setattr(bilingual_end_to_end, "QUICK", bilingual_end_to_end.Size(12, 2, 4, 2, 4, 1))
     said = []
     first = bilingual.study(name, settings, tmp_path, quick=True, processes=1, say=said.append)
     assert said
@@ -164,7 +164,7 @@ def test_a_study_goes_on_after_a_torn_line_and_redraws_from_records(settings, tm
 
 
 def test_every_schedule_spends_its_budgets(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr(bilingual_end_to_end, "QUICK", bilingual_end_to_end.Size(20, 2, 2, 4, 2))
+    monkeypatch.setattr(bilingual_end_to_end, "QUICK", bilingual_end_to_end.Size(20, 2, 4, 2, 4, 1))
     bilingual.study("end-to-end", settings, tmp_path, quick=True, processes=1, say=lambda line: None)
     for line in (tmp_path / "end-to-end" / "cells.jsonl").read_text().splitlines():
         assert json.loads(line)["served"] == [360, 60, 180]

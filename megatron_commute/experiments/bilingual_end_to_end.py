@@ -10,36 +10,38 @@ import math
 
 import numpy as np
 
-from megatron_commute import calibration, controller, lockin, probe, reduce
+from megatron_commute import calibration, controller, lockin, probe, reduce, response
 from megatron_commute.adapters import torch_loop
 from megatron_commute.experiments import bilingual_cells as cells
 from megatron_commute.experiments import bilingual_figures as figures
 from megatron_commute.experiments import bilingual_tables as tables
 from megatron_commute.experiments.bilingual_trainer import Text, Trainer, mean_loss
 from megatron_commute.mixture import Mixture
-from megatron_commute.mixture_file import Probe
+from megatron_commute.mixture_file import Probe, Response
 
 DOMAINS, SHARES = ("english", "russian", "code"), (0.6, 0.1, 0.3)
 LOW = int(np.argmin(SHARES))
-SCHEDULES = ("constant", "low-resource-last", "tau-tail", "odm", "tilt", "measured end")
+SCHEDULES = ("constant", "low-resource-last", "tau-tail", "odm", "tilt", "finish")
 SETTINGS = {"constant rate": {}, "cosine": {"optimizer": "adamw", "decay": "cosine", "weight_decay": 0.1}}
-HARM = 0.002  # of its loss, the most that any domain but the target may lose
+AMPLITUDE = 0.9  # of the rollouts, as a part of the weights
 TARGET = {"low-resource": np.eye(3)[LOW], "even": np.full(3, 1 / 3)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """steps of a run; every: steps between decisions; wave: half period of the lock-in; end: steps of the end phase. Each
-    divides the steps before the end phase."""
+    """steps of a run; every: steps between decisions; end: the last steps, of schedule low-resource-last and (two windows)
+    of law finish; pairs: its rollouts in a run are one fewer, each of two orders of twice `window` steps, and a longer run
+    needs no more of them."""
 
     steps: int = 1000
     every: int = 50
-    wave: int = 100
     end: int = 200
     seeds: int = 5
+    pairs: int = 8
+    window: int = 5
 
 
-QUICK = Size(40, 4, 8, 8, 2)
+QUICK = Size(40, 4, 8, 2, 4, 1)
 
 
 def study(settings, folder, quick, processes, say):
@@ -100,7 +102,7 @@ class Decider:
     def __init__(self, settings, size, schedule, trainer, mixture):
         self.settings, self.size, self.schedule = settings, size, schedule
         self.trainer, self.mixture, self.memory, self.notes = trainer, mixture, {}, []
-        self.readings, self.signs = [], []
+        self.pairs = []
 
     def __call__(self, step):
         weights = {
@@ -109,7 +111,7 @@ class Decider:
             "tau-tail": lambda: self._law("tau-tail", step, target=TARGET["even"]),
             "odm": lambda: self._law("odm", step, losses=self._losses()),
             "tilt": lambda: self._law("tilt", step, **self._scores()) if step else None,
-            "measured end": lambda: self._measured(step),
+            "finish": lambda: self._finish(step),
         }[self.schedule]()
         if weights is not None:
             self.mixture.schedule(np.asarray(weights), self.mixture.index)
@@ -132,12 +134,12 @@ class Decider:
         samples = self.size.steps * self.settings.batch
         K, left = len(SHARES), samples - self.mixture.index
         nothing = {"score": np.zeros(K), "score_se": np.full(K, np.inf), "dof": 3}
+        nothing |= {"window": self.size.every * self.settings.batch}
         situation = controller.Situation(
             weights=np.asarray(self.mixture.weights, dtype=np.float64),
             remaining=budgets - self.mixture.served,
             initial=np.array(SHARES),
             samples_left=left,
-            window=self.size.every * self.settings.batch,
             minimum=np.zeros(K),
             maximum=np.ones(K),
             floors=np.zeros(K),
@@ -151,6 +153,9 @@ class Decider:
         )
         decision = controller.decide(law, situation)
         self.memory = decision.memory
+        if law == "finish":
+            told = {"expected": decision.expected, "expected_se": decision.expected_se}
+            self.notes.append({"step": step, "reason": decision.reason, **told})
         return decision.weights
 
     def _scores(self):
@@ -168,45 +173,44 @@ class Decider:
             return text.probe(DOMAINS[domain], first + np.asarray(numbers) % half)
 
         wish = Probe(samples=half, splits=4, method="difference", metric="adam")
-        flow = (self.settings.weight_decay, (self.trainer.rate(self.trainer.done),) * 2)
+        at, every = self.trainer.done, self.size.every
+        coming = [self.trainer.rate(at + i) for i in range(2 * every)]
+        flow = (self.settings.weight_decay, (sum(coming[:every]), sum(coming[every:])))
         weights = np.asarray(self.mixture.weights, dtype=np.float64)
         team = reduce.team(groups, wish.splits)
         found = probe.measure(model, groups, team, draw, wish, TARGET["low-resource"][None], weights, flow)
         return {"score": found.score[0], "score_se": found.score_se[0], "dof": 3}
 
-    def _measured(self, step):
-        """Lock-in on the run's own weights, then the end phase that its effects promise most for, harming nobody."""
-        size = self.size
-        waving = size.steps - size.end
-        if step < waving:
-            if step % size.wave:
-                return None
-            self.readings.append(self.trainer.losses())
-            self.signs.append(1.0 if len(self.signs) % 2 == 0 else -1.0)
-            return _with_low(SHARES[LOW] * (1 + 0.2 * self.signs[-1]))
-        if step == waving:
-            self.readings.append(self.trainer.losses())
-            self.move = self._plan()
-        half = size.end // 2
-        return _with_low(SHARES[LOW] + (self.move if step >= waving + half else -self.move))
+    def _finish(self, step):
+        """Law `finish` on rollouts before the end, everything put back after each."""
+        size, target = self.size, TARGET["low-resource"]
+        half, none, all_ = size.end // 2, np.zeros(3), np.ones(3)
+        if step and step % ((size.steps - size.end) // size.pairs) == 0 and step < size.steps - size.end:
+            v = response.direction(np.array(SHARES), target, AMPLITUDE, none, all_)
+            asked = Response(kind="rollout", window=size.window, tail=0)
+            place = (asked, self.settings.batch, np.asarray(self.mixture.served), self._losses)
+            self.pairs.append(response.measure(_Excursion(self.trainer), step, np.array(SHARES), v, *place))
+        if step < size.steps - size.end or (size.steps - step) % half:
+            return None
+        order = response.direction(np.array(SHARES), target, 1.0, none, all_)
+        found = lockin.along(
+            order, [p.wave for p in self.pairs], [p.difference("switch") for p in self.pairs]
+        )
+        known = dict(zip(("recency", "recency_se", "recency_dof"), found, strict=True)) if found else {}
+        losses = self._losses()
+        known |= {"order": order, "domain_losses": losses, "loss": float(losses[LOW]), "target": target}
+        self.notes.append({key: np.asarray(value).tolist() for key, value in known.items()})
+        return self._law("finish", step, window=half * self.settings.batch, **known)
 
-    def _plan(self):
-        """Weight to move onto the low-resource domain in the last half of the end phase, and off it in the first."""
-        step = 0.2 * SHARES[LOW]
-        move, reasons = 0.9 * SHARES[LOW], []
-        for k, name in enumerate(DOMAINS):
-            read = np.array([losses[name] for losses in self.readings])[1:]
-            # a half period with more of the low-resource domain that follows one with less: that order's effect
-            effects = np.array(self.signs[1:-1]) * lockin.second_differences(read[:, None])[:, 0]
-            mean, error = tables.mean_and_error(effects)
-            error *= 1.5
-            worst = (mean + calibration.student(max(len(effects) - 1, 1), 0.9) * error) / step
-            self.notes.append({"domain": name, "effect": mean, "error": error})
-            if k == LOW and not worst < 0:
-                reasons.append("the gain of the low-resource domain is inside its error")
-            if k != LOW and worst > 0:
-                move = min(move, HARM * read[-1] / worst)
-        return 0.0 if reasons else move
+
+class _Excursion:
+    """The Host of response.py that a Trainer is."""
+
+    def __init__(self, trainer):
+        self.trainer, self.save, self.restore = trainer, trainer.state, trainer.load
+
+    def train(self, step, domains, positions):
+        self.trainer.step(None, np.bincount(domains, minlength=len(SHARES)))
 
 
 def _with_low(share):
@@ -265,7 +269,8 @@ def draw(figure, rows):
                 style = {"color": figures.COLOURS[i], "marker": figures.MARKERS[i]}
                 panel.errorbar(place, values, errors, ls="", ms=4, label=schedule, **style)
         panel.axhline(0, color=figures.GREY, lw=0.8)
-        panel.set_yscale("symlog", linthresh=0.01)
+        figures.signed_log(panel, "y", 0.01)
+        panel.margins(y=0.08)
         panel.set_title(f"AdamW, {rate}" if rate == "cosine" else f"Adam, {rate}")
         panel.set_ylabel("change of final loss (nats)")
     panels[-1].set_xticks(range(len(names)), [*DOMAINS, "mixture .6 .1 .3", "even mixture"])

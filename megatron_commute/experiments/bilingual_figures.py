@@ -4,7 +4,20 @@ import numpy as np
 
 from megatron_commute.drawing import COLOURS, GREY, MARKERS, house_style
 from megatron_commute.experiments import bilingual_paper as paper
-from megatron_commute.experiments.bilingual_tables import KINDS, SIGNALS
+from megatron_commute.experiments.bilingual_tables import KINDS, SIGNALS, significant
+
+
+def signed_log(panel, axis, threshold):
+    """A scale of `axis` ("x" or "y") that is logarithmic beyond +-threshold."""
+    from matplotlib.ticker import NullLocator, SymmetricalLogLocator
+
+    getattr(panel, f"set_{axis}scale")("symlog", linthresh=threshold)
+    line = getattr(panel, f"{axis}axis")
+    locator = SymmetricalLogLocator(base=10, linthresh=threshold)
+    locator.set_params(numticks=6)
+    line.set_major_locator(locator)
+    line.set_minor_locator(NullLocator())
+    line.set_major_formatter(lambda x, _: f"{x:g}".replace("-", "−"))
 
 
 def save(path, size, plot):
@@ -114,27 +127,32 @@ def hits(figure, table):
             error = [[share - row["hit_low"]], [row["hit_high"] - share]]
             panel.errorbar(share, i, xerr=np.maximum(error, 0), fmt="o", ms=4, color=COLOURS[0])
             panel.annotate(
-                f"{row['hits']}/{row['significant']}", (0.02, i), va="center", fontsize=7, color=GREY
+                f"{row['hits']}/{row['significant']}", (1.07, i), va="center", fontsize=7, color=GREY
             )
         panel.axvline(0.5, color=GREY, lw=0.8, ls=":")
-        panel.set(xlim=(0, 1.03), title=f"{kind} targets")
-        panel.set_xlabel("signs right, with 95 % interval")
+        panel.set(xlim=(0, 1.35), title=f"{kind} targets", xlabel="share of signs right")
+        panel.set_xticks([0, 0.5, 1])
     panels[0].set_yticks(range(len(SIGNALS)), SIGNALS[::-1])
 
 
 def against_truth(figure, rows, signals=("P adam", "rollout", "lock-in", "persistence")):
-    """Signal against measured effect, each scaled by its median size, both axes logarithmic away from zero."""
+    """Signal against measured effect, each scaled by its median size, both axes logarithmic beyond 1; large: effects that
+    differ from zero with 99 % confidence."""
     panels = figure.subplots(1, len(signals), sharey=True)
     for panel, name in zip(panels, signals, strict=True):
         usable = [r for r in rows if r.get(name) is not None]
         scale = np.median([abs(r[name]) for r in usable]) if usable else 1.0
         unit = np.median([abs(r["truth"]) for r in usable]) if usable else 1.0
         for k, kind in enumerate(KINDS):
-            here = [r for r in usable if r["kind"] == kind]
-            x, y = [r[name] / scale for r in here], [r["truth"] / unit for r in here]
-            panel.plot(x, y, MARKERS[k], ms=3, color=COLOURS[k], alpha=0.7, label=f"{kind} target")
-        panel.set_xscale("symlog", linthresh=0.3)
-        panel.set_yscale("symlog", linthresh=0.3)
+            for sure, style in (
+                (False, {"ms": 2, "alpha": 0.25}),
+                (True, {"ms": 5, "label": f"{kind} target"}),
+            ):
+                here = [r for r in usable if r["kind"] == kind and significant(r) == sure]
+                x, y = [r[name] / scale for r in here], [r["truth"] / unit for r in here]
+                panel.plot(x, y, MARKERS[k], color=COLOURS[k], ls="", **style)
+        signed_log(panel, "x", 1.0)
+        signed_log(panel, "y", 1.0)
         panel.axhline(0, color=GREY, lw=0.6)
         panel.axvline(0, color=GREY, lw=0.6)
         panel.set_xlabel(f"{name} / its median size")

@@ -15,6 +15,7 @@ RUNS = {  # name: (weights, optimiser settings)
     "skewed-cosine": ((0.9, 0.1), {"optimizer": "adamw", "decay": "cosine", "weight_decay": 0.1}),
 }
 TRUTH, AFFORDABLE = 0.9, 0.2  # amplitudes as parts of the smallest weight
+ROLLOUTS = (101, 104, 105)  # seeds of the affordable pairs whose mean is the signal
 BLOCKS = 6  # of the wave, each a window of either sign and a tail
 
 
@@ -34,16 +35,18 @@ class Window:
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """plan: windows, shortest first, the long ones in fewer places, for what they cost; blocks: of a wave; stretch: how many
-    times longer everything is (windows, tails, states) than the plan says."""
+    """plan: windows, shortest first, the long ones in fewer places, for what they cost; blocks: of a wave; rollouts:
+    affordable pairs in a place, their mean is the signal; stretch: how many times longer everything is (windows, tails,
+    states) than the plan says."""
 
     plan: tuple = (
         Window(8, 64, tuple(RUNS), (300, 800, 1600, 2400), 3, True),
         Window(32, 64, tuple(RUNS), (300, 800, 1600, 2400), 3, True),
-        Window(128, 128, ("even", "skewed"), (800, 2400), 3, True),
-        Window(512, 256, ("even",), (800,), 2, False),
+        Window(128, 128, ("even", "skewed"), (800, 2400), 8, True),
+        Window(512, 256, ("even",), (800,), 5, False),
     )
     blocks: int = BLOCKS
+    rollouts: int = len(ROLLOUTS)
     stretch: int = 1
 
     @property
@@ -66,7 +69,7 @@ class Size:
         return sorted({state for window in self.windows if run in window.runs for state in window.states})
 
 
-QUICK = Size((Window(2, 4, ("even",), (10, 20), 2, True),), 2)
+QUICK = Size((Window(2, 4, ("even",), (10, 20), 2, True),), 2, 2)
 
 
 def parts(settings, size):
@@ -96,8 +99,10 @@ def jobs(size, run):
         for seed in range(1, w.seeds + 1):
             order = {"delta": truth, "tails": [w.tail], "seed": seed, "orders": ["12", "21"]}
             found.append((f"{prefix}/truth/{seed}", cells.pair, {**place, **order}))
-        order = {"delta": small, "tails": [w.tail], "seed": 101, "orders": ["12", "21"]}
-        found.append((f"{prefix}/rollout", cells.pair, {**place, **order}))
+        for seed in ROLLOUTS[: size.rollouts]:
+            order = {"delta": small, "tails": [w.tail], "seed": seed, "orders": ["12", "21"]}
+            key = f"{prefix}/rollout" + (f"/{seed}" if seed != ROLLOUTS[0] else "")
+            found.append((key, cells.pair, {**place, **order}))
         if w.waves:
             blocks = {"delta": small, "tail": w.tail, "blocks": size.blocks, "seed": 102}
             found.append((f"{prefix}/wave", cells.wave, {**place, **blocks}))

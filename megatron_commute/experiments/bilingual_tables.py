@@ -94,10 +94,11 @@ def _signals(found, settings, state, prefix, target):
     if cell is not None:
         sides = [loss_of(cell[side], target, settings, cell["weights"]) for side in ("minus", "plus")]
         signals["tilt"] = sides[0] - sides[1]
-    cell = found.get(f"{prefix}rollout")
-    if cell is not None:
-        signals["rollout"] = half_difference(cell, target, settings, -1)
-        signals["rollout at switch"] = half_difference(cell, target, settings, 0)
+    pairs = [cell for key, cell in found.items() if key.startswith(f"{prefix}rollout")]
+    if pairs:
+        for name, reading in (("rollout", -1), ("rollout at switch", 0)):
+            halves = [half_difference(cell, target, settings, reading) for cell in pairs]
+            signals[name] = float(np.mean(halves))
     cell = found.get(f"{prefix}wave")
     if cell is not None:
         signals["lock-in"], signals["lock-in_se"] = wave_effect(cell, target, settings)
@@ -110,8 +111,13 @@ SIGNALS = (
 )
 
 
+SURE = 0.99  # confidence with which an effect must differ from zero to count; one cell in a hundred does by chance
+
+
 def significant(row):
-    return row["seeds"] > 1 and abs(row["truth"]) > calibration.student(row["seeds"] - 1) * row["truth_se"]
+    return (
+        row["seeds"] > 1 and abs(row["truth"]) > calibration.student(row["seeds"] - 1, SURE) * row["truth_se"]
+    )
 
 
 def judged(rows, signal, kind):
@@ -135,6 +141,7 @@ def judged(rows, signal, kind):
     return {
         "signal": signal,
         "kind": kind,
+        "cells": len(usable),
         "significant": len(cells),
         "hits": hits,
         "hit_low": low,

@@ -133,22 +133,20 @@ def validate(engine, datasets, args, groups):
     return [float(total / count) for total, count in totals]
 
 
-def scalars(directory, names):
-    """A listener of the record that writes its numbers to TensorBoard, one series for each domain of `names`."""
+def scalars(directory, plan):
+    """A listener of the record that writes the curves of its lines (megatron_commute/curves.py) to TensorBoard."""
     from torch.utils.tensorboard import SummaryWriter
 
-    writer, series = SummaryWriter(directory), ("train", "valid", "served", "weights", "s", "score", "timing")
+    from megatron_commute import curves
+
+    writer = SummaryWriter(directory)
 
     def listen(line):
-        for key in series if "step" in line else ():
-            values = line.get(key, {})
-            pairs = values.items() if isinstance(values, dict) else zip(names, values, strict=True)
-            for name, value in pairs:
-                if isinstance(value, int | float):
-                    writer.add_scalar(f"{key}/{name}", value, line["step"])
+        for name, value in curves.of(line, plan.names, plan.budgets):
+            writer.add_scalar(f"commute/{name}", value, line["step"])
         writer.flush()
 
-    return listen
+    return curves.safe(listen)
 
 
 def resume(engine, args, checkpoint):
@@ -235,7 +233,7 @@ def attach(args, engine, plugin, groups, start, state, bar):
     from megatron_commute.config import ConfigError
 
     wanted = args.tensorboard_dir and not bar.disable
-    listener = scalars(args.tensorboard_dir, plugin.plan.names) if wanted else None
+    listener = scalars(args.tensorboard_dir, plugin.plan) if wanted else None
     try:
         return plugin.attach(
             megatron_core.probe_model(engine, args.micro_batch_size, plugin.config.probe.method),

@@ -28,7 +28,17 @@ LAYERS = [
     ["patch", "cli", "doctor", "__main__"],
 ]
 PURE = LAYERS[0] + LAYERS[1][1:] + LAYERS[2] + LAYERS[3] + LAYERS[4]
-HEAVY = ["matplotlib", "scipy", "deepspeed", "megatron", "tokenizers", "tabulate", "tqdm"]
+HEAVY = [
+    "matplotlib",
+    "scipy",
+    "deepspeed",
+    "megatron",
+    "tokenizers",
+    "tabulate",
+    "tqdm",
+    "safetensors",
+    "transformers",
+]
 
 
 def name_of(path):
@@ -135,7 +145,7 @@ def test_the_whole_chain_loads_no_heavy_library():
     everything = "\n".join(f"import megatron_commute.{name}" for name in names)
     beyond = set(modules_after(f"import torch\n{everything}")) - set(modules_after("import torch"))
     assert not {name.partition(".")[0] for name in beyond} & set(HEAVY)
-    assert len(beyond) < 150, f"{len(beyond)} modules beyond torch, half a second"
+    assert len(beyond) < 160, f"{len(beyond)} modules beyond torch, half a second"
 
 
 def functions(path):

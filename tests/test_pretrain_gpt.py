@@ -201,24 +201,26 @@ def test_scalars_are_series_of_domains_from_the_first_line_after_a_resume_too(tr
             written.append("flush")
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
-    listen = trainer.scalars("here", ("en", "ru"))
+    listen = trainer.scalars("here", types.SimpleNamespace(names=("en", "ru"), budgets=(10, None)))
     listen({"event": "start", "names": ["en", "ru"], "weights": [0.5, 0.5]})
+    listen({"event": "probe", "step": 4, "s": [1.0, None], "windows": [0.1, 0.2], "M": [[0, 1], [2, 3]]})
     listen(
         {
-            "step": 4,
-            "s": [1.0, None],
-            "windows": [0.1, 0.2],
-            "score": [[1.0, 2.0], [3.0, 4.0]],
-            "M": [[0, 1], [2, 3]],
+            "event": "loss",
+            "step": 5,
+            "train": {"en": 2.5, "ru": None},
+            "served": {"en": 3, "ru": 1},
+            "lr": 0.1,
         }
     )
-    listen({"step": 5, "train": {"en": 2.5, "ru": None}, "served": {"en": 3, "ru": 1}, "lr": 0.1})
     values = [
-        ("s/en", 1.0, 4),
+        ("commute/s/en", 1.0, 4),
         "flush",
-        ("train/en", 2.5, 5),
-        ("served/en", 3, 5),
-        ("served/ru", 1, 5),
+        ("commute/train/en", 2.5, 5),
+        ("commute/served/en", 3, 5),
+        ("commute/served/ru", 1, 5),
+        ("commute/budget_left/en", 7, 5),
+        ("commute/learning_rate", 0.1, 5),
         "flush",
     ]
     assert written == ["here", "flush", *values]

@@ -134,8 +134,8 @@ def worth(lines, names):
     found = calibration.judged(book[signal]) if signal in book else None
     if found is None or not found.n:
         return (
-            f"How well such predictions hold here is not known: the run's record has no measured order effects to judge "
-            f"{signal} by (response.kind: lock-in or rollout measures them). And {LOCAL}."
+            "How well such predictions hold here is not known: the run's record has no measured order effects beyond their "
+            f"error to judge {signal} by (response.kind: lock-in or rollout measures them). And {LOCAL}."
         )
     told = f"In this run {signal} foretold the sign of {found.hits} of {found.n} measured order effects"
     told += f" ({found.low:.0%} to {found.high:.0%})"

@@ -1,0 +1,188 @@
+"""What `megatron-commute analyze` costs beside the gradients that it counts: `python tests/bench/analyze.py`; writes
+analyze.csv beside itself.
+
+Twelve checkpoints of the quickstart's model (4 layers, width 128, sequence 256, vocabulary 4096) over three domains of
+made-up text, analysed in one process. A gradient of one micro-batch is timed between the checkpoints, in the same process;
+ratio = time of the whole analysis / (counted gradients x median time of a gradient). Memory: highest resident set of a
+process of its own, above what it has after its imports, for training three steps of the same model under AdamW and for
+analysing one checkpoint.
+"""
+
+import csv
+import json
+import multiprocessing
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (1, 2)]
+
+import jobs  # noqa: E402
+import ranks  # noqa: E402
+
+from megatron_commute import checkpoints, config, hvp  # noqa: E402
+from megatron_commute.adapters import checkpoint_model, megatron_core  # noqa: E402
+
+CHECKPOINTS, EVERY, BATCH, MICRO, SEQUENCE = 12, 2, 8, 4, 256
+METHODS = ("difference", "exact", "fused")
+DOCUMENTS = {32: 1500, 600: 9000}  # so many that the holdout has twice the samples
+MODEL = f"""--num-layers 4 --hidden-size 128 --num-attention-heads 4 --seq-length {SEQUENCE} --vocab-size 4096
+    --micro-batch-size {MICRO} --hidden-dropout 0 --attention-dropout 0"""
+
+
+def run(folder, samples):
+    """A short run with its checkpoints in folder/run; the mixture file asks for `samples` of a domain."""
+    jobs.write_data(folder, DOCUMENTS[samples])
+    (folder / "zero1.json").write_text(json.dumps({"zero_optimization": {"stage": 1}}))
+    iters = CHECKPOINTS * EVERY if samples == 32 else EVERY
+    asked = f"probe: {{samples: {samples}, splits: 4, metric: adam}}"
+    path = Path(jobs.write_mixture(folder, mode="fixed", iters=iters, extra=asked))
+    text = (
+        path.read_text()
+        .replace("every: 8", f"every: {EVERY}")
+        .replace("}\n", f", holdout: {2 * samples}}}\n")
+    )
+    path.write_text(text)
+    saved = ["--save", folder / "run", "--save-interval", EVERY, "--deepspeed_config", folder / "zero1.json"]
+    argv = jobs.flags(folder, *saved, *MODEL.split(), "--commute", path, iters=iters, batch=BATCH)
+    ranks.run(jobs.train, 1, [argv], timeout=600)
+
+
+def timed(folder, samples, method):
+    """One row: the whole analysis against its counted gradients."""
+    spent, own = [], []
+    found = checkpoint_model.read(sorted((folder / "run").glob("global_step*"))[0])
+    with checkpoint_model.one_process():
+        model = checkpoint_model.Standing(found).probe_model(MICRO, "difference")
+        tokens = torch.randint(256, (MICRO, SEQUENCE + 1), generator=torch.Generator().manual_seed(0))
+        params = [p.detach() for p in model.parameters()]
+
+    def gradient(times=6):
+        with model.quiet("difference"):
+            for _ in range(times):
+                begun = time.perf_counter()
+                hvp.gradient(lambda q: model.loss(q, tokens), params)
+                spent.append((time.perf_counter() - begun) / MICRO)
+
+    def say(_):  # between the checkpoints
+        begun = time.perf_counter()
+        gradient()
+        own.append(time.perf_counter() - begun)
+
+    out = folder / f"out_{method}"
+    begun = time.perf_counter()
+    checkpoints.analyze([folder / "run"], folder / "mixture.yaml", out, checkpoints.Asked(method=method), say)
+    whole = time.perf_counter() - begun - sum(own)
+    number = len(list((folder / "run").glob("global_step*")))
+    counted = number * gradients(folder, method)
+    one = statistics.median(spent)
+    row = {"what": "time", "method": method, "samples": samples, "checkpoints": number, "counted": counted}
+    return {**row, "seconds": whole, "a_gradient": one, "ratio": whole / (counted * one), "busy": busy(spent)}
+
+
+def busy(spent):
+    """Quartile range of a gradient's time over its median: how quiet the machine was."""
+    low, middle, high = np.quantile(spent, [0.25, 0.5, 0.75])
+    return (high - low) / middle
+
+
+def gradients(folder, method):
+    """Counted gradients of one checkpoint's probe."""
+    found = config.load(folder / "mixture.yaml")
+    import dataclasses
+
+    found = dataclasses.replace(found, probe=dataclasses.replace(found.probe, method=method))
+    return config.probe_cost(found, config.Run(SEQUENCE, BATCH, MICRO, 1, CHECKPOINTS * EVERY)).gradients
+
+
+def training(folder, told):
+    """Bytes at the peak of training, beyond the imports."""
+    torch.set_num_threads(1)
+    found = checkpoint_model.read(sorted((folder / "run").glob("global_step*"))[0])
+    with checkpoint_model.one_process():
+        standing = checkpoint_model.Standing(found)
+        module = standing.module
+        del found, standing
+        before = resident()
+        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4)
+        tokens = torch.randint(256, (MICRO, SEQUENCE + 1))
+        for _ in range(3):
+            for _ in range(BATCH // MICRO):
+                megatron_core.mean_loss(module, tokens).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        size = sum(p.numel() * p.element_size() for p in module.parameters())
+    told.send(peak() - before + size)
+
+
+def analysing(folder, told):
+    """Bytes at the peak of analysing one checkpoint, beyond the imports."""
+    torch.set_num_threads(1)
+    with checkpoint_model.one_process():
+        pass  # imports megatron-core
+    before = resident()
+    first = sorted((folder / "run").glob("global_step*"))[0]
+    wanted = checkpoints.Asked(method="fused")
+    checkpoints.analyze([first], folder / "mixture.yaml", folder / "out_memory", wanted, lambda _: None)
+    told.send(peak() - before)
+
+
+def resident():
+    import psutil
+
+    return psutil.Process().memory_info().rss
+
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def in_a_process(work, folder):
+    context = multiprocessing.get_context("spawn")
+    mine, theirs = context.Pipe()
+    process = context.Process(target=work, args=(folder, theirs))
+    process.start()
+    found = mine.recv()
+    process.join()
+    return found
+
+
+def main():
+    torch.set_num_threads(1)
+    rows = []
+    for samples in DOCUMENTS:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            run(folder, samples)
+            for method in METHODS if samples == 32 else ("fused",):
+                rows.append(timed(folder, samples, method))
+                print(rows[-1], flush=True)
+            if samples == 32:
+                sizes = [in_a_process(work, folder) for work in (training, analysing)]
+                row = {"what": "memory", "method": "fused", "samples": samples, "checkpoints": 1}
+                rows.append(
+                    {
+                        **row,
+                        "training_mb": sizes[0] / 1e6,
+                        "analysis_mb": sizes[1] / 1e6,
+                        "ratio": sizes[1] / sizes[0],
+                    }
+                )
+                print(rows[-1], flush=True)
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with open(Path(__file__).with_suffix(".csv"), "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(
+            {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows
+        )
+
+
+if __name__ == "__main__":
+    main()

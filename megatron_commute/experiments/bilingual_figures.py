@@ -56,7 +56,13 @@ def loss_plane(figure, found, effect_rows, settings, size, run):
         panel.set_title(title)
         panel.set_xlabel(f"held-out loss, {first} (nats per token)")
     panels[0].set_ylabel(f"held-out loss, {second} (nats per token)")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=7.5)
+    shown = {
+        "ncols": 5,
+        "fontsize": 7.5,
+        "title": "both orders at three strengths, same budgets",
+        "title_fontsize": 7.5,
+    }
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", **shown)
 
 
 def _front(panel, found, effect_rows, settings, size, run, start, reading, marker):
@@ -81,7 +87,7 @@ def _front(panel, found, effect_rows, settings, size, run, start, reading, marke
             row = rows.get((delta, order, name))
             values.append(origin + (row[reading] if row else 0.0))
             errors.append(row[f"{reading}_se"] if row else 0.0)
-    label = f"both orders from step {start}, same budgets"
+    label = f"from step {start}"
     panel.errorbar(
         x, y, np.nan_to_num(ey), np.nan_to_num(ex), color=COLOURS[1], marker=marker, ms=4, lw=1, label=label
     )

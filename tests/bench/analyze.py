@@ -43,12 +43,8 @@ def run(folder, samples):
     iters = CHECKPOINTS * EVERY if samples == 32 else EVERY
     asked = f"probe: {{samples: {samples}, splits: 4, metric: adam}}"
     path = Path(jobs.write_mixture(folder, mode="fixed", iters=iters, extra=asked))
-    text = (
-        path.read_text()
-        .replace("every: 8", f"every: {EVERY}")
-        .replace("}\n", f", holdout: {2 * samples}}}\n")
-    )
-    path.write_text(text)
+    text = path.read_text().replace("every: 8", f"every: {iters}")  # no probe while it trains
+    path.write_text(text.replace("_train, ", f"_train, holdout: {4 * samples}, "))
     saved = ["--save", folder / "run", "--save-interval", EVERY, "--deepspeed_config", folder / "zero1.json"]
     argv = jobs.flags(folder, *saved, *MODEL.split(), "--commute", path, iters=iters, batch=BATCH)
     ranks.run(jobs.train, 1, [argv], timeout=600)

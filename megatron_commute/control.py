@@ -227,7 +227,7 @@ def refuse_blind(config, run):
         "scheduled": "write schedule: FILE and mode: fixed",
         "quadratic": "no running job learns that model; choose tilt, response or tau-tail",
         "effect": "write response.kind: lock-in (or rollout) and a measure_budget that pays for it",
-        "recency": "write response.kind: rollout, a measure_budget that pays for it, and a target beside the mixture",
+        "recency": "make it controller.law, with response.kind: rollout, a measure_budget that pays for it and a target",
         "target": "write the target as shares",
     }
     has = {"scheduled": config.schedule is not None, "quadratic": False, "effect": measured}

@@ -231,6 +231,8 @@ class Responses:
         else:
             v = direction(weights, self.target, self.settings.delta, low, high)
         place = (self.settings, self.run.global_batch, np.asarray(mixture.served))
+        if self.target is not None:  # a rehearsal of the end, at the end's learning rates
+            step = max(step, self.run.train_iters - 2 * self.settings.window - self.settings.tail)
         pair = measure(self.host, step, weights, v, *place, self.losses, mine)
         self.pairs = [*self.pairs, {"sample": mixture.index, "wave": pair.wave, "losses": pair.losses}][
             -lockin.KEPT :

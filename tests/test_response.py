@@ -189,11 +189,16 @@ def test_a_measured_law_waits_until_its_signal_has_earned_trust(tmp_path):
 # --- law finish -----------------------------------------------------------------------------------------------------
 
 
-def test_finish_rehearses_one_order_and_acts_in_the_last_two_windows_alone(tmp_path):
+def test_finish_rehearses_one_order_and_acts_in_the_last_two_windows_alone(tmp_path, monkeypatch):
     """48 steps, decisions take effect two steps late: that of step 32 leaves 14 steps, its window of 8 and the last."""
     rehearsal = Response("rollout", 0.9, 2, 0, None, 8)
     asked = {"targets": [[0.0, 1.0, 0.0]], "response": rehearsal, "law": "finish", "confidence": 0.1}
+    trained, excursion = [], Loop._excursion
+    monkeypatch.setattr(
+        Loop, "_excursion", lambda self, step, *data: (trained.append(step), excursion(self, step, *data))
+    )
     loop = Loop(tmp_path, steps=48, every=8, batch=20, **asked).until()
+    assert trained[:8] == [44, 45, 46, 47] * 2, "at the learning rates of the run's last steps"
     assert loop.hook.mixture.served.tolist() == list(loop.plan.budgets)
     told = lines(tmp_path, "response")
     assert len(told) >= 4 and all("reason" not in line for line in told)

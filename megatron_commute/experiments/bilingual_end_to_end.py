@@ -189,7 +189,8 @@ class Decider:
             v = response.direction(np.array(SHARES), target, AMPLITUDE, none, all_)
             asked = Response(kind="rollout", window=size.window, tail=0)
             place = (asked, self.settings.batch, np.asarray(self.mixture.served), self._losses)
-            self.pairs.append(response.measure(_Excursion(self.trainer), step, np.array(SHARES), v, *place))
+            last = size.steps - 2 * size.window  # a rehearsal of the end, at its learning rates
+            self.pairs.append(response.measure(_Excursion(self.trainer), last, np.array(SHARES), v, *place))
         if step < size.steps - size.end or (size.steps - step) % half:
             return None
         order = response.direction(np.array(SHARES), target, 1.0, none, all_)
@@ -210,6 +211,7 @@ class _Excursion:
         self.trainer, self.save, self.restore = trainer, trainer.state, trainer.load
 
     def train(self, step, domains, positions):
+        self.trainer.done = step  # which sets the learning rate
         self.trainer.step(None, np.bincount(domains, minlength=len(SHARES)))
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import jobs
 import numpy as np
 import pytest
+import ranks
 import torch
 from test_analyze import call, digests, probes
 
@@ -42,8 +43,7 @@ CASES = {
     "llama-linear": {**LLAMA, "rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 100.0}},
     "llama-3": {**LLAMA, "num_key_value_heads": 4, "head_dim": 8, "rope_parameters": LLAMA3},
 }  # fmt: skip
-STEPS, BATCH = 4, 8
-FLAGS = {"seq_length": jobs.SEQUENCE, "global_batch_size": BATCH, "lr": 1e-2}
+STEPS, BATCH, FLAGS = 4, 8, {"seq_length": jobs.SEQUENCE, "global_batch_size": 8, "lr": 1e-2}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -184,27 +184,32 @@ def test_every_way_of_storing_weights_reads_the_same(tmp_path):
         assert all(torch.equal(found[key], expected[key]) for key in expected), name
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-def test_trainer_under_deepspeed(stage, tmp_path, monkeypatch):
-    """Its ZeRO shards lie in a folder of their own, under the model's names; in stage 3 there may be no other weights."""
+def under_deepspeed(rank, stage, place):
+    """One step of a Llama under DeepSpeed, saved as Trainer does; (second moments, weights) by its own accessors."""
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    model, place = model_of(LLAMA), tmp_path / "checkpoint-1"
-    config = {"train_batch_size": 2, "zero_allow_untested_optimizer": True}
-    config["zero_optimization"] = {"stage": stage, "stage3_param_persistence_threshold": 0}
+    model = model_of(LLAMA)
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
+    config = {"train_batch_size": 2, "zero_allow_untested_optimizer": True, "zero_optimization": zero}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        inner = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        engine, *_ = deepspeed.initialize(model=model, optimizer=inner, config=config)
+        inner = torch.optim.AdamW(model.parameters(), 1e-2)
+        engine = deepspeed.initialize(model=model, optimizer=inner, config=config)[0]
         engine.backward(their_losses(engine.module, torch.randint(256, (2, 9))).mean())
         engine.step()
-        engine.save_checkpoint(str(place))
-    moments = [safe_get_full_optimizer_state(p, "exp_avg_sq") / (1 - 0.999) for p in model.parameters()]
-    weights = [safe_get_full_fp32_param(p).clone() for p in model.parameters()]
+    engine.save_checkpoint(str(place))
     (model if stage == 1 else model.config).save_pretrained(place)
-    engine.destroy()
+    moments = [safe_get_full_optimizer_state(p, "exp_avg_sq") / (1 - 0.999) for p in model.parameters()]
+    return moments, [safe_get_full_fp32_param(p).clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_trainer_under_deepspeed(stage, tmp_path):
+    """Its ZeRO shards lie beside, under the model's names. A process of its own: stage 3 leaves torch's layers patched."""
+    moments, weights = ranks.run(under_deepspeed, 1, stage, place := tmp_path / "checkpoint-1", timeout=120)[
+        0
+    ]
     found = checkpoint_model.read(place, FLAGS)
     assert found.iteration == 1
     for given, vectors in ((found.moments, moments), (found.parameters, weights)):

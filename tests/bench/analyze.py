@@ -1,5 +1,6 @@
-"""What `megatron-commute analyze` costs beside the gradients that it counts: `python tests/bench/analyze.py`; writes
-analyze.csv beside itself.
+"""What `megatron-commute analyze` costs beside the gradients that it counts: `python tests/bench/analyze.py [32] [600]`.
+
+Writes analyze.csv beside itself, the rows of the numbers of samples named (default: all).
 
 Twelve checkpoints of the quickstart's model (4 layers, width 128, sequence 256, vocabulary 4096) over three domains of
 made-up text, analysed in one process. A gradient of one micro-batch is timed between the checkpoints, in the same process;
@@ -31,7 +32,9 @@ from megatron_commute.adapters import checkpoint_model, megatron_core  # noqa: E
 
 CHECKPOINTS, EVERY, BATCH, MICRO, SEQUENCE = 12, 2, 8, 4, 256
 METHODS = ("difference", "exact", "fused")
-DOCUMENTS = {32: 1500, 600: 9000}  # so many that the holdout has twice the samples
+DOCUMENTS = {32: 1500, 600: 11000}  # so many that a fifth of them is twice the samples
+COLUMNS = ("what", "method", "samples", "checkpoints", "counted", "seconds", "a_gradient", "ratio", "busy",
+           "training_mb", "analysis_mb")  # fmt: skip
 MODEL = f"""--num-layers 4 --hidden-size 128 --num-attention-heads 4 --seq-length {SEQUENCE} --vocab-size 4096
     --micro-batch-size {MICRO} --hidden-dropout 0 --attention-dropout 0"""
 
@@ -44,7 +47,7 @@ def run(folder, samples):
     asked = f"probe: {{samples: {samples}, splits: 4, metric: adam}}"
     path = Path(jobs.write_mixture(folder, mode="fixed", iters=iters, extra=asked))
     text = path.read_text().replace("every: 8", f"every: {iters}")  # no probe while it trains
-    path.write_text(text.replace("_train, ", f"_train, holdout: {4 * samples}, "))
+    path.write_text(text.replace("_train, ", f"_train, holdout: {2 * samples}, "))
     saved = ["--save", folder / "run", "--save-interval", EVERY, "--deepspeed_config", folder / "zero1.json"]
     argv = jobs.flags(folder, *saved, *MODEL.split(), "--commute", path, iters=iters, batch=BATCH)
     ranks.run(jobs.train, 1, [argv], timeout=600)
@@ -149,36 +152,36 @@ def in_a_process(work, folder):
     return found
 
 
-def main():
+def measured(samples):
+    """The rows of one number of samples, printed as they come."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        run(folder, samples)
+        for method in METHODS if samples == 32 else ("fused",):
+            yield timed(folder, samples, method)
+        if samples == 32:
+            sizes = [in_a_process(work, folder) for work in (training, analysing)]
+            row = {"what": "memory", "method": "fused", "samples": samples, "checkpoints": 1}
+            row |= {"training_mb": sizes[0] / 1e6, "analysis_mb": sizes[1] / 1e6}
+            yield {**row, "ratio": sizes[1] / sizes[0]}
+
+
+def main(asked):
+    """asked: numbers of samples; rows of the others stay in the file."""
     torch.set_num_threads(1)
-    rows = []
-    for samples in DOCUMENTS:
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            run(folder, samples)
-            for method in METHODS if samples == 32 else ("fused",):
-                rows.append(timed(folder, samples, method))
-                print(rows[-1], flush=True)
-            if samples == 32:
-                sizes = [in_a_process(work, folder) for work in (training, analysing)]
-                row = {"what": "memory", "method": "fused", "samples": samples, "checkpoints": 1}
-                rows.append(
-                    {
-                        **row,
-                        "training_mb": sizes[0] / 1e6,
-                        "analysis_mb": sizes[1] / 1e6,
-                        "ratio": sizes[1] / sizes[0],
-                    }
-                )
-                print(rows[-1], flush=True)
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    with open(Path(__file__).with_suffix(".csv"), "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
+    path, kept = Path(__file__).with_suffix(".csv"), []
+    if path.exists():
+        with path.open(encoding="utf-8") as file:
+            kept = [row for row in csv.DictReader(file) if int(row["samples"]) not in asked]
+    for samples in asked:
+        for row in measured(samples):
+            kept.append({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
+            print(kept[-1], flush=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(
-            {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows
-        )
+        writer.writerows(kept)
 
 
 if __name__ == "__main__":
-    main()
+    main([int(word) for word in sys.argv[1:]] or list(DOCUMENTS))

@@ -172,3 +172,26 @@ class _watched:
             }
         )
         return found
+
+
+def under_deepspeed(rank, model, stage, place):
+    """One AdamW step of a model of transformers under ZeRO `stage`, saved in `place` as Trainer does; second moments and
+    weights by DeepSpeed's own accessors."""
+    import deepspeed
+    import torch
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    config = {"train_batch_size": 2, "zero_allow_untested_optimizer": True}
+    config["zero_optimization"] = {"stage": stage, "stage3_param_persistence_threshold": 0}
+    tokens = torch.randint(256, (2, 9), generator=torch.Generator().manual_seed(0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        inner = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=inner, config=config)
+        engine.backward(engine.module(tokens, labels=tokens).loss)
+        engine.step()
+        engine.save_checkpoint(str(place))
+    moments = [safe_get_full_optimizer_state(p, "exp_avg_sq") / (1 - 0.999) for p in model.parameters()]
+    weights = [safe_get_full_fp32_param(p).clone() for p in model.parameters()]
+    (model if stage == 1 else model.config).save_pretrained(place)
+    return moments, weights

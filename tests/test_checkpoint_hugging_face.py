@@ -7,7 +7,6 @@ import re
 import shutil
 import sys
 import types
-import warnings
 from pathlib import Path
 
 import jobs
@@ -184,36 +183,13 @@ def test_every_way_of_storing_weights_reads_the_same(tmp_path):
         assert all(torch.equal(found[key], expected[key]) for key in expected), name
 
 
-def under_deepspeed(rank, stage, place):
-    """One step of a Llama under DeepSpeed, saved as Trainer does; (second moments, weights) by its own accessors."""
-    import deepspeed
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-    model = model_of(LLAMA)
-    config = {
-        "train_batch_size": 2,
-        "zero_optimization": {"stage": stage},
-        "zero_allow_untested_optimizer": True,
-    }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        adam = torch.optim.AdamW(model.parameters(), 1e-2)
-        engine = deepspeed.initialize(model=model, optimizer=adam, config=config)[0]
-        engine.backward(their_losses(engine.module, torch.randint(256, (2, 9))).mean())
-        engine.step()
-    engine.save_checkpoint(str(place))
-    (model if stage == 1 else model.config).save_pretrained(place)
-    moments = [safe_get_full_optimizer_state(p, "exp_avg_sq") / (1 - 0.999) for p in model.parameters()]
-    return moments, [safe_get_full_fp32_param(p).clone() for p in model.parameters()]
-
-
 @pytest.mark.parametrize("stage", [1, 3])
 def test_trainer_under_deepspeed(stage, tmp_path):
     """Its ZeRO shards lie beside, under the model's names. A process of its own: stage 3 leaves torch's layers patched."""
-    moments, weights = ranks.run(under_deepspeed, 1, stage, place := tmp_path / "checkpoint-1", timeout=120)[
-        0
-    ]
+    place = tmp_path / "checkpoint-1"
+    moments, weights = ranks.run(jobs.under_deepspeed, 1, model_of(LLAMA), stage, place, timeout=120)[0]
     found = checkpoint_model.read(place, FLAGS)
+    assert found.iteration == 1
     for given, vectors in ((found.moments, moments), (found.parameters, weights)):
         expected = laid_out(model_of(LLAMA), vectors, tmp_path / "expected")
         assert given.keys() == expected.keys()

@@ -313,7 +313,8 @@ def bilingual(out_dir, data, study, quick, processes, changes, estimate, tflops,
     if as_json and found:
         _print_json(found)
     elif found:  # only the first of several ranks has found anything
-        click.echo("\n".join([found["text"], *found["files"]]))
+        spent = [f"{found['seconds']:.0f} s"] if "seconds" in found else []
+        click.echo("\n".join([found["text"], *found["files"], *spent]))
 
 
 @main.command()

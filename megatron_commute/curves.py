@@ -6,6 +6,7 @@ Words (reasons, skips) stay in the record.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -87,25 +88,27 @@ def _by_domain(kind, values, names):
     """(KIND/DOMAIN, number) of {name: number}, of an array [K], or of [K, K] with a target in front."""
     if isinstance(values, dict):
         return [(f"{kind}/{name}", value) for name, value in values.items()]
-    if values is None:
-        return []
-    if np.ndim(values) == 2:
-        return [
-            pair
-            for t, row in zip(names, values, strict=True)
-            for pair in _by_domain(f"{kind}/{t}", row, names)
-        ]
-    return [(f"{kind}/{name}", value) for name, value in zip(names, values, strict=True)]
+    return _by_target(
+        kind,
+        values,
+        names,
+        1,
+        lambda kind, row: [(f"{kind}/{n}", v) for n, v in zip(names, row, strict=True)],
+    )
 
 
 def _by_pair(kind, values, names):
+    """(KIND/FIRST/SECOND, number) of a matrix [K, K], or of [K, K, K] with a target in front."""
+    pairs = list(itertools.combinations(range(len(names)), 2))
+    return _by_target(
+        kind, values, names, 2, lambda kind, M: [(f"{kind}/{names[i]}/{names[j]}", M[i][j]) for i, j in pairs]
+    )
+
+
+def _by_target(kind, values, names, rank, told):
+    """told(kind, values), or that of every target where the values have an axis more than `rank`; [] of None."""
     if values is None:
         return []
-    if np.ndim(values) == 3:
-        return [
-            pair
-            for t, rows in zip(names, values, strict=True)
-            for pair in _by_pair(f"{kind}/{t}", rows, names)
-        ]
-    pairs = [(i, j) for i in range(len(names)) for j in range(i + 1, len(names))]
-    return [(f"{kind}/{names[i]}/{names[j]}", values[i][j]) for i, j in pairs]
+    if np.ndim(values) == rank:
+        return told(kind, values)
+    return [pair for t, part in zip(names, values, strict=True) for pair in told(f"{kind}/{t}", part)]

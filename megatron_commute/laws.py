@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from megatron_commute.calibration import student
 from megatron_commute.receding import propose, segments
 
 TRUST = 0.2  # deviation from the shares, relative, up to which effects measured at that amplitude stay linear
-LAST = 0.5  # likewise for the last two windows: recency is a stronger effect, and linear further out
+SAVED = 0.5  # most of a weight that law finish saves for the last window; rollouts may rehearse more
 ODM_SMOOTHING = 0.9  # of the moving average of rewards, as published
 
 
@@ -53,9 +54,7 @@ def shares_of(situation):
 
 def significant(score, score_se, dof, confidence):
     """bool[K]: where a score lies outside its two-sided Student interval. A score without a finite error never does."""
-    from scipy.special import stdtrit
-
-    quantile = stdtrit(dof, 0.5 + confidence / 2)
+    quantile = student(dof, confidence)
     finite = np.isfinite(score) & np.isfinite(score_se)
     return finite & (np.abs(score) > quantile * np.where(finite, score_se, np.inf))
 
@@ -163,7 +162,7 @@ def finish(situation):
 
     Recency fades with the steps that follow, so it counts only where the run ends. Rollouts have measured what moving
     weights along `order` into the first of two windows does to every domain's loss; the law moves them the way that helps
-    the target, by LAST of a weight at most, and less where a domain outside the target would lose more than `harm` of its
+    the target, by SAVED of a weight at most, and less where a domain outside the target would lose more than `harm` of its
     loss, error included. The last window gives everything back, budgets exact.
     """
     s, shares = situation, shares_of(situation)
@@ -176,7 +175,7 @@ def finish(situation):
         return Wish(shares, False, "the measured recency is inside its error bar")
     with np.errstate(divide="ignore"):
         room = np.where(s.order != 0, shares / np.abs(s.order), np.inf).min()
-    moved = -float(np.sign(effect[0])) * LAST * min(s.strength, 1.0) * room
+    moved = -float(np.sign(effect[0])) * SAVED * min(s.strength, 1.0) * room
     moved *= _harmless(s, moved)
     told = moved * float(effect[0]), abs(moved) * float(error[0]), s.recency_dof
     why = "the last two windows: what the target was measured to gain most from comes last"
@@ -186,11 +185,8 @@ def finish(situation):
 def _harmless(situation, moved):
     """Part, 0 to 1, of `moved` units of the order under which no domain outside the target loses more than `harm` of its
     loss, error included."""
-    from scipy.special import stdtrit
-
     s = situation
-    quantile = float(stdtrit(s.recency_dof, 0.5 + s.confidence / 2))
-    worst = moved * s.recency + quantile * abs(moved) * s.recency_se
+    worst = moved * s.recency + student(s.recency_dof, s.confidence) * abs(moved) * s.recency_se
     at_risk = (s.target <= 0) & (worst > 0)
     return float(min(1.0, (s.harm * s.domain_losses[at_risk] / worst[at_risk]).min(initial=1.0)))
 

@@ -61,9 +61,11 @@ def wave(base, signs, delta, low, high):
     return v * max(0.0, float((room / np.abs(v[moved])).min()))
 
 
-def towards(target, base):
-    """Signs f64[K]: +1 for the domains of which target f64[K] asks for more than base f64[K] has, -1 for the others."""
-    return np.where(np.asarray(target) > np.asarray(base), 1.0, -1.0)
+def towards(target, base, delta, low, high):
+    """The wave f64[K] around base f64[K] with more of the domains of which target f64[K] asks for more than base has; zeros
+    where the target is the base."""
+    signs = np.where(np.asarray(target) > np.asarray(base), 1.0, -1.0)
+    return wave(base, signs, delta, low, high)
 
 
 def along(order, waves, changes):
@@ -230,17 +232,6 @@ class Waves:
         self.count, self.epoch, self.readings = state["count"], state["epoch"], list(state["readings"])
         self.base = None if state["base"] is None else np.array(state["base"])
         self.cycles = [Cycle(**cycle) for cycle in state["cycles"]]
-
-
-def as_served(mixture, cycle):
-    """The wave f64[K] of a Cycle ahead as the Mixture will serve it: samples are whole, and losses answer to what is
-    served. `mixture` itself stays where it is."""
-    ahead, counts = mixture.copy(), []
-    for at in (cycle.start, cycle.start + cycle.half, cycle.start + 2 * cycle.half):
-        ahead.skip(at - ahead.index)
-        counts.append(ahead.served)
-    up, down = counts[1] - counts[0], counts[2] - counts[1]
-    return (up - down) / (2 * cycle.half)
 
 
 def effect_of(readings, weights, targets, kind="tail", since=-1):

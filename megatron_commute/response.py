@@ -114,11 +114,6 @@ def measure(host, step, weights, v, settings, batch, position, evaluate, mine=sl
     return Pair(losses, served)
 
 
-def direction(weights, target, delta, low, high):
-    """The wave f64[K] around weights f64[K] that has more of what the target f64[K] asks for in its first half."""
-    return lockin.wave(weights, lockin.towards(target, weights), delta, low, high)
-
-
 def effect_of(pairs, weights, targets, mark="tail"):
     """The lockin.Effect on targets f64[T, K] of several Pairs; None where they do not determine it."""
     if not pairs:
@@ -190,9 +185,15 @@ class Responses:
         for stream in (mixture, sampler):
             for at, weights in changes:
                 stream.schedule(weights, at)
-        for cycle in self.waves.cycles:
-            if cycle.start >= max(first, mixture.index):
-                cycle.wave = lockin.as_served(mixture, cycle).tolist()
+        ahead = mixture.copy()
+        for cycle in self.waves.cycles:  # samples are whole: what is served is what the losses answer to
+            if cycle.start >= max(first, ahead.index):
+                counts = []
+                for at in (cycle.start, cycle.start + cycle.half, cycle.start + 2 * cycle.half):
+                    ahead.skip(at - ahead.index)
+                    counts.append(ahead.served)
+                up, down = counts[1] - counts[0], counts[2] - counts[1]
+                cycle.wave = ((up - down) / (2 * cycle.half)).tolist()
         self.look_ahead(mixture.index - 1)
 
     def look_ahead(self, sample):
@@ -228,11 +229,10 @@ class Responses:
         weights = np.asarray(mixture.weights, dtype=np.float64)
         if self.target is None:
             v = self.waves.draw(weights, self.settings.delta, low, high)
-        else:
-            v = direction(weights, self.target, self.settings.delta, low, high)
-        place = (self.settings, self.run.global_batch, np.asarray(mixture.served))
-        if self.target is not None:  # a rehearsal of the end, at the end's learning rates
+        else:  # a rehearsal of the end, at the end's learning rates
+            v = lockin.towards(self.target, weights, self.settings.delta, low, high)
             step = max(step, self.run.train_iters - 2 * self.settings.window - self.settings.tail)
+        place = (self.settings, self.run.global_batch, np.asarray(mixture.served))
         pair = measure(self.host, step, weights, v, *place, self.losses, mine)
         self.pairs = [*self.pairs, {"sample": mixture.index, "wave": pair.wave, "losses": pair.losses}][
             -lockin.KEPT :
@@ -251,7 +251,7 @@ class Responses:
     def recency(self, weights):
         """order, recency, recency_se and recency_dof of a controller.Situation from the rollouts; {} below two."""
         pairs = [Pair(p["losses"], p["wave"]) for p in self.pairs]
-        order = direction(weights, self.target, 1.0, np.zeros_like(weights), np.ones_like(weights))
+        order = lockin.towards(self.target, weights, 1.0, np.zeros_like(weights), np.ones_like(weights))
         found = lockin.along(order, [p.wave for p in pairs], [p.difference("switch") for p in pairs])
         if found is None:
             return {}

@@ -10,12 +10,12 @@ import math
 
 import numpy as np
 
-from megatron_commute import calibration, controller, lockin, probe, reduce, response
+from megatron_commute import calibration, controller, lockin, probe, response
 from megatron_commute.adapters import torch_loop
 from megatron_commute.experiments import bilingual_cells as cells
 from megatron_commute.experiments import bilingual_figures as figures
 from megatron_commute.experiments import bilingual_tables as tables
-from megatron_commute.experiments.bilingual_trainer import Text, Trainer, mean_loss
+from megatron_commute.experiments.bilingual_trainer import Text, Trainer, mean_loss, team
 from megatron_commute.mixture import Mixture
 from megatron_commute.mixture_file import Probe, Response
 
@@ -166,7 +166,7 @@ class Decider:
             self.settings.micro,
             lambda: torch_loop.second_moments(self.trainer.optimizer, list(self.trainer.model.parameters())),
         )
-        half, text, groups = self.settings.probe // 2, self.trainer.text, reduce.Groups()
+        half, text = self.settings.probe // 2, self.trainer.text
 
         def draw(part, domain, numbers):
             first = half if part == "direction" else 0
@@ -177,8 +177,8 @@ class Decider:
         coming = [self.trainer.rate(at + i) for i in range(2 * every)]
         flow = (self.settings.weight_decay, (sum(coming[:every]), sum(coming[every:])))
         weights = np.asarray(self.mixture.weights, dtype=np.float64)
-        team = reduce.team(groups, wish.splits)
-        found = probe.measure(model, groups, team, draw, wish, TARGET["low-resource"][None], weights, flow)
+        target = TARGET["low-resource"][None]
+        found = probe.measure(model, *team(wish.splits), draw, wish, target, weights, flow)
         return {"score": found.score[0], "score_se": found.score_se[0], "dof": 3}
 
     def _finish(self, step):
@@ -186,14 +186,14 @@ class Decider:
         size, target = self.size, TARGET["low-resource"]
         half, none, all_ = size.end // 2, np.zeros(3), np.ones(3)
         if step and step % ((size.steps - size.end) // size.pairs) == 0 and step < size.steps - size.end:
-            v = response.direction(np.array(SHARES), target, AMPLITUDE, none, all_)
+            v = lockin.towards(target, np.array(SHARES), AMPLITUDE, none, all_)
             asked = Response(kind="rollout", window=size.window, tail=0)
             place = (asked, self.settings.batch, np.asarray(self.mixture.served), self._losses)
             last = size.steps - 2 * size.window  # a rehearsal of the end, at its learning rates
             self.pairs.append(response.measure(_Excursion(self.trainer), last, np.array(SHARES), v, *place))
         if step < size.steps - size.end or (size.steps - step) % half:
             return None
-        order = response.direction(np.array(SHARES), target, 1.0, none, all_)
+        order = lockin.towards(target, np.array(SHARES), 1.0, none, all_)
         found = lockin.along(
             order, [p.wave for p in self.pairs], [p.difference("switch") for p in self.pairs]
         )

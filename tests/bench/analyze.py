@@ -5,14 +5,14 @@ Writes analyze.csv beside itself, the rows of the numbers of samples named (defa
 Twelve checkpoints of the quickstart's model (4 layers, width 128, sequence 256, vocabulary 4096) over three domains of
 made-up text, analysed in one process. A gradient of one micro-batch is timed between the checkpoints, in the same process;
 ratio = time of the whole analysis / (counted gradients x median time of a gradient). Memory: highest resident set of a
-process of its own, above what it has after its imports, for training three steps of the same model under AdamW and for
-analysing one checkpoint.
+process of its own, above what it holds after a first use of everything, for training three steps of the same model under AdamW
+and for analysing one checkpoint.
 """
 
 import csv
+import gc
 import json
 import multiprocessing
-import resource
 import statistics
 import sys
 import tempfile
@@ -101,45 +101,45 @@ def gradients(folder, method):
 
 
 def training(folder, told):
-    """Bytes at the peak of training, beyond the imports."""
-    torch.set_num_threads(1)
-    found = checkpoint_model.read(sorted((folder / "run").glob("global_step*"))[0])
+    """Bytes at the peak of training, beyond what a process holds that has trained and forgotten a model."""
+    first, resident = prepared(folder)
     with checkpoint_model.one_process():
-        standing = checkpoint_model.Standing(found)
-        module = standing.module
-        del found, standing
-        before = resident()
-        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4)
+        standing = checkpoint_model.Standing(checkpoint_model.read(first))
+        optimizer = torch.optim.AdamW(standing.module.parameters(), lr=1e-4)
         tokens = torch.randint(256, (MICRO, SEQUENCE + 1))
         for _ in range(3):
             for _ in range(BATCH // MICRO):
-                megatron_core.mean_loss(module, tokens).backward()
+                megatron_core.mean_loss(standing.module, tokens).backward()
             optimizer.step()
             optimizer.zero_grad()
-        size = sum(p.numel() * p.element_size() for p in module.parameters())
-    told.send(peak() - before + size)
+    told.send(status("VmHWM") - resident)
 
 
 def analysing(folder, told):
-    """Bytes at the peak of analysing one checkpoint, beyond the imports."""
-    torch.set_num_threads(1)
-    with checkpoint_model.one_process():
-        pass  # imports megatron-core
-    before = resident()
-    first = sorted((folder / "run").glob("global_step*"))[0]
+    """Bytes at the peak of analysing one checkpoint, beyond the same."""
+    first, resident = prepared(folder)
     wanted = checkpoints.Asked(method="fused")
     checkpoints.analyze([first], folder / "mixture.yaml", folder / "out_memory", wanted, lambda _: None)
-    told.send(peak() - before)
+    told.send(status("VmHWM") - resident)
 
 
-def resident():
-    import psutil
+def prepared(folder):
+    """(the first checkpoint, bytes resident) after everything that loads or grows at its first use was used on two tokens."""
+    torch.set_num_threads(1)
+    first = min((folder / "run").glob("global_step*"))
+    with checkpoint_model.one_process():
+        module = checkpoint_model.Standing(checkpoint_model.read(first)).module
+        megatron_core.mean_loss(module, torch.randint(256, (1, 3))).backward()
+    del module
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    return first, status("VmRSS")
 
-    return psutil.Process().memory_info().rss
 
-
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def status(name):
+    """Bytes of a line of /proc/self/status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 def in_a_process(work, folder):

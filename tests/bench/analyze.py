@@ -5,8 +5,8 @@ Writes analyze.csv beside itself, the rows of the numbers of samples named (defa
 Twelve checkpoints of the quickstart's model (4 layers, width 128, sequence 256, vocabulary 4096) over three domains of
 made-up text, analysed in one process. A gradient of one micro-batch is timed between the checkpoints, in the same process;
 ratio = time of the whole analysis / (counted gradients x median time of a gradient). Memory: highest resident set of a
-process of its own, above what it holds after a first use of everything, for training three steps of the same model under AdamW
-and for analysing one checkpoint.
+process of its own, above what it holds after a first use of everything, for training three steps of the same model under
+AdamW and for analysing one checkpoint.
 """
 
 import csv
@@ -124,7 +124,7 @@ def analysing(folder, told):
 
 
 def prepared(folder):
-    """(the first checkpoint, bytes resident) after everything that loads or grows at its first use was used on two tokens."""
+    """(the first checkpoint, bytes resident) after everything that loads at its first use was used on two tokens."""
     torch.set_num_threads(1)
     first = min((folder / "run").glob("global_step*"))
     with checkpoint_model.one_process():

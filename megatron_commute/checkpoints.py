@@ -6,6 +6,7 @@ same mixture file, the numbers are those of the live probe at its step. No check
 
 import dataclasses
 import json
+import math
 import time
 from pathlib import Path
 
@@ -13,7 +14,6 @@ import numpy as np
 import torch
 
 from megatron_commute import controller, events, memory, plots, probe, record, reduce
-from megatron_commute.adapters import checkpoint_advice as advice
 from megatron_commute.adapters import checkpoint_model, torch_loop
 from megatron_commute.adapters import checkpoint_results as results
 from megatron_commute.adapters.checkpoint_files import CheckpointError, content, series
@@ -41,7 +41,7 @@ def analyze(paths, data, out, wanted=None, say=print, bar=None):
     tables there.
 
     paths: checkpoint folders or --save folders; data: the mixture file; say: prints a line; bar: (total, unit) -> a progress
-    bar like tqdm's. Returns a dict: files, checkpoints (rows), left_out, recommendation, worth, notes, and the same as text.
+    bar like tqdm's. Returns a dict: files, checkpoints (rows), left_out, notes, and the same as text.
     Raises CheckpointError and ConfigError, naming the cure; single checkpoints that cannot be read are left out and told,
     unless there is no other.
     """
@@ -71,7 +71,7 @@ def analyze(paths, data, out, wanted=None, say=print, bar=None):
         left_out += work.measure(rest, extra, bar)
     if left_out and not any(line["event"] == "probe" for line in record.read(log.path)):
         raise CheckpointError(f"none of the checkpoints could be analysed: {left_out[0][1]}")
-    return _finish(log, asked_for, todo, left_out)
+    return _finish(log, asked_for, left_out)
 
 
 def _reopen(log):
@@ -240,7 +240,7 @@ class _Work:
             "decay": decay,
             "first_number": number,
         }
-        fields["improvable"] = advice.improvable(
+        fields["improvable"] = results.improvable(
             fields, plan, self.settings.splits, setting.config.controller.confidence
         )
         spent = time.monotonic() - begun
@@ -315,55 +315,34 @@ def _refuse_changed(line, folder):
         )
 
 
-def _finish(log, setting, todo, left_out):
-    """Recommendation, report and table from the record; the result of `analyze`."""
+def _finish(log, setting, left_out):
+    """Report and table from the record; the result of `analyze`."""
     _sort(log)
     lines = record.read(log.path)
     names = setting.plan.names
     probes = [line for line in lines if line["event"] == "probe"]
     confidence = setting.config.controller.confidence
-    told = advice.recommend(setting.config, setting.plan, setting.run, setting.fresh, probes)
-    names_of = (setting.config.probe.metric, setting.config.probe.direction)
-    said = advice.worth(_run_record(todo), names_of)
-    last = [line for line in lines if line["event"] == "recommendation"]
-    fresh = record._plain({**told, "worth": said})
-    if not last or {key: last[-1].get(key) for key in fresh} != fresh:
-        log.append("recommendation", **fresh)
     out = log.path.parent
     files = [str(log.path), plots.report(log.path), results.write_table(out / "analysis.csv", probes, names)]
-    if told.get("points"):
-        files.append(results.write_schedule(out / "schedule.csv", told["points"], names))
     rows = [results.summary(line, names, setting.config.probe.splits, confidence) for line in probes]
     found = {
         "files": [str(file) for file in files],
         "checkpoints": rows,
         "left_out": [{"checkpoint": folder, "reason": reason} for folder, reason in left_out],
-        "recommendation": told,
-        "worth": said,
         "notes": setting.notes,
     }
     shown = {"headers": results.headers(confidence), "rows": results.text_rows(rows)}
-    return {**found, **shown, "text": results.sentences(found, names)}
-
-
-def _run_record(todo):
-    """Lines of the record of the run itself, beside its checkpoints; [] where there is none that can be read."""
-    for folder in {folder.resolve().parent for _, folder in todo}:
-        try:
-            return record.read(folder)
-        except (FileNotFoundError, ValueError):
-            continue
-    return []
+    return {**found, **shown, "text": [f"LEFT OUT: {reason}" for _, reason in left_out]}
 
 
 def _sort(log):
-    """Put the lines in the order of steps, where checkpoints were analysed in another; recommendations of before go."""
+    """Put the lines in the order of steps, where checkpoints were analysed in another."""
     lines = log.path.read_bytes().splitlines(keepends=True)
-    events_of = [json.loads(line) for line in lines]
-    kept = [pair for pair in zip(events_of, lines, strict=True) if pair[0]["event"] != "recommendation"]
-    ordered = sorted(kept, key=lambda pair: (pair[0]["event"] != "start", pair[0].get("step", -1)))
-    if [line for _, line in ordered] != [line for _, line in kept]:
+    pairs = [(json.loads(line), line) for line in lines]
+    # version 0.1.0 ended a record with a line that has no step
+    pairs.sort(key=lambda pair: (pair[0]["event"] != "start", pair[0].get("step", math.inf)))
+    ordered = [line for _, line in pairs]
+    if ordered != lines:
         temporary = log.path.with_suffix(".tmp")
-        temporary.write_bytes(b"".join(line for _, line in ordered))
+        temporary.write_bytes(b"".join(ordered))
         temporary.replace(log.path)
-        log.lines, log.size = len(ordered), sum(len(line) for _, line in ordered)

@@ -119,33 +119,6 @@ def calibrated(run):
     return Picture("calibration", "Calibration of the signals", caption, figure)
 
 
-def recommended(run):
-    """The schedule that an analysis recommends, beside the run's own weights and the shares of the budgets."""
-    sample, weight = series.recommended(run)
-    if not len(sample):
-        return None
-    figure, panels = canvas(run, len(run.names), height=1.25, sharey=True)
-    own, seen = series.weights(run)
-    unit, total = sample_unit(run)[0], run.start.get("samples") or run.span
-    for k, axes in enumerate(panels):
-        colour = COLOURS[k % len(COLOURS)]
-        axes.step(*_steps(own, seen[:, k], run.span, unit), where="post", color=GREY, linewidth=3, alpha=0.5)
-        axes.step(*_steps(sample, weight[:, k], run.span, unit), where="post", color=colour)
-        if run.budgets[k]:
-            axes.axhline(run.budgets[k] / total, color="black", linewidth=0.9, linestyle=(0, (1, 1.5)))
-        axes.plot([p["sample"] / unit for p in run.probes], [0.03] * len(run.probes), "|", color=GREY,
-                  transform=axes.get_xaxis_transform())  # fmt: skip
-        axes.yaxis.set_major_formatter(percent)
-        axes.set_title(label(run.names[k]))
-    panels[0].set_ylim(0, None)
-    figure.supylabel("weight (% of samples)", fontsize=STYLE["font.size"])
-    caption = (
-        "Coloured, thin: what is recommended for a repetition of the run. Grey, wide: the run's own weights, as planned and "
-        "as its checkpoints (ticks) hold them. Dotted: the budget as a share of the run, which both keep."
-    )
-    return Picture("recommended", "Recommended schedule", caption, figure)
-
-
 def _steps(sample, value, end, unit):
     return np.append(sample, end) / unit, np.append(value, value[-1])
 

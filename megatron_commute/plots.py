@@ -56,10 +56,8 @@ def export(run, out_dir):
 def pictures(run):
     """Every Picture a series.Run has numbers for, in the order of the report."""
     with house_style():
-        drawn = [picture_evidence.recommended(run)]
-        if drawn[0] is None:  # which shows the run's own weights too
-            drawn.append(picture_run.weights(run))
-        drawn += [picture_run.budgets(run), picture_run.losses(run), picture_run.overhead(run)]
+        drawn = [picture_run.weights(run), picture_run.budgets(run)]
+        drawn += [picture_run.losses(run), picture_run.overhead(run)]
         drawn += [*picture_criterion.scores(run), *picture_criterion.brackets(run)]
         drawn += [
             picture_evidence.effects(run),

@@ -24,7 +24,6 @@ def page(run, pictures, torn=0):
         loud(run),
         section("Summary", summary(run)),
         section("What this record lacks", missing(run, torn)),
-        section("Recommendation", report_analysis.recommendation(run)),
         section(
             "Pictures", f'<div class="pictures">{"".join(map(figure, pictures))}</div>' if pictures else ""
         ),
@@ -127,7 +126,8 @@ def lacks(run, torn=0):
     notes = []
     if torn:
         notes.append("The last line is torn: the run was ended while writing it. It is left out.")
-    notes += _lacks_of_an_analysis(run) if run.analysis else _lacks_of_a_run(run)
+    if not run.analysis:  # losses of training, decisions and their cost belong to a run
+        notes += _lacks_of_a_run(run)
     scores_only = sum(1 for probe in run.probes if probe.get("P") is None)
     if scores_only:
         notes.append(
@@ -162,15 +162,6 @@ def _lacks_of_a_run(run):
     if run.probes and not len(series.overhead(run)[0]):
         notes.append("No probe has a timing, so the overhead is unknown.")
     return notes
-
-
-def _lacks_of_an_analysis(run):
-    """Losses of training, decisions and their cost belong to a run: an analysis misses nothing by not having them."""
-    if run.recommendation is None:
-        return [
-            "There is no recommendation yet: the analysis was stopped; the same command goes on where it ended."
-        ]
-    return []
 
 
 def figure(picture):

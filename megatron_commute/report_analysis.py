@@ -1,4 +1,4 @@
-"""The sections that only an analysis of checkpoints has: what it recommends, and the optimality of each checkpoint."""
+"""The section that only an analysis of checkpoints has: the optimality of each checkpoint."""
 
 from __future__ import annotations
 
@@ -8,50 +8,6 @@ import numpy as np
 
 from megatron_commute import series
 from megatron_commute.markup import FIND, by_domain, named, table, text, unbroken
-
-
-def recommendation(run):
-    """The schedule for a repetition of the run, its predicted effect with its error, and what such words are worth."""
-    told = run.recommendation
-    if told is None:
-        return ""
-    said = [f"<p><strong>What it is worth.</strong> {text(told['worth'])}</p>"] if told.get("worth") else []
-    if told.get("reason"):
-        return "\n".join([f"<p>No schedule is recommended: {text(told['reason'])}.</p>", *said])
-    sample, weight = series.recommended(run)
-    if len(sample) < 2:
-        words = f"Law {text(told['law'])} changes nothing at these checkpoints: the planned mixture stays."
-        return "\n".join([f"<p>{words}</p>", *said])
-    drawn = zip(run.names, told["served"], run.budgets, strict=True)
-    kept = ", ".join(f"{n} {a:,} of {'no budget' if b is None else f'{b:,}'}" for n, a, b in drawn)
-    words = (
-        f"For a repetition of this run, law {told['law']} takes these weights from what was measured at its checkpoints. "
-        f"Samples drawn in all: {kept}. {_predicted(run, told)}"
-    )
-    headers = ["from sample", *run.names]
-    rows = [[f"{n:,}", *(f"{w:.3f}" for w in weights)] for n, weights in zip(sample, weight, strict=True)]
-    note = "mode: fixed with schedule: schedule.csv, which lies beside this record, trains that way."
-    return "\n".join(
-        [f"<p>{unbroken(words)}</p>", *said, table(headers, rows, "schedule"), f'<p class="soft">{note}</p>']
-    )
-
-
-def _predicted(run, told):
-    """The predicted effect in a sentence, and another where it cannot be believed as it stands."""
-    factor, power = series.power_of_ten(np.array([told["expected"], told["expected_se"]]))
-    shown = series.with_error(told["expected"] / factor, told["expected_se"] / factor)
-    number = f"({shown}) × {power}" if power else shown
-    words = (
-        f"Predicted change of the target loss against the planned mixture, to leading order: {number} nats per token, ± one "
-        "standard error."
-    )
-    largest = np.nanmax(series.losses(run, "valid")[1], initial=0.0)
-    if largest and abs(told["expected"]) > 0.1 * largest:
-        words += (
-            f" Beside losses of up to {largest:.2g} this size cannot be right: over windows this long the leading order "
-            "overshoots; at most the sign is left of it."
-        )
-    return words
 
 
 def checkpoints(run):

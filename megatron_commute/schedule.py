@@ -154,16 +154,6 @@ def refuse_impossible(initial, planned, names, budgets, samples, minimum, maximu
             )
 
 
-def counts_along(mixture, sample) -> np.ndarray:
-    """Samples served i64[n, K] at each of the rising `sample` i64[n], by running a copy of the mixture
-    there."""
-    ahead, found = mixture.copy(), []
-    for at in np.asarray(sample, dtype=np.int64).tolist():
-        ahead.skip(at - ahead.index)
-        found.append(ahead.served)
-    return np.array(found)
-
-
 def drawing(names, initial, planned, samples: int, width: int = 60) -> list[str]:
     """One line of text for each domain: its weight along the run in `width` bars, and its planned samples."""
     at = [0, *(start for start, _ in planned)]

@@ -31,7 +31,6 @@ class Run:
     responses: list = dataclasses.field(default_factory=list)  # readings and rollouts that did not fail
     judgements: list = dataclasses.field(default_factory=list)  # what was foretold, beside what was measured
     interventions: list = dataclasses.field(default_factory=list)  # versions of the control file
-    recommendation: dict | None = None  # what an analysis says for a repetition of the run
 
     @property
     def analysis(self):
@@ -97,7 +96,6 @@ def by_event(records, source="the record"):
         responses=[line for line in groups.get("response", ()) if line.get("wave") is not None],
         judgements=groups.get("calibration", []),
         interventions=groups.get("control", []),
-        recommendation=groups["recommendation"][-1] if groups.get("recommendation") else None,
     )
 
 
@@ -156,13 +154,6 @@ def weights(run):
 def moves(run):
     """Probes after which the weights were to change."""
     return [probe for probe in run.probes if probe.get("effective_sample") is not None]
-
-
-def recommended(run):
-    """Samples i64[n] from which weights f64[n, K] are recommended for a repetition of the run; n = 0 without a schedule."""
-    points = (run.recommendation or {}).get("points") or []
-    sample, weight = [point[0] for point in points], [point[1] for point in points]
-    return np.array(sample, dtype=np.int64), _numbers(weight).reshape(-1, len(run.names))
 
 
 def measured(run, key):

@@ -46,7 +46,6 @@ def tables(run):
         )
         for name in (*of_a_run, *_told(run)):
             del result[name]
-        result["recommended"] = (["sample", *names], _joined(*series.recommended(run)))
         result["improvable"] = (
             ["step", "sample", "target", "earlier", "later"],
             [[probe["step"], probe["sample"], run.targets[t], *pair]

@@ -183,10 +183,10 @@ def responded(lines, seed=0, faithful=("persistence", "P adam/local")):
     return found
 
 
-def analysed(lines, reason=None, checked=True):
-    """The lines of an analysis whose checkpoints are the probes of a run; reason: why no schedule is recommended."""
+def analysed(lines):
+    """The lines of an analysis whose checkpoints are the probes of a run."""
     names = lines[0]["names"]
-    start, found, points = lines[0] | {"analysis": {"notes": ["holdout: seen in training"]}}, [], []
+    start, found = lines[0] | {"analysis": {"notes": ["holdout: seen in training"]}}, []
     for line in lines:
         if line["event"] != "probe":
             continue
@@ -198,25 +198,13 @@ def analysed(lines, reason=None, checked=True):
             "effective_sample": None,
             "reason": "analysed from a checkpoint",
         }
-        if checked:
-            targets = np.ndim(line["s"]) == 2
-            more["improvable"] = [pairs] * len(names) if targets else [pairs]
+        more["improvable"] = [pairs] * (len(names) if np.ndim(line["s"]) == 2 else 1)
         folder = f"/somewhere/else/global_step{line['step']}"
         timing = {"probe_seconds": 1.0, "step_seconds": None, "overhead": None}
         found.append(
             line | more | {"checkpoint": {"folder": folder, "ranks": 2, "files": "x"}, "timing": timing}
         )
-        points.append([line["sample"], line["weights_next"]])
-    told = {"law": "tilt", "reason": reason, "worth": "How well such predictions hold here is not known."}
-    if reason is None:
-        del told["reason"]
-        told |= {
-            "points": [[0, lines[0]["weights"]], *points],
-            "expected": -2.5e-4,
-            "expected_se": 1e-4,
-            "served": lines[0]["budgets"],
-        }
-    return [start, *found, {"schema": 1, "event": "recommendation", **told}]
+    return [start, *found]
 
 
 def write(folder, records, torn=False):

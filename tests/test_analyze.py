@@ -1,4 +1,4 @@
-"""analyze: the live probe's numbers, resumption, bad input at the command line, and what is recommended."""
+"""analyze: the live probe's numbers, resumption, bad input at the command line, and the check of optimality."""
 
 import hashlib
 import json
@@ -13,9 +13,8 @@ import ranks
 import test_checkpoints
 from click.testing import CliRunner
 
-from megatron_commute import bracket, checkpoints, cli, config, record, schedule
-from megatron_commute.adapters import checkpoint_advice as advice
-from megatron_commute.mixture import Mixture
+from megatron_commute import checkpoints, cli, record
+from megatron_commute.adapters import checkpoint_results
 
 
 @pytest.fixture(scope="module")
@@ -74,10 +73,9 @@ def test_the_numbers_are_those_of_the_live_probes(folder, done):
 def test_everything_is_there_and_no_checkpoint_was_touched(done):
     output, out, untouched = done
     assert untouched
-    for name in ("commute.jsonl", "report.html", "analysis.csv", "schedule.csv"):
+    for name in ("commute.jsonl", "report.html", "analysis.csv"):
         assert (out / name).stat().st_size > 0 and str(out / name) in output
-    assert "memory: about" in output and "not known" in output and "the criterion is local" in output
-    assert "predicted change" in output
+    assert "memory: about" in output and not (out / "schedule.csv").exists()
 
 
 def test_a_killed_analysis_goes_on_and_ends_in_the_same_record(folder, done, tmp_path):
@@ -151,78 +149,18 @@ def test_data_of_another_vocabulary_is_refused(folder, tmp_path):
     assert found.exit_code == 2 and "vocabulary of 512" in found.output
 
 
-def test_each_target_is_reported_and_none_is_scheduled_for(folder, tmp_path):
+def test_each_target_is_reported(folder, tmp_path):
     place = (folder / "run" / "global_step4", "--data", folder / "mixture.yaml", "--out", tmp_path)
     told = json.loads(call(*place, "--target", "each", "--json").stdout)
     assert [one["target"] for one in told["checkpoints"][0]["targets"]] == list(jobs.DOMAINS)
-    assert "several targets" in told["recommendation"]["reason"]
 
 
-def a_plan(samples=800):
-    budgets = (samples // 2, samples // 2)
-    zeros, half = np.zeros(2), np.full(2, 0.5)
-    return types.SimpleNamespace(
-        names=("a", "b"), weights=half, budgets=budgets, targets=half[None], minimum=zeros, maximum=1 - zeros,
-        samples=samples, shares=half, schedule=(),
-    )  # fmt: skip
-
-
-def a_line(sample, score, error, steps=50, rate=1e-2):
+@pytest.mark.parametrize("error, pairs", [(0.1, [["b", "a"]]), (5.0, [])])
+def test_the_pairs_told_improvable_name_the_earlier_one_first(error, pairs):
+    plan = types.SimpleNamespace(names=("a", "b"), minimum=np.zeros(2), maximum=np.ones(2))
     gap = [[0.0, 2 * error], [2 * error, 0.0]]
-    return {
-        "sample": sample, "score": [score, -score], "score_se": [error, error], "gap_se": gap, "weights": [0.5, 0.5],
-        "windows": [steps * rate, steps * rate], "window_steps": steps,
-    }  # fmt: skip
-
-
-def test_the_predicted_effect_of_one_transfer_is_the_brackets(tmp_path):
-    """Two windows of 50 steps, a constant score: dL = delta e^2 (s_a - s_b), the one formula of bracket.py."""
-    plan, lines = a_plan(), [a_line(0, 3.0, 0.1), a_line(400, 3.0, 0.1)]
-    planned = Mixture(plan.weights, plan.budgets, samples=plan.samples)
-    delta = -0.2  # a gets less first
-    points = [[0, [0.5 + delta, 0.5 - delta]], [400, [0.5 - delta, 0.5 + delta]]]
-    told = advice._effect(planned, points, lines, plan, batch=8)
-    expected = bracket.predicted_excess_loss(6.0, delta, 50 * 1e-2)
-    assert told["expected"] == pytest.approx(expected, rel=1e-6) and told["served"] == [400, 400]
-    # half of the area lies in each window, errors 2 * 0.1 of the gap, independent
-    assert told["expected_se"] == pytest.approx(abs(delta) * 0.25 * 0.2 / np.sqrt(2), rel=1e-6)
-
-
-def test_what_is_recommended_keeps_budgets_and_takes_early_what_should_not_wait():
-    plan = a_plan()
-    law = config.Controller(floors=(0.0, 0.0), caps=(1.0, 1.0), rate=0.2)
-    settings = types.SimpleNamespace(controller=law, probe=config.Probe(splits=4))
-    run = types.SimpleNamespace(global_batch=8)
-    fresh = Mixture(plan.weights, plan.budgets, samples=plan.samples)
-    lines = [a_line(at, 3.0, 0.1, steps=25) for at in (200, 400, 600)]
-    told = advice.recommend(settings, plan, run, fresh, lines)
-    assert told["served"] == [400, 400] and told["points"][1][0] == 200
-    assert told["points"][1][1][0] < 0.5 and told["points"][-1][1][0] > 0.5
-    assert told["expected"] < -3 * told["expected_se"] < 0
-    asked = [(at, np.array(weights)) for at, weights in told["points"]]
-    schedule.refuse_impossible(
-        plan.weights, asked, plan.names, plan.budgets, plan.samples, plan.minimum, plan.maximum
-    )
-    unsure = advice.recommend(settings, plan, run, fresh, [a_line(at, 3.0, 9.0) for at in (200, 400, 600)])
-    assert len(unsure["points"]) == 1 and unsure["expected"] == 0
-
-
-def test_the_pairs_told_improvable_name_the_earlier_one_first():
-    plan, line = a_plan(), a_line(200, 3.0, 0.1)
-    assert advice.improvable(line, plan, 4, 0.95) == [[["b", "a"]]]  # score of a above zero: delay it
-    assert advice.improvable(a_line(200, 3.0, 5.0), plan, 4, 0.95) == [[]]
-
-
-def test_worth_counts_what_was_measured_and_says_when_nothing_was():
-    assert "not known" in advice.worth([], ("adam", "local"))
-    judged = {
-        "event": "calibration", "effect": [1.0, -1.0], "effect_se": [0.01, 0.01], "effect_dof": 20, "weights": [0.4, 0.6],
-        "signals": {"P adam/local": [2.0, -2.0], "last gains": [-1.0, 1.0]},
-    }  # fmt: skip
-    told = advice.worth([judged] * 8, ("adam", "local"))
-    assert (
-        "8 of 8" in told and "earned trust" in told and "0 of 8" in told and "the criterion is local" in told
-    )
+    line = {"score": [3.0, -3.0], "gap_se": gap, "weights": [0.5, 0.5]}  # score of a above zero: delay it
+    assert checkpoint_results.improvable(line, plan, 4, 0.95) == [pairs]
 
 
 def test_a_run_without_the_plug_in_draws_what_a_live_probe_would(folder):

@@ -210,13 +210,9 @@ def test_export_writes_every_picture_and_every_number(tmp_path):
     assert [row["effective_sample"] for row in decided] == [str(p["effective_sample"] or "") for p in probes]
 
 
-def test_export_of_an_analysis_has_its_schedule_and_checks_and_nothing_empty(tmp_path):
+def test_export_of_an_analysis_has_its_checks_and_nothing_empty(tmp_path):
     lines = records.analysed(records.lines(K=3))
     plots.export(records.write(tmp_path, lines), tmp_path / "out")
-    points = lines[-1]["points"]
-    rows = read_csv(tmp_path / "out" / "recommended.csv")
-    names = lines[0]["names"]
-    assert [[int(row["sample"]), [float(row[n]) for n in names]] for row in rows] == points
     pairs = [
         [line["step"], *pair] for line in lines if line["event"] == "probe" for pair in line["improvable"][0]
     ]
@@ -224,22 +220,18 @@ def test_export_of_an_analysis_has_its_schedule_and_checks_and_nothing_empty(tmp
     assert [[int(row["step"]), row["earlier"], row["later"]] for row in found] == pairs and pairs
     for path in (tmp_path / "out").glob("*.csv"):
         assert len(read_csv(path)) > 0, path
-    assert (tmp_path / "out" / "recommended.png").stat().st_size > 0
 
 
-def test_the_recommended_schedule_is_drawn_to_the_end_of_the_run_beside_its_own_weights():
+def test_the_weights_of_an_analysis_are_those_of_its_checkpoints_and_go_on_to_the_end_of_the_run():
     lines = records.analysed(records.lines(K=3))
     cut = [line for line in lines if line.get("step", 0) <= 200]  # checkpoints of the first half only
     run = series.by_event(cut)
     picture = plots.pictures(run)[0]
-    assert picture.name == "recommended" and run.span == lines[0]["samples"] > run.samples
-    for k, axes in enumerate(picture.figure.get_axes()):
-        own, asked, budget = axes.lines[:3]
-        assert asked.get_ydata().tolist()[:-1] == [weights[k] for _, weights in lines[-1]["points"]]
-        assert 1000 * asked.get_xdata()[-1] == 1000 * own.get_xdata()[-1] == run.span
+    assert picture.name == "weights" and run.span == lines[0]["samples"] > run.samples
+    for k, own in enumerate(picture.figure.get_axes()[0].lines[:3]):
+        assert 1000 * own.get_xdata()[-1] == run.span
         held = [line["weights"][k] for line in cut if line["event"] == "probe"]
         assert own.get_ydata().tolist()[1:-1] == held
-        assert budget.get_ydata()[0] == lines[0]["budgets"][k] / lines[0]["samples"]
 
 
 def read_csv(path):

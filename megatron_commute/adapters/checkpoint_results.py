@@ -7,6 +7,20 @@ import numpy as np
 from megatron_commute import bracket, calibration
 
 
+def improvable(line, plan, splits, confidence):
+    """Corollary 3.2(b) at a probe line, by target: [[[earlier, later], ...], ...] names of the pairs whose order the
+    measurement says to change, beyond its error; empty lists where the weights pass as locally optimal.
+    """
+    score, gap_se = (np.array(line[key], dtype=np.float64) for key in ("score", "gap_se"))
+    score, gap_se = np.atleast_2d(score), gap_se.reshape(-1, *gap_se.shape[-2:])
+    error = calibration.student(splits - 1, confidence) * np.where(np.isfinite(gap_se), gap_se, np.inf)
+    found = [
+        bracket.improvable(s, np.array(line["weights"]), e, plan.minimum, plan.maximum)
+        for s, e in zip(score, error, strict=True)
+    ]
+    return [[[plan.names[j], plan.names[i]] for i, j in np.argwhere(pairs)] for pairs in found]
+
+
 def summary(line, names, splits, confidence):
     """One checkpoint as a row: step, sample, scores by target and domain, brackets beyond their error, verdict."""
     q = calibration.student(splits - 1, confidence)
@@ -71,15 +85,6 @@ def write_table(path, probes, names):
     return path
 
 
-def write_schedule(path, points, names):
-    """The recommended weights in the form that `schedule: FILE` of a mixture file reads."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
-        table.writerow(["at", "then", *names])
-        table.writerows([at, "hold", *weights] for at, weights in points)
-    return path
-
-
 def headers(confidence):
     """Headers of `text_rows`."""
     return ["step", "sample", "target", "scores", f"brackets beyond their {confidence:.0%} error", "optimal?"]
@@ -99,27 +104,3 @@ def text_rows(summaries):
             verdict = f"no: {moves}" if moves else "no order proven wrong"
             rows.append([found["step"], found["sample"], one["target"], scores, pairs or "none", verdict])
     return rows
-
-
-def sentences(found, names):
-    """Lines of text on the recommendation and its worth; found: the dict of checkpoints.analyze."""
-    told, lines = found["recommendation"], []
-    if told.get("reason"):
-        lines.append(f"no schedule recommended: {told['reason']}")
-    else:
-        lines.append(
-            f"schedule that law `{told['law']}` recommends for a repetition of this run, budgets kept:"
-        )
-        for at, weights in told["points"]:
-            lines.append(
-                f"  from sample {at}: "
-                + " ".join(f"{n} {w:.3f}" for n, w in zip(names, weights, strict=True))
-            )
-        expected = f"{told['expected']:+.2g} ± {told['expected_se']:.1g} nats"
-        lines.append(
-            f"predicted change of the target loss against the planned mixture: {expected} (leading order)"
-        )
-    lines.append(found["worth"])
-    for one in found["left_out"]:
-        lines.append(f"LEFT OUT: {one['reason']}")
-    return lines

@@ -1,13 +1,15 @@
 """The small model and its plans: exact where it must be, the same for any kind of vector, quiet where it knows nothing."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 import torch
+from test_controller import situation
 
 from megatron_commute import ops, planning, receding
-from megatron_commute.experiments import quadratic_domains
+from megatron_commute.experiments import quadratic_domains, receding_law
 
 TARGET = np.full(3, 1 / 3)
 
@@ -201,4 +203,21 @@ def test_segments_begin_with_the_window_and_follow_the_clock():
     assert sizes.sum() == pytest.approx(1_000_000) and times.sum() == pytest.approx(3)
     assert times[0] == pytest.approx(2.0 * 100 / 500_000, rel=1e-6), (
         "the first half of the samples takes two thirds"
+    )
+
+
+def test_receding_keeps_its_plan_as_json_and_goes_on_from_it():
+    _, _, recycled, gradients = learned(12)
+    model = recycled.model(gradients, np.full(3, 1 / 3), [0.0, 4.0])
+    given = situation((0.4, 0.3, 0.3), score=(0, 0, 0), loss=5.0)
+    first = receding_law.receding(given, model)
+    memory = json.loads(json.dumps(first.memory))
+    assert np.shape(memory["plan"]) == (10, 3) and sum(memory["sizes"]) == pytest.approx(1000)
+    assert first.active and first.expected < 0 and first.loss < 5.0
+    np.testing.assert_allclose(np.array(memory["plan"]).sum(0) * 100, [400, 300, 300], atol=1e-4)
+    later = receding_law.continued(memory, np.full(9, 100.0), 3)
+    np.testing.assert_allclose(later, memory["plan"][1:], atol=1e-9)
+    assert receding_law.continued({}, np.full(9, 100.0), 3) is None
+    assert receding_law.continued(memory, np.full(12, 100.0), 3) is None, (
+        "a plan for less than what is left is dropped"
     )

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_commute import controller, planning, receding
+from megatron_commute import controller
 from megatron_commute.controller import Situation, decide, remaining_shares, significant
-from megatron_commute.experiments import receding_law
+from megatron_commute.experiments import receding, receding_law, receding_plan
 from megatron_commute.mixture import Mixture
 
 T3 = {0.95: 3.1824463, 0.5: 0.7648923}  # two-sided quantiles of Student's t, 3 degrees of freedom
@@ -338,7 +338,7 @@ def model_of(K, seed, noise):
     """Any small quadratic model of K domains; with much noise its leaner twin disagrees about every gradient."""
     rng = np.random.default_rng(seed)
     H = rng.normal(size=(K, 4, 4))
-    full = planning.Quadratic(H @ H.swapaxes(1, 2), rng.normal(size=(K, 4)), np.full(K, 1 / K))
+    full = receding_plan.Quadratic(H @ H.swapaxes(1, 2), rng.normal(size=(K, 4)), np.full(K, 1 / K))
     lean = full if noise < 1 else dataclasses.replace(full, g=-full.g)
     errors = np.full((K, 4, 4), noise), np.full((K, 4), noise)
     return receding.Model(full=full, lean=lean, H_se=errors[0], g_se=errors[1], clock=np.array([0.0, 1.0]))

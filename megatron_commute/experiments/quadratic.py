@@ -24,10 +24,10 @@ from megatron_commute.experiments import (
     quadratic_text,
 )
 from megatron_commute.experiments.quadratic_domains import quadratic
+from megatron_commute.experiments.receding import Recycled
 from megatron_commute.experiments.receding_law import receding
 from megatron_commute.feasible import nearest
 from megatron_commute.laws import tilted
-from megatron_commute.receding import Recycled
 
 TILT_STRENGTH = 0.5  # of the law `tilt`; larger is worse over long horizons
 START, GRAIN = 12, 1000  # directions multiplied at the first decision; samples that one step stands for

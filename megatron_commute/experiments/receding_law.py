@@ -6,8 +6,8 @@ function, with functools.partial(receding, model=...).
 
 import numpy as np
 
+from megatron_commute.experiments.receding import propose, segments
 from megatron_commute.laws import Wish, shares_of
-from megatron_commute.receding import propose, segments
 
 
 def receding(situation, model):

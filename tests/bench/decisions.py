@@ -30,9 +30,9 @@ from decisions_optima import AXES, BUDGETS, SEEDS, TIMES, WINDOWS, cached, probl
 
 from megatron_commute import bracket
 from megatron_commute.controller import Situation, decide
+from megatron_commute.experiments.receding import Recycled
 from megatron_commute.experiments.receding_law import receding
 from megatron_commute.feasible import nearest
-from megatron_commute.receding import Recycled
 
 HERE = Path(__file__).resolve().parent
 LAWS = ("proportional", "tau-tail", "tilt", "odm", "response", "receding")

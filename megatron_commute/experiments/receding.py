@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron_commute import planning
+from megatron_commute.experiments import receding_plan
 
 WIDTH, COMPLETED = 24, 12  # most basis vectors; most coordinates of the completion
 SILENT = 1e-7  # relative noise below which products count as exact
@@ -35,14 +35,14 @@ AGAIN = 60, 8  # rounds of descent on each: of the first plan, and of one that g
 class Model:
     """What the products say in r coordinates, at the parameters of now. K domains.
 
-    full: the planning.Quadratic; lean: the same learned without the newest LEFT_OUT products (other coordinates), whose
+    full: the receding_plan.Quadratic; lean: the same learned without the newest LEFT_OUT products (other coordinates), whose
     disagreement says how much the products that are still missing matter. H_se f64[K, r, r], g_se f64[K, r]: standard errors
     of full.H and full.g, zero where exact. clock f64[P + 1]: flow time from now to the ends of P equal parts of the samples
     left (two numbers, 0 and the whole, for a constant learning rate).
     """
 
-    full: planning.Quadratic
-    lean: planning.Quadratic
+    full: receding_plan.Quadratic
+    lean: receding_plan.Quadratic
     H_se: np.ndarray
     g_se: np.ndarray
     clock: np.ndarray
@@ -60,7 +60,7 @@ class Model:
         noise = noise + np.tril(noise, -1).swapaxes(-1, -2)
         g = quadratic.g + self.g_se * rng.standard_normal((count, *self.g_se.shape))
         target = np.broadcast_to(quadratic.target, (count, *quadratic.target.shape))
-        return planning.Quadratic(quadratic.H + self.H_se * noise, g, target)
+        return receding_plan.Quadratic(quadratic.H + self.H_se * noise, g, target)
 
 
 class Proposal(NamedTuple):
@@ -232,7 +232,7 @@ class Recycled:
         H = np.concatenate([np.concatenate([A, B.swapaxes(1, 2)], 2), np.concatenate([B, D], 2)], 1)
         on_rest = dots[:r, 1:].transpose(1, 0, 2).reshape(K * r, K) - inside.T @ dots[:r, 0]
         g = np.concatenate([dots[:r, 0], (U / np.sqrt(strength)).T @ on_rest]).T
-        return planning.Quadratic(H, g, target), error
+        return receding_plan.Quadratic(H, g, target), error
 
     def _measured(self, a, norms):
         """(V'HV f64[K, r, r] of both readings weighted by their precision, never negative; its standard errors)."""
@@ -280,7 +280,9 @@ def target_last(rest, sizes, target):
 def gains(quadratic, times, base, plan):
     """(loss under base f64[M, K] - loss with the parts STEPS of what `plan` f64[..., M, K] deviates from it) f64[..., S]."""
     tried = base + np.reshape(STEPS, (-1, 1, 1)) * (plan - base)[..., None, :, :]
-    return planning.loss_change(quadratic, base, times) - planning.loss_change(quadratic, tried, times)
+    return receding_plan.loss_change(quadratic, base, times) - receding_plan.loss_change(
+        quadratic, tried, times
+    )
 
 
 def propose(model, times, sizes, rest, start=None, pace=None):
@@ -294,7 +296,7 @@ def propose(model, times, sizes, rest, start=None, pace=None):
     base = np.tile(shares, (len(sizes), 1))
     begin, goes_on = base, start is not None
     if goes_on:
-        begin = planning.spread(np.maximum(0.98 * start + 0.02 * base, 1e-6), sizes, rest)
+        begin = receding_plan.spread(np.maximum(0.98 * start + 0.02 * base, 1e-6), sizes, rest)
     run = times, sizes, rest
     if model.noisy:
         plan, claims = noisy_claims(model, run, base, begin, AGAIN[goes_on])
@@ -303,7 +305,7 @@ def propose(model, times, sizes, rest, start=None, pace=None):
     first, gain, error = (np.concatenate(column) for column in zip(*claims, strict=True))
     best = int(np.argmax(gain - 2 * error))
     active = bool(gain[best] > 2 * error[best])
-    constant = float(planning.loss_change(model.full, base, times))
+    constant = float(receding_plan.loss_change(model.full, base, times))
     wish = first[best] if active else shares
     return Proposal(wish, active, -float(gain[best]), float(error[best]), constant, plan, pace)
 
@@ -321,9 +323,9 @@ def exact_claims(model, run, base, begin, rounds, pace):
     faults, loses when the fuller one judges it; a part of each counts, since the fuller one errs by less.
     """
     times, sizes, rest = run
-    plan, _, pace = planning.descend(model.full, begin, times, sizes, rest, rounds, pace)
-    chosen, value, _ = planning.descend(model.lean, begin, times, sizes, rest, rounds, pace)
-    promised = planning.loss_change(model.lean, base, times) - value
+    plan, _, pace = receding_plan.descend(model.full, begin, times, sizes, rest, rounds, pace)
+    chosen, value, _ = receding_plan.descend(model.lean, begin, times, sizes, rest, rounds, pace)
+    promised = receding_plan.loss_change(model.lean, base, times) - value
     bias = promised - gains(model.full, times, base, chosen)[0]
     gain = gains(model.full, times, base, plan)
     apart = gain - gains(model.lean, times, base, plan)
@@ -339,16 +341,16 @@ def noisy_claims(model, run, base, begin, rounds):
     other is the target's own mixture at the end, which has nothing to choose: there the measurement counts as it is.
     """
     times, sizes, rest = run
-    truth = planning.shrunk(model.full, model.H_se, model.g_se)
-    again = planning.shrunk(model.draws(truth, DRAWS), model.H_se, model.g_se)
-    found = planning.descend(again, np.repeat(begin[None], DRAWS, 0), times, sizes, rest, rounds)[0]
+    truth = receding_plan.shrunk(model.full, model.H_se, model.g_se)
+    again = receding_plan.shrunk(model.draws(truth, DRAWS), model.H_se, model.g_se)
+    found = receding_plan.descend(again, np.repeat(begin[None], DRAWS, 0), times, sizes, rest, rounds)[0]
     plan, kept = found.mean(0), gains(truth, times, base, found)
     apart = gains(truth, times, base, plan) - gains(model.lean, times, base, plan)
     chosen = claim(plan, base, kept.mean(0), kept.std(0, ddof=1), DISAGREEMENT[1] * apart)
     safe = target_last(rest, sizes, model.full.target)
     # no errors given: nothing is shrunk, only negative curvature is cut
-    again = planning.shrunk(model.draws(model.full, DRAWS), 0 * model.H_se, 0 * model.g_se)
-    kept = planning.loss_change(again, base, times) - planning.loss_change(again, safe, times)
+    again = receding_plan.shrunk(model.draws(model.full, DRAWS), 0 * model.H_se, 0 * model.g_se)
+    kept = receding_plan.loss_change(again, base, times) - receding_plan.loss_change(again, safe, times)
     gain = gains(model.full, times, base, safe)
     apart = gain - gains(model.lean, times, base, safe)
     errors = kept.std(ddof=1) * np.array(STEPS), DISAGREEMENT[1] * apart

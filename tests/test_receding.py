@@ -33,7 +33,7 @@ def learned(columns, seed=0, n=12, noise=0.0, width=24, completed=12):
 
 
 def even(model, steps=8, rest=(2, 3, 3)):
-    return receding.propose(
+    return receding_law.propose(
         model, np.full(steps, model.clock[-1] / steps), np.ones(steps), np.array(rest, dtype=float)
     )
 
@@ -198,12 +198,12 @@ def test_with_little_noise_plans_are_chosen_freely_and_gain_in_truth():
 
 
 def test_segments_begin_with_the_window_and_follow_the_clock():
-    times, sizes = receding.segments(1000, 100, [0.0, 3.0])
+    times, sizes = receding_law.segments(1000, 100, [0.0, 3.0])
     assert sizes.tolist() == [100.0] * 10 and times.sum() == pytest.approx(3)
-    times, sizes = receding.segments(950, 100, [0.0, 3.0])
+    times, sizes = receding_law.segments(950, 100, [0.0, 3.0])
     assert sizes[-1] == 50 and sizes.sum() == 950
-    times, sizes = receding.segments(1_000_000, 100, [0.0, 2.0, 3.0])
-    assert len(sizes) == receding.MOST_PIECES and sizes[0] == pytest.approx(100, rel=1e-6)
+    times, sizes = receding_law.segments(1_000_000, 100, [0.0, 2.0, 3.0])
+    assert len(sizes) == receding_law.MOST_PIECES and sizes[0] == pytest.approx(100, rel=1e-6)
     assert sizes.sum() == pytest.approx(1_000_000) and times.sum() == pytest.approx(3)
     assert times[0] == pytest.approx(2.0 * 100 / 500_000, rel=1e-6), (
         "the first half of the samples takes two thirds"

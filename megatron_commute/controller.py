@@ -5,7 +5,6 @@ weights of the coming window, so a decision never leaves more of a domain than t
 """
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 
@@ -32,7 +31,7 @@ class Situation:
     helps); recency, recency_se f64[K], recency_dof: change of every domain's own loss, read without a tail, when weights
     move by `order` f64[K] now and back in the next window; domain_losses f64[K]: held-out, nats; scale, scale_interval:
     measured over predicted effect of the law's signal and its interval, None while uncalibrated; scheduled f64[K], the
-    schedule's weights for this window; quadratic: the receding.Model that law `receding` plans on; loss: target loss, nats;
+    schedule's weights for this window; loss: target loss, nats;
     memory: what the law's last decision asked to keep.
 
     Guardrails: decisions_since_change: decisions since the last one that changed the weights (0: that was the last one);
@@ -70,7 +69,6 @@ class Situation:
     scale: float | None = None
     scale_interval: tuple[float, float] | None = None
     scheduled: np.ndarray | None = None
-    quadratic: Any = None
     loss: float | None = None
     memory: dict = dataclasses.field(default_factory=dict)
     decisions_since_change: int = 2**31
@@ -225,7 +223,7 @@ def trust(situation):
 def wished(law, situation):
     """The Wish of `law`, with the gate, the trust region, the cool-down and the freeze applied."""
     s = situation
-    wish, shares = LAWS[law](s), shares_of(s)
+    wish, shares = (law if callable(law) else LAWS[law])(s), shares_of(s)
     if s.frozen:
         return wish._replace(weights=s.weights.copy(), active=False, why="the weights are frozen")
     if s.progress >= s.freeze:
@@ -244,7 +242,10 @@ def wished(law, situation):
 
 
 def decide(law, situation):
-    """The decision of `law` (a name in LAWS) in a Situation, guardrails applied; the same situation, the same decision."""
+    """The decision of `law` in a Situation, guardrails applied; the same situation, the same decision.
+
+    law: a name in LAWS, or a function Situation -> Wish, which neither rests after a change nor is scaled by a calibration.
+    """
     if situation.samples_left <= 0:
         return Decision(
             None, "the run ends before new weights could take effect", memory=dict(situation.memory)

@@ -106,7 +106,7 @@ def test_measured_laws_act_on_signals_that_have_earned_trust_only():
     ("config", "words"),
     [
         (settings("response"), "controller.law: response needs `effect`, which is not measured; write response.kind"),
-        (settings("tilt", compare=("receding",)), "controller.compare: receding needs `quadratic`"),
+        (settings("tilt", compare=("response",)), "controller.compare: response needs `effect`"),
         (settings("schedule"), "controller.law: schedule needs `scheduled`, which is not measured; write schedule: FILE"),
         (settings("tau-tail", mode="act", target="each"), "needs `target`"),
     ],

@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 from test_controller import situation
-from test_receding import learned
 
 from megatron_commute import laws
 from megatron_commute.controller import decide
@@ -14,7 +13,7 @@ from megatron_commute.laws import LAWS, NEEDS
 
 def test_every_law_says_what_it_needs_and_holds_without_it():
     assert set(LAWS) == set(NEEDS) == {
-        "hold", "schedule", "proportional", "tau-tail", "tilt", "receding", "response", "finish", "odm",
+        "hold", "schedule", "proportional", "tau-tail", "tilt", "response", "finish", "odm",
     }  # fmt: skip
     s = situation((0.5, 0.3, 0.2), score=(np.nan,) * 3, score_se=(np.nan,) * 3)
     for name, law in LAWS.items():
@@ -134,23 +133,6 @@ def test_odm_is_exp3_as_published():
     power = np.exp(eps[1] * reward)
     np.testing.assert_allclose(second.weights, (1 - 3 * eps[2]) * power / power.sum() + eps[2], rtol=1e-12)
     assert second.memory["turn"] == 2 and second.expected is None
-
-
-def test_receding_keeps_its_plan_as_json_and_goes_on_from_it():
-    _, _, recycled, gradients = learned(12)
-    model = recycled.model(gradients, np.full(3, 1 / 3), [0.0, 4.0])
-    given = {"score": (0, 0, 0), "quadratic": model, "loss": 5.0}
-    first = LAWS["receding"](situation((0.4, 0.3, 0.3), **given))
-    memory = json.loads(json.dumps(first.memory))
-    assert np.shape(memory["plan"]) == (10, 3) and sum(memory["sizes"]) == pytest.approx(1000)
-    assert first.active and first.expected < 0 and first.loss < 5.0
-    np.testing.assert_allclose(np.array(memory["plan"]).sum(0) * 100, [400, 300, 300], atol=1e-4)
-    later = laws._continued(memory, np.full(9, 100.0), 3)
-    np.testing.assert_allclose(later, memory["plan"][1:], atol=1e-9)
-    assert laws._continued({}, np.full(9, 100.0), 3) is None
-    assert laws._continued(memory, np.full(12, 100.0), 3) is None, (
-        "a plan for less than what is left is dropped"
-    )
 
 
 def test_a_law_that_predicts_acts_only_above_its_error_and_above_the_gate():

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "megatron_commute"
 LAYERS = [
     ["memory", "yaml_checks", "schedule", "mixture_file", "shares", "config"],
     ["_mixture", "feasible", "mixture", "takeover", "sampler", "bracket", "record", "events"],
-    ["planning", "receding", "laws", "controller", "lockin", "calibration", "control", "replay"],
+    ["laws", "controller", "lockin", "calibration", "control", "replay"],
     ["series", "curves", "drawing", "tables", "markup", "report_analysis", "report"],
     ["picture_run", "picture_criterion", "picture_evidence", "plots"],
     ["_kernels", "reference", "ops", "reduce"],

@@ -9,7 +9,7 @@ import dataclasses
 import numpy as np
 
 from megatron_commute.feasible import nearest
-from megatron_commute.laws import CALIBRATED, LAWS, MEASURED, Wish, remaining_shares, shares_of, significant
+from megatron_commute.laws import LAWS, MEASURED, Wish, remaining_shares, shares_of, significant
 
 __all__ = ["LAWS", "Decision", "Situation", "bounds", "decide", "remaining_shares", "significant"]
 DEAD_BAND = 1e-3  # smaller moves are not worth a change
@@ -29,8 +29,7 @@ class Situation:
     last decision, nats; effect, effect_se f64[K], effect_dof: measured change of the target loss, judged after a common
     tail, per unit of weight moved onto domain k now and given back later, relative to the mixture (negative: earlier
     helps); recency, recency_se f64[K], recency_dof: change of every domain's own loss, read without a tail, when weights
-    move by `order` f64[K] now and back in the next window; domain_losses f64[K]: held-out, nats; scale, scale_interval:
-    measured over predicted effect of the law's signal and its interval, None while uncalibrated; scheduled f64[K], the
+    move by `order` f64[K] now and back in the next window; domain_losses f64[K]: held-out, nats; scheduled f64[K], the
     schedule's weights for this window; loss: target loss, nats;
     memory: what the law's last decision asked to keep.
 
@@ -66,8 +65,6 @@ class Situation:
     recency_se: np.ndarray | None = None
     recency_dof: int = 1
     domain_losses: np.ndarray | None = None
-    scale: float | None = None
-    scale_interval: tuple[float, float] | None = None
     scheduled: np.ndarray | None = None
     loss: float | None = None
     memory: dict = dataclasses.field(default_factory=dict)
@@ -212,16 +209,8 @@ def doubt(wish, situation):
     return None
 
 
-def trust(situation):
-    """Part of a law's step that its calibration grants, 0..1: 1 while uncalibrated, 0 when the interval holds no sign."""
-    if situation.scale_interval is None:
-        return 1.0
-    low, high = situation.scale_interval
-    return float(np.clip(low / high, 0.0, 1.0)) if low > 0 and np.isfinite(high) else 0.0
-
-
 def wished(law, situation):
-    """The Wish of `law`, with the gate, the trust region, the cool-down and the freeze applied."""
+    """The Wish of `law`, with the gate, the cool-down and the freeze applied."""
     s = situation
     wish, shares = (law if callable(law) else LAWS[law])(s), shares_of(s)
     if s.frozen:
@@ -235,16 +224,13 @@ def wished(law, situation):
     why = doubt(wish, s)
     if why is not None:
         return wish._replace(weights=shares, active=False, why=why)
-    part = trust(s) if law in CALIBRATED else 1.0
-    if part == 0:
-        return wish._replace(weights=shares, active=False, why="its calibration holds no sign")
-    return wish._replace(weights=shares + part * (wish.weights - shares)) if part < 1 else wish
+    return wish
 
 
 def decide(law, situation):
     """The decision of `law` in a Situation, guardrails applied; the same situation, the same decision.
 
-    law: a name in LAWS, or a function Situation -> Wish, which neither rests after a change nor is scaled by a calibration.
+    law: a name in LAWS, or a function Situation -> Wish, which does not rest after a change.
     """
     if situation.samples_left <= 0:
         return Decision(

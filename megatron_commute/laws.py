@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron_commute.calibration import student
+from megatron_commute.intervals import student
 
 TRUST = 0.2  # deviation from the shares, relative, up to which effects measured at that amplitude stay linear
 SAVED = 0.5  # most of a weight that law finish saves for the last window; rollouts may rehearse more
@@ -131,8 +131,8 @@ def tilt(situation):
 def response(situation):
     """A step along the measured effects, short enough to be linear: w_k = shares_k (1 - TRUST z_k), |z| <= strength.
 
-    Effects inside their error bars count as zero. expected = scale * sum_k effect_k (w_k - shares_k), scale 1 while
-    uncalibrated: the window that was measured and no more. What the same step does in the windows after it was not measured,
+    Effects inside their error bars count as zero. expected = sum_k effect_k (w_k - shares_k): the window that was
+    measured and no more. What the same step does in the windows after it was not measured,
     so it is not claimed, and a gain below `gate` of the loss in one window does not begin anything.
     """
     s, shares = situation, shares_of(situation)
@@ -149,9 +149,8 @@ def response(situation):
     wish = shares * (1 - TRUST * min(s.strength, 1.0) * effect / largest)
     wish /= wish.sum()
     moved = wish - shares
-    scale = 1.0 if s.scale is None else s.scale
-    expected = float(scale * moved[counts] @ s.effect[counts])
-    error = float(abs(scale) * np.sqrt(moved[counts] ** 2 @ s.effect_se[counts] ** 2))
+    expected = float(moved[counts] @ s.effect[counts])
+    error = float(np.sqrt(moved[counts] ** 2 @ s.effect_se[counts] ** 2))
     why = f"{int(counts.sum())} of {len(counts)} measured effects outside their error bars"
     return Wish(wish, True, why, expected, error, s.effect_dof)
 
@@ -233,4 +232,3 @@ NEEDS = {  # fields of a Situation without which a law does nothing but hold
     "odm": ("losses",),
 }
 MEASURED = {"tilt", "response", "odm"}  # laws that rest after a change
-CALIBRATED = {"tilt", "response"}  # laws whose signal is calibrated: the trust region holds for them

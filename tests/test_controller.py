@@ -72,7 +72,7 @@ def signals(rng, K, left):
         "order": rng.normal(size=K) @ (np.eye(K) - 1 / K), "recency": rng.normal(size=K),
         "recency_se": rng.exponential(size=K) * error, "recency_dof": int(rng.integers(1, 30)),
         "domain_losses": rng.exponential(size=K), "harm": 0.01,
-        "scale": 1.0, "scale_interval": (float(rng.normal()), 2.0), "scheduled": rng.dirichlet(np.ones(K)),
+        "scheduled": rng.dirichlet(np.ones(K)),
         "progress": 1 - left / total, "frozen": bool(rng.random() < 0.1),
         "freeze": float(rng.choice([0.5, 1.0])), "end_share": float(rng.choice([0.0, 0.3, 1.0])),
         "end_weights": rng.dirichlet(np.ones(K)), "decisions_since_change": int(rng.integers(3)),
@@ -361,10 +361,10 @@ def test_a_law_given_as_a_function_has_the_properties_of_every_law(s, seed, nois
     test_no_law_acts_inside_its_error.hypothesis.inner_test(s, noisy)
 
 
-def test_a_law_given_as_a_function_neither_rests_nor_is_scaled():
+def test_a_law_given_as_a_function_does_not_rest():
     """It is not in the table that says which laws do; the guardrails hold for it as for the others."""
     wish = controller.Wish(np.array([0.9, 0.1]), True, "all of the first")
-    given = {"score": (0, 0), "decisions_since_change": 0, "cooldown": 3, "scale_interval": (-1.0, 1.0)}
+    given = {"score": (0, 0), "decisions_since_change": 0, "cooldown": 3}
     decision = decide(lambda seen: wish, situation((0.5, 0.5), **given))
     assert decision.weights == pytest.approx([0.55, 0.45]) and decision.reason.startswith("all of the first")
 

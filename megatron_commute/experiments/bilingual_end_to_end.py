@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from megatron_commute import calibration, controller, probe
+from megatron_commute import controller, intervals, probe
 from megatron_commute.adapters import torch_loop
 from megatron_commute.experiments import bilingual_cells as cells
 from megatron_commute.experiments import bilingual_figures as figures
@@ -102,9 +102,9 @@ class Decider:
         weights = {
             "constant": lambda: None,
             "low-resource-last": lambda: self._last(step),
-            "tau-tail": lambda: self._law("tau-tail", step, target=TARGET["even"]),
-            "odm": lambda: self._law("odm", step, losses=self._losses()),
-            "tilt": lambda: self._law("tilt", step, **self._scores()) if step else None,
+            "tau-tail": lambda: self._law("tau-tail", target=TARGET["even"]),
+            "odm": lambda: self._law("odm", losses=self._losses()),
+            "tilt": lambda: self._law("tilt", **self._scores()) if step else None,
         }[self.schedule]()
         if weights is not None:
             self.mixture.schedule(np.asarray(weights), self.mixture.index)
@@ -121,7 +121,7 @@ class Decider:
             share = (SHARES[LOW] * self.size.steps - spent) / self.size.end if left else 0.0
         return _with_low(share)
 
-    def _law(self, law, step, **signals):
+    def _law(self, law, **signals):
         """A law of controller.py with its guardrails, in the situation of this step."""
         budgets = np.array(self.mixture.budgets, dtype=np.float64)
         samples = self.size.steps * self.settings.batch
@@ -180,7 +180,7 @@ def _with_low(share):
 
 def summary(found, size):
     """One row for each rate, schedule and loss: change against the constant mixture, 95 % interval over paired seeds."""
-    rows, spread = [], calibration.student(size.seeds - 1) / math.sqrt(size.seeds)
+    rows, spread = [], intervals.student(size.seeds - 1) / math.sqrt(size.seeds)
     for rate in SETTINGS:
         for schedule in SCHEDULES:
             pairs = [

@@ -91,7 +91,7 @@ def plan(
             prefetched=PREFETCH_FACTOR * max(0, num_workers),
         )
         planned = resolve(config, run, *inspect_data(config, seq_length))
-        refuse_blind(config, run)
+        refuse_blind(config)
         responses = response_cost(config, run)
     except ConfigError as error:
         raise _Refusal(str(error)) from error

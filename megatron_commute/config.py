@@ -214,7 +214,6 @@ def resolve(
     shares = planned_shares(run, budgets, average)
     minimum, maximum = share_bounds(config, weights, shares)
     check_changes(config, run, weights, changes, budgets, minimum, maximum)
-    _check_end(config, run, budgets, minimum, maximum)
     held = _holdouts(config, sequences, holdouts or [None] * len(sequences))
     taken = [
         0 if config.mode == "shadow" or isinstance(d.holdout, str) else n
@@ -257,22 +256,6 @@ def _check_run(run: Run) -> None:
             f"{run.micro_batch} x data-parallel size {run.data_parallel} = {chunk}; "
             f"write {fitting}, or start another number of ranks"
         )
-
-
-def _check_end(config: Config, run: Run, budgets, minimum, maximum) -> None:
-    """Refuses an end phase that bounds or budgets do not permit."""
-    end = config.controller.end
-    for k, weight in enumerate(end.weights or ()):
-        name, key = config.names[k], "controller.end.weights"
-        if not minimum[k] - 1e-9 <= weight <= maximum[k] + 1e-9:
-            problem = f"{weight:g} of {name} is outside its bounds, {minimum[k]:g} to {maximum[k]:g}"
-            raise config.error(
-                key, problem, "write weights within min, max, floors and caps, or change those"
-            )
-        most = None if budgets[k] is None else budgets[k] / (end.share * run.samples)
-        if most is not None and weight > most + 1e-9:
-            problem = f"{weight:g} of {name} over {end.share:g} of the run is more than its budget"
-            raise config.error(key, problem, f"write at most {most:.4g} of it, or a smaller end.share")
 
 
 def _holdouts(config: Config, sequences: Sequence[int], apart: Sequence[int | None]) -> tuple[int, ...]:

@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 
 from megatron_commute import controller
-from megatron_commute.config import response_cost
 from megatron_commute.laws import NEEDS
 from megatron_commute.mixture_file import SHARE_TOLERANCE, by_domain, mixture_of, refuse_strangers, shares
 from megatron_commute.yaml_checks import ConfigError, Document, Refused, integer
@@ -128,7 +127,7 @@ def situation(config, plan, ahead, left, window, found, progress, control=None, 
 
     ahead: the mixture there; left: samples to the end of the run; window: samples until the next decision; found:
     probe.Measurement of one target; progress: part of the run that is used there; control: the Control in force; known:
-    further fields of a Situation (losses, effect, ..., memory).
+    further fields of a Situation (losses, loss, ..., memory).
     """
     law, K = config.controller, len(plan.names)
     budgets = np.array([np.nan if b is None else b for b in plan.budgets], dtype=np.float64)
@@ -158,10 +157,6 @@ def situation(config, plan, ahead, left, window, found, progress, control=None, 
         progress=progress,
         freeze=law.freeze,
         frozen=control is not None and control.freeze,
-        end_share=law.end.share,
-        end_weights=None if law.end.weights is None else np.array(law.end.weights),
-        gate=law.gate,
-        harm=law.harm,
         **known,
     )
 
@@ -190,7 +185,7 @@ def permitted(config, decision):
 
 
 def facts(seen):
-    """A Situation as JSON values for the record; NaN is None. What only a running job has (quadratic) is left out."""
+    """A Situation as JSON values for the record; NaN is None."""
     found = {}
     for field in dataclasses.fields(seen):
         value = getattr(seen, field.name)
@@ -203,28 +198,26 @@ def facts(seen):
 
 
 def from_facts(found):
-    """The Situation that `facts` described, or a line of a record says."""
+    """The Situation that `facts` described, or a line of a record says; fields that were cut since are left out."""
     values = {}
-    for name, value in found.items():
-        values[name] = np.array(value, dtype=np.float64) if isinstance(value, list) else value
+    for field in dataclasses.fields(controller.Situation):
+        if field.name in found:
+            value = found[field.name]
+            values[field.name] = np.array(value, dtype=np.float64) if isinstance(value, list) else value
     return controller.Situation(**values)
 
 
-def refuse_blind(config, run):
-    """Raises ConfigError for a law, or one to compare with, whose signal this run does not measure."""
+def refuse_blind(config):
+    """Raises ConfigError for a law, or one to compare with, whose signal this run does not have."""
     law = config.controller
-    kind = response_cost(config, run).kind
-    measured = kind != "off"
+    has = {
+        "scheduled": config.schedule is not None,
+        "target": config.target != "each" or config.mode != "act",
+    }
     cures = {
         "scheduled": "write schedule: FILE and mode: fixed",
-        "quadratic": "no running job learns that model; choose tilt, response or tau-tail",
-        "effect": "write response.kind: lock-in (or rollout) and a measure_budget that pays for it",
-        "recency": "make it controller.law, with response.kind: rollout, a measure_budget that pays for it and a target",
         "target": "write the target as shares",
     }
-    has = {"scheduled": config.schedule is not None, "quadratic": False, "effect": measured}
-    has["recency"] = law.law == "finish" and kind == "rollout" and config.target is not None
-    has["target"] = config.target != "each" or config.mode != "act"
     for key, names in (("law", (law.law,)), ("compare", law.compare)):
         for name in names:
             for need in NEEDS[name]:

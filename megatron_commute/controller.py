@@ -13,70 +13,63 @@ from megatron_commute.laws import LAWS, MEASURED, Wish, remaining_shares, shares
 
 __all__ = ["LAWS", "Decision", "Situation", "bounds", "decide", "remaining_shares", "significant"]
 DEAD_BAND = 1e-3  # smaller moves are not worth a change
+GATE = 5e-4  # of the loss: less than that, a predicted gain does not begin anything
 
 
 @dataclasses.dataclass(frozen=True)
 class Situation:
-    """What a decision may look at, as it will be when it takes effect. K domains.
-
-    weights f64[K] in force; remaining f64[K] samples left of each budget, NaN for endless domains; initial f64[K], the
-    planned weights (they share out what the budgets leave to endless domains); samples_left: to the end of the run;
-    window: samples until the next decision; score, score_se f64[K] (score > 0: delay); dof: replicates - 1; minimum,
-    maximum f64[K]: the domains' own bounds, kept to the end; floors, caps f64[K]: bounds of what a law may ask; rate: the
-    largest change of one weight; confidence: of the two-sided interval outside which a score counts; strength of the law.
-
-    Signals of some laws: target f64[K], shares of the target; losses f64[K], mean training loss of each domain since the
-    last decision, nats; effect, effect_se f64[K], effect_dof: measured change of the target loss, judged after a common
-    tail, per unit of weight moved onto domain k now and given back later, relative to the mixture (negative: earlier
-    helps); recency, recency_se f64[K], recency_dof: change of every domain's own loss, read without a tail, when weights
-    move by `order` f64[K] now and back in the next window; domain_losses f64[K]: held-out, nats; scheduled f64[K], the
-    schedule's weights for this window; loss: target loss, nats;
-    memory: what the law's last decision asked to keep.
-
-    Guardrails: decisions_since_change: decisions since the last one that changed the weights (0: that was the last one);
-    cooldown: decisions to rest after a change; progress: samples used / samples in all; freeze: part of the run at whose
-    end the law stops; frozen: the weights stay, whatever the law says; end_share, end_weights f64[K]: last part of the run
-    and its mixture (None: the planned one); gate: least expected gain as a part of the loss, for laws that predict; harm:
-    largest expected loss of a domain outside the target, as a part of its loss, that law `finish` may cause.
-    """
+    """What a decision may look at, as it will be when it takes effect. K domains."""
 
     weights: np.ndarray
+    """f64[K] in force"""
     remaining: np.ndarray
+    """f64[K] samples left of each budget, NaN for endless domains"""
     initial: np.ndarray
+    """f64[K] planned weights, which share out what the budgets leave to endless domains"""
     samples_left: int
+    """to the end of the run"""
     window: int
+    """samples until the next decision"""
     score: np.ndarray
+    """f64[K]; above zero: delay"""
     score_se: np.ndarray
+    """f64[K] standard error"""
     dof: int
+    """of score_se: replicates - 1"""
     minimum: np.ndarray
+    """f64[K], the domains' own bound, kept to the end"""
     maximum: np.ndarray
+    """f64[K], the same from above"""
     floors: np.ndarray
+    """f64[K], least that a law may ask"""
     caps: np.ndarray
+    """f64[K], most that a law may ask"""
     rate: float
+    """largest change of one weight"""
     confidence: float
+    """of the two-sided interval outside which a score counts"""
     strength: float
+    """of the law"""
     target: np.ndarray | None = None
+    """f64[K] shares of the target"""
     losses: np.ndarray | None = None
-    effect: np.ndarray | None = None
-    effect_se: np.ndarray | None = None
-    effect_dof: int = 1
-    order: np.ndarray | None = None
-    recency: np.ndarray | None = None
-    recency_se: np.ndarray | None = None
-    recency_dof: int = 1
-    domain_losses: np.ndarray | None = None
+    """f64[K] mean training loss of each domain since the last decision, nats"""
     scheduled: np.ndarray | None = None
+    """f64[K], the schedule's weights for this window"""
     loss: float | None = None
+    """target loss, nats"""
     memory: dict = dataclasses.field(default_factory=dict)
+    """what the law's last decision asked to keep"""
     decisions_since_change: int = 2**31
+    """decisions since the last one that changed the weights; 0: that was the last one"""
     cooldown: int = 1
+    """decisions to rest after a change"""
     progress: float = 0.0
+    """samples used / samples in all"""
     freeze: float = 1.0
+    """part of the run at whose end the law stops"""
     frozen: bool = False
-    end_share: float = 0.0
-    end_weights: np.ndarray | None = None
-    gate: float = 5e-4
-    harm: float = 2e-3
+    """the weights stay, whatever the law says"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,43 +146,9 @@ def granted(wish, low, high, endless, least, most):
     return weights
 
 
-def before_the_end(situation):
-    """(Situation without the samples that the end phase will need, its weights f64[K], whether it has begun).
-
-    The end phase begins with the decision whose window lies mostly in the last `end_share` of the run. Before it, what its
-    mixture needs of every budget is set aside, so that no law can spend it.
-    """
-    s = situation
-    weights = s.initial if s.end_weights is None else np.asarray(s.end_weights, dtype=np.float64)
-    total = s.samples_left / max(1.0 - s.progress, 1e-12)
-    samples = min(s.end_share * total, s.samples_left)
-    if samples <= 0:
-        return s, weights, False
-    if s.samples_left - samples < min(s.window, s.samples_left) / 2:
-        return s, weights, True
-    rest = np.where(np.isnan(s.remaining), np.nan, np.maximum(s.remaining - samples * weights, 0.0))
-    left = s.samples_left - samples
-    owed = np.nansum(rest)
-    if (
-        owed > left
-    ):  # the budgets do not permit the end asked for: nothing may be set aside beyond what they leave
-        rest = rest * (left / owed)
-    return dataclasses.replace(s, remaining=rest, samples_left=left), weights, False
-
-
-def within(whole, before):
-    """`bounds` of the `whole` Situation, narrowed to those `before` its end phase where the budgets permit both."""
-    low, high, relaxed = bounds(whole)
-    if before is whole:
-        return low, high, relaxed
-    inner, outer, _ = bounds(before)
-    inner, outer = np.clip(inner, low, high), np.clip(outer, low, high)
-    return (inner, outer, relaxed) if inner.sum() <= 1 <= outer.sum() else (low, high, relaxed)
-
-
 def doubt(wish, situation):
     """Why a predicted gain does not count, or None: it must exceed its own error and, for a law that was not acting before,
-    `gate` of the loss (at the end of the run, where the law predicts that)."""
+    GATE of the loss (at the end of the run, where the law predicts that)."""
     from scipy.special import ndtri, stdtrit
 
     s = situation
@@ -204,8 +163,8 @@ def doubt(wish, situation):
         return f"the expected change {wish.expected:+.2g} is inside its error"
     loss = s.loss if wish.loss is None else wish.loss
     acting = s.memory.get("acting", False)  # what is left to gain shrinks as a plan is carried out
-    if loss is not None and not acting and -wish.expected < s.gate * abs(loss):
-        return f"the expected gain {-wish.expected:.2g} is below {s.gate:g} of the loss"
+    if loss is not None and not acting and -wish.expected < GATE * abs(loss):
+        return f"the expected gain {-wish.expected:.2g} is below {GATE:g} of the loss"
     return None
 
 
@@ -232,24 +191,20 @@ def decide(law, situation):
 
     law: a name in LAWS, or a function Situation -> Wish, which does not rest after a change.
     """
-    if situation.samples_left <= 0:
-        return Decision(
-            None, "the run ends before new weights could take effect", memory=dict(situation.memory)
-        )
-    s, last, ending = before_the_end(situation)
+    s = situation
+    if s.samples_left <= 0:
+        return Decision(None, "the run ends before new weights could take effect", memory=dict(s.memory))
     wish = wished(law, s)
-    if ending and not s.frozen:  # people's freeze outranks the end that was planned
-        wish = wish._replace(weights=last, active=True, why="the end phase")
-    low, high, relaxed = within(situation, s)
+    low, high, relaxed = bounds(s)
     asked = wish.weights
     if relaxed:  # the budgets get what they need, the law no more than the guardrails allow
         asked = np.clip(asked, *guardrails(s))
-    weights = granted(asked, low, high, np.isnan(s.remaining), *endless_share(situation))
+    weights = granted(asked, low, high, np.isnan(s.remaining), *endless_share(s))
     moved = float(np.abs(weights - s.weights).max())
     memory = dict(wish.memory or {}) | ({"acting": True} if wish.active and wish.expected is not None else {})
     told = {"expected": wish.expected, "expected_se": wish.expected_se, "memory": memory}
     # a sample more or less of a budget moves its share by 1 / samples_left
-    if moved < max(DEAD_BAND, 1.5 / situation.samples_left):
+    if moved < max(DEAD_BAND, 1.5 / s.samples_left):
         why = "the wish is no further than rounding" if wish.active else _quiet(wish)
         return Decision(None, f"weights stay: {why}", **told)
     stays = wish.active or np.array_equal(wish.weights, s.weights)

@@ -67,10 +67,7 @@ def probe(config, plan, found, weights, decision, effective):
 
 def laws(decisions):
     """What each law decided: {law: controller.Decision} -> JSON values."""
-    return {
-        law: {"weights": d.weights, "expected": d.expected, "expected_se": d.expected_se, "reason": d.reason}
-        for law, d in decisions.items()
-    }
+    return {law: {"weights": d.weights, "reason": d.reason} for law, d in decisions.items()}
 
 
 def measured(known):

@@ -222,7 +222,7 @@ class Hook:
                 f"skips this probe"
             ) from fault
         self.failures = 0
-        decision, effective, told = self.steering.decide(found, weights)
+        decision, effective, told = self.steering.decide(found)
         responses = self.steering.responses
         self._measured(step, begun, found, weights, decision, effective, told)
         if responses.kind == "rollout" and step % responses.cost.steps == 0:

@@ -1,6 +1,6 @@
 """Laws: what weights a method wishes for the coming window. Pure functions of a Situation, one signature.
 
-law(situation) -> Wish. A law knows neither floors, caps, rate limits nor the end phase: the guardrails of controller.py are
+law(situation) -> Wish. A law knows neither floors, caps nor rate limits: the guardrails of controller.py are
 common to all and decide how much of a wish is granted. What a law does without a signal is nothing: its wish is then the
 remaining-budget shares, under which every budget runs out exactly at the end.
 """
@@ -11,8 +11,6 @@ import numpy as np
 
 from megatron_commute.intervals import student
 
-TRUST = 0.2  # deviation from the shares, relative, up to which effects measured at that amplitude stay linear
-SAVED = 0.5  # most of a weight that law finish saves for the last window; rollouts may rehearse more
 ODM_SMOOTHING = 0.9  # of the moving average of rewards, as published
 
 
@@ -128,67 +126,6 @@ def tilt(situation):
     return Wish(wish, True, f"{int(counts.sum())} of {len(counts)} scores outside their error bars")
 
 
-def response(situation):
-    """A step along the measured effects, short enough to be linear: w_k = shares_k (1 - TRUST z_k), |z| <= strength.
-
-    Effects inside their error bars count as zero. expected = sum_k effect_k (w_k - shares_k): the window that was
-    measured and no more. What the same step does in the windows after it was not measured,
-    so it is not claimed, and a gain below `gate` of the loss in one window does not begin anything.
-    """
-    s, shares = situation, shares_of(situation)
-    if s.effect is None or s.effect_se is None:
-        return Wish(shares, False, "no effect measured yet")
-    counts = significant(s.effect, s.effect_se, s.effect_dof, s.confidence)
-    if not counts.any():
-        return Wish(shares, False, "no measured effect outside its error bar")
-    effect = np.where(counts, s.effect, 0.0)
-    effect = np.where(counts, effect - shares @ effect, 0.0)
-    largest = np.abs(effect).max()
-    if largest == 0:
-        return Wish(shares, False, "the measured effects are one and the same")
-    wish = shares * (1 - TRUST * min(s.strength, 1.0) * effect / largest)
-    wish /= wish.sum()
-    moved = wish - shares
-    expected = float(moved[counts] @ s.effect[counts])
-    error = float(np.sqrt(moved[counts] ** 2 @ s.effect_se[counts] ** 2))
-    why = f"{int(counts.sum())} of {len(counts)} measured effects outside their error bars"
-    return Wish(wish, True, why, expected, error, s.effect_dof)
-
-
-def finish(situation):
-    """The planned mixture, and in the last two windows a measured order: what the target gains most from comes last.
-
-    Recency fades with the steps that follow, so it counts only where the run ends. Rollouts have measured what moving
-    weights along `order` into the first of two windows does to every domain's loss; the law moves them the way that helps
-    the target, by SAVED of a weight at most, and less where a domain outside the target would lose more than `harm` of its
-    loss, error included. The last window gives everything back, budgets exact.
-    """
-    s, shares = situation, shares_of(situation)
-    if s.recency is None or s.target is None or s.domain_losses is None or not np.abs(s.order).max() > 0:
-        return Wish(shares, False, "no recency measured yet")
-    if not s.window < s.samples_left <= 2 * s.window:
-        return Wish(shares, False, "the planned mixture until the last two windows")
-    effect, error = np.array([s.target @ s.recency]), np.array([s.target @ s.recency_se])
-    if not significant(effect, error, s.recency_dof, s.confidence)[0]:
-        return Wish(shares, False, "the measured recency is inside its error bar")
-    with np.errstate(divide="ignore"):
-        room = np.where(s.order != 0, shares / np.abs(s.order), np.inf).min()
-    moved = -float(np.sign(effect[0])) * SAVED * min(s.strength, 1.0) * room
-    moved *= _harmless(s, moved)
-    told = moved * float(effect[0]), abs(moved) * float(error[0]), s.recency_dof
-    why = "the last two windows: what the target was measured to gain most from comes last"
-    return Wish(shares + moved * s.order, moved != 0, why, *told)
-
-
-def _harmless(situation, moved):
-    """Part, 0 to 1, of `moved` units of the order under which no domain outside the target loses more than `harm` of its
-    loss, error included."""
-    s = situation
-    worst = moved * s.recency + student(s.recency_dof, s.confidence) * abs(moved) * s.recency_se
-    at_risk = (s.target <= 0) & (worst > 0)
-    return float(min(1.0, (s.harm * s.domain_losses[at_risk] / worst[at_risk]).min(initial=1.0)))
-
-
 def odm(situation):
     """Online Data Mixing (Albalak et al., arXiv 2312.02406): EXP3 with training losses as rewards; knows no budgets.
 
@@ -217,8 +154,6 @@ LAWS = {
     "proportional": proportional,
     "tau-tail": tau_tail,
     "tilt": tilt,
-    "response": response,
-    "finish": finish,
     "odm": odm,
 }
 NEEDS = {  # fields of a Situation without which a law does nothing but hold
@@ -227,8 +162,6 @@ NEEDS = {  # fields of a Situation without which a law does nothing but hold
     "proportional": (),
     "tau-tail": ("target",),
     "tilt": ("score", "score_se"),
-    "response": ("effect", "effect_se", "loss"),
-    "finish": ("recency", "domain_losses", "order", "target"),
     "odm": ("losses",),
 }
-MEASURED = {"tilt", "response", "odm"}  # laws that rest after a change
+MEASURED = {"tilt", "odm"}  # laws that rest after a change

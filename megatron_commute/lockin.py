@@ -61,27 +61,6 @@ def wave(base, signs, delta, low, high):
     return v * max(0.0, float((room / np.abs(v[moved])).min()))
 
 
-def towards(target, base, delta, low, high):
-    """The wave f64[K] around base f64[K] with more of the domains of which target f64[K] asks for more than base has; zeros
-    where the target is the base."""
-    signs = np.where(np.asarray(target) > np.asarray(base), 1.0, -1.0)
-    return wave(base, signs, delta, low, high)
-
-
-def along(order, waves, changes):
-    """(value, se f64[K], dof): change of K losses per unit of `order` f64[K], fitted through zero to n changes f64[n, K]
-    under waves f64[n, K]; what a wave has beside the order counts as noise. None for n < 2."""
-    if len(waves) < 2 or not np.any(order):
-        return None
-    changes = np.asarray(changes, dtype=np.float64)
-    sizes = np.asarray(waves, dtype=np.float64) @ order / (order @ order)
-    if not sizes.any():
-        return None
-    value = sizes @ changes / (sizes @ sizes)
-    rest = ((changes - sizes[:, None] * value) ** 2).sum(0) / (len(sizes) - 1)
-    return value, np.sqrt(rest / (sizes @ sizes)), len(sizes) - 1
-
-
 def demodulate(losses, waves, weights, at=None, epoch=None):
     """The Effect on n held-out losses f64[n, T] (or f64[n]) read after cycles whose first halves moved the weights by
     waves f64[n, K] around `weights` f64[K].

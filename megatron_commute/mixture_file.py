@@ -32,10 +32,22 @@ LIVE_DIRECTIONS = (
     "local",
 )  # the others need the run's end or its stored steps; direction.py offers them offline
 MEMORIES = ("auto", *memory.MODES)
-LAWS = ("hold", "schedule", "proportional", "tau-tail", "tilt", "response", "finish", "odm")
+LAWS = ("hold", "schedule", "proportional", "tau-tail", "tilt", "odm")
 RESPONSES = ("off", "lock-in", "rollout")
 LARGEST_DELTA, LARGEST_ROLLOUT = 0.2, 0.9  # of the smallest weight; rollouts are put back and may go further
 SHARE_TOLERANCE = 1e-6
+CUT_SINCE = "0.2.0"
+CUT = {  # keys that no version since then reads -> what to write instead
+    "controller.end": "write the end of the run into a schedule: FILE, mode: fixed, and remove the key here",
+    "controller.gate": "remove the key, no law that is left predicts its gain",
+    "controller.harm": "write it to the command, design --harm, and remove the key here",
+    "probe.direction": "remove the key, probes of a run are local; code that measures offline hands a direction over",
+}
+CUT_LAWS = {  # laws that no version since then knows -> why
+    "receding": "it plans on a model that no running job keeps",
+    "response": "its signal had 5 of 14 signs",
+    "finish": "it gained 0.3 % at best",
+}
 
 
 @dataclass(frozen=True)
@@ -81,18 +93,10 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class End:
-    """`share`: last part of the run whose mixture is chosen for itself; `weights`: shares, one per domain, or None."""
-
-    share: float = 0.0
-    weights: tuple[float, ...] | None = None
-
-
-@dataclass(frozen=True)
 class Controller:
     """`rate`: largest change of a weight in one decision; `floors`, `caps`: shares, one per domain; `cooldown`: decisions to
-    rest after a change; `freeze`: part of the run at whose end the law stops; `gate`: least expected gain as a part of the
-    loss; `compare`: laws whose decisions are logged and never act.
+    rest after a change; `freeze`: part of the run at whose end the law stops; `compare`: laws whose decisions are logged and
+    never act.
     """
 
     law: str = "tilt"
@@ -103,9 +107,6 @@ class Controller:
     caps: tuple[float, ...] = ()
     cooldown: int = 1
     freeze: float = 1.0
-    end: End = field(default_factory=End)
-    gate: float = 5e-4
-    harm: float = 2e-3
     compare: tuple[str, ...] = ()
 
 
@@ -262,14 +263,7 @@ CONTROLLER_KEYS: dict[str, Check] = {
     "caps": shares,
     "cooldown": integer("write the number of decisions to rest after a change, 0 or more", 0),
     "freeze": number("write a part of the run above 0, such as 0.9; 1: never", lambda x: 0 < x <= 1),
-    "end": anything,
-    "gate": number("write a part of the loss, such as 5e-4", lambda x: 0 <= x < 1),
-    "harm": number("write a part of the loss, such as 0.002", lambda x: 0 <= x < 1),
     "compare": _laws,
-}
-END_KEYS: dict[str, Check] = {
-    "share": number("write a part of the run from 0 to below 1, such as 0.05", lambda x: 0 <= x < 1),
-    "weights": or_null(mixture_of("null for the planned weights")),
 }
 RESPONSE_KEYS: dict[str, Check] = {
     "kind": one_of(RESPONSES),
@@ -290,6 +284,7 @@ def load(path: str | Path) -> Config:
     Relative paths in the file start at its folder. Raises ConfigError naming file, line, key and cure.
     """
     document = Document(str(path))
+    refuse_cut(document)
     values = document.section("", document.tree, FILE_KEYS)
     domains = _domains(document, values.pop("domains", None))
     names = [domain.name for domain in domains]
@@ -327,6 +322,24 @@ def load(path: str | Path) -> Config:
     )
 
 
+def refuse_cut(document: Document) -> None:
+    """Raises ConfigError for a key or a law that earlier versions had."""
+    for key, cure in CUT.items():
+        section, _, name = key.rpartition(".")
+        holder = document.tree.get(section) if section else document.tree
+        if isinstance(holder, Mapping) and name in holder:
+            raise document.error(key, f"was cut in {CUT_SINCE}", cure)
+    chosen = document.tree.get("controller")
+    if not isinstance(chosen, Mapping):
+        return
+    named = [("law", chosen.get("law"), "write hold or tilt")]
+    if isinstance(chosen.get("compare"), list):
+        named += [("compare", law, "leave it out") for law in chosen["compare"]]
+    for key, law, cure in named:
+        if isinstance(law, str) and law in CUT_LAWS:
+            raise document.error(f"controller.{key}", f"{law} was cut in {CUT_SINCE} ({CUT_LAWS[law]})", cure)
+
+
 def _controller(document: Document, value: Any, names: list[str]) -> Controller:
     law = document.section("controller", value, CONTROLLER_KEYS)
     for key, default in (("floors", 0.0), ("caps", 1.0)):
@@ -335,18 +348,7 @@ def _controller(document: Document, value: Any, names: list[str]) -> Controller:
         if floor > cap:
             problem = f"{floor:g} is above the cap {cap:g} of {name}"
             raise document.error("controller.floors", problem, "write a lower floor or a higher cap")
-    end = document.section("controller.end", law.pop("end", None), END_KEYS)
-    if end.get("weights") is not None:
-        if not end.get("share"):
-            raise document.error(
-                "controller.end.weights", "holds in no part of the run", "write end.share too"
-            )
-        refuse_strangers(document, "controller.end.weights", end["weights"], names)
-        end["weights"] = tuple(end["weights"].get(name, 0.0) for name in names)
-    if law.get("law") == "finish" and end.get("share"):
-        problem = "law finish mixes the end of the run itself"
-        raise document.error("controller.end.share", problem, "leave it out, or choose another law")
-    return Controller(**law, end=End(**end))
+    return Controller(**law)
 
 
 def _domains(document: Document, value: Any) -> tuple[Domain, ...]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from megatron_commute import control, record
 from megatron_commute.laws import LAWS
+from megatron_commute.mixture_file import CUT_LAWS, CUT_SINCE
 
 GUARDS = {
     "rate": float,
@@ -18,20 +19,15 @@ GUARDS = {
     "strength": float,
     "cooldown": int,
     "freeze": float,
-    "gate": float,
-    "harm": float,
     "floors": float,
     "caps": float,
-    "end.share": float,
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Replayed:
     """One decision of one law: weights f64[K] wished for from `effective_sample` on, None where they would have stayed;
-    happened f64[K]: what the run did; expected: what the law itself predicted; calibrated, calibrated_se: change of the
-    target loss by the effects measured at that probe, nats, relative to the weights before (None where none was
-    measured).
+    happened f64[K]: what the run did.
     """
 
     step: int
@@ -41,10 +37,6 @@ class Replayed:
     before: list
     happened: list
     reason: str
-    expected: float | None
-    expected_se: float | None
-    calibrated: float | None
-    calibrated_se: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,18 +69,12 @@ def as_dict(found):
 
 
 def sentence(found):
-    """One line about what a replay is worth and what it says."""
+    """One line about what a replay says and whether it repeats what ran."""
     moved = sum(1 for row in found.decisions if row.weights is not None)
-    known = [row for row in found.decisions if row.calibrated is not None]
-    text = f"{moved} of {len(found.decisions)} decisions would have moved the weights"
-    if known:
-        total, error = sum(r.calibrated for r in known), sum(r.calibrated_se**2 for r in known) ** 0.5
-        text += (
-            f"; by the measured effects they change the target loss by {total:+.2g} ± {error:.1g} nats in all"
-        )
-    else:
-        text += "; no effect was measured, so none is expected of them"
-    return f"{text}; the law that ran repeats {found.repeated[0]} of {found.repeated[1]} decisions exactly"
+    return (
+        f"{moved} of {len(found.decisions)} decisions would have moved the weights; the law that ran repeats "
+        f"{found.repeated[0]} of {found.repeated[1]} decisions exactly"
+    )
 
 
 def guards(texts):
@@ -101,7 +87,7 @@ def guards(texts):
                 f"--guard {text}: no such guardrail; write one of {', '.join(GUARDS)}, such as rate=0.1"
             )
         try:
-            found[name.replace(".", "_")] = GUARDS[name](value)
+            found[name] = GUARDS[name](value)
         except ValueError as error:
             raise ValueError(f"--guard {text}: {value!r} is no number; write {name}=NUMBER") from error
     return found
@@ -117,15 +103,27 @@ def replay(records, law=None, changed=None):
     if start is None or not lines:
         raise ValueError("no line of this record carries what a decision saw: there is nothing to replay")
     law = law or start["controller"]["law"]
+    if law in CUT_LAWS:
+        raise ValueError(f"law {law} was cut in {CUT_SINCE} ({CUT_LAWS[law]}); replay it with version 0.1.0")
     if law not in LAWS:
         raise ValueError(f"--law {law}: write one of {', '.join(LAWS)}")
     memory, found = {}, []
     for line in lines:
-        seen = with_guards(control.from_facts(line["situation"]), changed or {})
+        seen = with_guards(_seen(line), changed or {})
         decision = control.decisions([law], seen, {law: memory})[law]
         memory = decision.memory
         found.append(_row(line, seen, decision, start))
     return found
+
+
+def _seen(line):
+    """The Situation of a probe line. ValueError where what was cut since had a say in its decision."""
+    if line["situation"].get("end_share") or line.get("calibration"):
+        raise ValueError(
+            f"an end phase or calibrated signals had a say in the decisions of this record; they were cut in {CUT_SINCE}: "
+            "replay it with version 0.1.0"
+        )
+    return control.from_facts(line["situation"])
 
 
 def with_guards(seen, changed):
@@ -142,22 +140,14 @@ def _row(line, seen, decision, start):
     effective = line["effective_sample"] or -(-(line["sample"] + start["lead"]) // batch) * batch
     weights = None if decision.weights is None else decision.weights.tolist()
     return Replayed(
-        *(line["step"], line["sample"], effective, weights, seen.weights.tolist(), line["weights_next"]),
-        *(decision.reason, decision.expected, decision.expected_se),
-        *expected_effect(seen, decision.weights),
+        step=line["step"],
+        sample=line["sample"],
+        effective_sample=effective,
+        weights=weights,
+        before=seen.weights.tolist(),
+        happened=line["weights_next"],
+        reason=decision.reason,
     )
-
-
-def expected_effect(seen, weights):
-    """(change of the target loss in nats, its standard error) of moving to `weights` f64[K] now and giving it back
-    later, by the effects that were measured; (None, None) where none were.
-    """
-    if seen.effect is None:
-        return None, None
-    if weights is None:
-        return 0.0, 0.0
-    moved = np.asarray(weights) - seen.weights
-    return float(moved @ seen.effect), float(np.sqrt(moved**2 @ seen.effect_se**2))
 
 
 def agreement(records):
@@ -181,16 +171,12 @@ def rows(replayed, names):
         "weights before",
         "would have been",
         "were",
-        "effect by measurement",
         "reason",
     ]
     text = []
     for row in replayed:
         would = "stay" if row.weights is None else _weights(row.weights)
-        effect = "-" if row.calibrated is None else f"{row.calibrated:+.2g} ± {row.calibrated_se:.1g}"
-        text.append(
-            [row.step, row.sample, _weights(row.before), would, _weights(row.happened), effect, row.reason]
-        )
+        text.append([row.step, row.sample, _weights(row.before), would, _weights(row.happened), row.reason])
     return headers, text
 
 

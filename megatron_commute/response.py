@@ -162,10 +162,6 @@ class Responses:
         self.model, self.groups, self.draw = model, groups, draw
         self.cost = response_cost(config, run)
         self.kind = self.cost.kind
-        # law finish measures one order, the one that it would use
-        self.target = (
-            plan.targets[0] if config.controller.law == "finish" and self.kind == "rollout" else None
-        )
         self.waves, self.pairs = lockin.Waves(len(plan.names)), []
         self.next = -1
 
@@ -226,11 +222,7 @@ class Responses:
     def excursion(self, step, mixture, low, high, mine):
         """One rollout from here, everything put back: the fields of a response line."""
         weights = np.asarray(mixture.weights, dtype=np.float64)
-        if self.target is None:
-            v = self.waves.draw(weights, self.settings.delta, low, high)
-        else:  # a rehearsal of the end, at the end's learning rates
-            v = lockin.towards(self.target, weights, self.settings.delta, low, high)
-            step = max(step, self.run.train_iters - 2 * self.settings.window - self.settings.tail)
+        v = self.waves.draw(weights, self.settings.delta, low, high)
         place = (self.settings, self.run.global_batch, np.asarray(mixture.served))
         pair = measure(self.host, step, weights, v, *place, self.losses, mine)
         self.pairs = [*self.pairs, {"sample": mixture.index, "wave": pair.wave, "losses": pair.losses}][
@@ -247,28 +239,12 @@ class Responses:
             return effect_of(chosen, weights, self.plan.targets, mark)
         return lockin.effect_of(self.waves.readings, weights, self.plan.targets, mark, since)
 
-    def recency(self, weights):
-        """order, recency, recency_se and recency_dof of a controller.Situation from the rollouts; {} below two."""
-        pairs = [Pair(p["losses"], p["wave"]) for p in self.pairs]
-        order = lockin.towards(self.target, weights, 1.0, np.zeros_like(weights), np.ones_like(weights))
-        found = lockin.along(order, [p.wave for p in pairs], [p.difference("switch") for p in pairs])
-        if found is None:
-            return {}
-        return {"order": order, **dict(zip(("recency", "recency_se", "recency_dof"), found, strict=True))}
-
     def known(self, weights):
-        """effect, recency, domain_losses and loss of a controller.Situation, as far as they are measured."""
+        """effect of a probe line, as far as it is measured."""
         measured = self.effect(weights) if len(self.plan.targets) == 1 else None
-        found = {}
-        if measured is not None:
-            found = {"effect": measured.value[0], "effect_se": measured.se[0], "effect_dof": measured.dof}
-        if self.target is not None:
-            found |= self.recency(weights)
-        last = np.array(self.waves.readings[-1]["tail"]) if self.waves.readings else None
-        if self.pairs:
-            last = np.mean(self.pairs[-1]["losses"][-1], axis=0)
-        return found if last is None else found | {
-            "domain_losses": last, "loss": float(self.plan.targets[0] @ last)}  # fmt: skip
+        if measured is None:
+            return {}
+        return {"effect": measured.value[0], "effect_se": measured.se[0], "effect_dof": measured.dof}
 
     def state_dict(self):
         pairs = [{k: np.asarray(v).tolist() for k, v in pair.items()} for pair in self.pairs]

@@ -43,13 +43,13 @@ class Steering:
         riding = any(c.start <= self.mixture.index < c.end for c in self.responses.waves.cycles)
         return self.responses.waves.base if riding else np.asarray(self.mixture.weights, dtype=np.float64)
 
-    def decide(self, found, weights):
+    def decide(self, found):
         """(decision, its sample, what all laws say): the controller's decision on rank 0, sent bit for bit to all."""
         effective, settings = self.effective(), self.config
         if len(self.plan.targets) > 1:
             return controller.Decision(None, "target `each` is reported and never acted on"), effective, None
         try:
-            seen = self.situation(found, effective, weights)
+            seen = self.situation(found, effective)
         except Exception as fault:  # ours, and the same on every rank, since all look at the same numbers
             why = f"weights stay: the controller failed, please report it: {type(fault).__name__}: {fault}"
             return controller.Decision(None, why), effective, None
@@ -83,31 +83,26 @@ class Steering:
                     stream.schedule(self.coming[1], self.coming[0])
         return True
 
-    def situation(self, found, effective, weights):
+    def situation(self, found, effective):
         """What the laws may look at, at the sample where their decision would take effect."""
         plan = self.plan
         ahead = self.mixture.copy()
         left = plan.samples - effective
         if left > 0:
             ahead.skip(effective - ahead.index)
-        known = self.responses.known(weights)
         total, count = self.losses.T
         losses = np.divide(total, count, out=np.full(len(total), np.nan), where=count > 0)
-        if np.isfinite(losses[plan.targets[0] > 0]).all():
-            known.setdefault("loss", float(np.nan_to_num(losses) @ plan.targets[0]))
         return control.situation(
             *(self.config, plan, ahead, left, self.config.every * self.run.global_batch, found),
             *(min(1.0, effective / plan.samples), self.control),
             losses=losses,
             decisions_since_change=self.since_change,
-            **known,
         )
 
     def modulate(self):
         """Lay the next waves over the weights, up to where the next decision takes effect."""
         first, batch = self.effective(), self.run.global_batch
-        most = self.plan.samples * (1 - self.config.controller.end.share)
-        last = int(min(first + self.config.every * batch, most))
+        last = min(first + self.config.every * batch, self.plan.samples)
         if self.responses.kind != "lock-in" or self.control.freeze or last <= first:
             return
         passed = self.sampler is not None and self.sampler.frontier.index > first

@@ -11,7 +11,7 @@ import ranks
 from plain_loop import BATCH, NAMES, WEIGHTS, Loop, lines
 
 from megatron_commute import control, controller, reduce
-from megatron_commute.config import Config, ConfigError, Controller, Domain, Response, Run
+from megatron_commute.config import Config, ConfigError, Controller, Domain, Response
 from megatron_commute.mixture import Mixture
 
 GOOD = "freeze: true\nweights: {en: 0.5, ru: 0.5}\nfrom: 64\ncaps: {en: 0.6}\n"
@@ -71,8 +71,7 @@ def test_a_file_that_stays_is_not_read_again_and_a_broken_one_is_told_once(tmp_p
 def test_situations_survive_the_record():
     seen = controller.Situation(
         np.array([0.5, 0.5]), np.array([10.0, math.nan]), np.array([0.5, 0.5]), 40, 8, np.array([1e-3, -2.0 / 3]),
-        np.ones(2), 3, np.zeros(2), np.ones(2), np.zeros(2), np.ones(2), 0.1, 0.95, 1.0, effect=np.array([0.1, -0.1]),
-        effect_se=np.array([0.01, 0.01]), effect_dof=4, losses=np.array([math.nan, 2.0]),
+        np.ones(2), 3, np.zeros(2), np.ones(2), np.zeros(2), np.ones(2), 0.1, 0.95, 1.0, losses=np.array([math.nan, 2.0]),
     )  # fmt: skip
     from megatron_commute.record import _plain
 
@@ -100,18 +99,16 @@ def test_weights_move_in_mode_act_only():
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (settings("response"), "controller.law: response needs `effect`, which is not measured; write response.kind"),
-        (settings("tilt", compare=("response",)), "controller.compare: response needs `effect`"),
+        (settings("tilt", compare=("schedule",)), "controller.compare: schedule needs `scheduled`"),
         (settings("schedule"), "controller.law: schedule needs `scheduled`, which is not measured; write schedule: FILE"),
         (settings("tau-tail", mode="act", target="each"), "needs `target`"),
     ],
 )  # fmt: skip
 def test_a_law_without_its_signal_is_refused_with_the_cure(config, words):
-    run = Run(16, 64, 4, 1, 4000)
     with pytest.raises(ConfigError) as caught:
-        control.refuse_blind(config, run)
+        control.refuse_blind(config)
     assert words in str(caught.value)
-    control.refuse_blind(settings("response", kind="lock-in", compare=("tilt", "odm")), run)
+    control.refuse_blind(settings("hold", compare=("tilt", "odm")))
 
 
 def test_a_law_that_fails_decides_nothing_and_says_so(monkeypatch):

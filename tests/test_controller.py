@@ -63,19 +63,14 @@ def situations(draw):
 
 
 def signals(rng, K, left):
-    """What the other laws look at, and guardrails of every kind."""
-    error = float(rng.choice([0.0, 0.1]))
+    """What the other laws look at, and the other guardrails."""
     total = left + int(rng.integers(5000))
     return {
         "target": rng.dirichlet(np.ones(K)), "losses": rng.exponential(size=K), "loss": float(rng.exponential()),
-        "effect": rng.normal(size=K), "effect_se": rng.exponential(size=K), "effect_dof": int(rng.integers(1, 30)),
-        "order": rng.normal(size=K) @ (np.eye(K) - 1 / K), "recency": rng.normal(size=K),
-        "recency_se": rng.exponential(size=K) * error, "recency_dof": int(rng.integers(1, 30)),
-        "domain_losses": rng.exponential(size=K), "harm": 0.01,
         "scheduled": rng.dirichlet(np.ones(K)),
         "progress": 1 - left / total, "frozen": bool(rng.random() < 0.1),
-        "freeze": float(rng.choice([0.5, 1.0])), "end_share": float(rng.choice([0.0, 0.3, 1.0])),
-        "end_weights": rng.dirichlet(np.ones(K)), "decisions_since_change": int(rng.integers(3)),
+        "freeze": float(rng.choice([0.5, 1.0])),
+        "decisions_since_change": int(rng.integers(3)),
     }  # fmt: skip
 
 
@@ -322,12 +317,11 @@ def test_a_replayed_situation_gives_the_same_decision_and_is_not_touched(s, law)
 
 
 @settings(max_examples=100, deadline=None)
-@given(situations(), st.sampled_from(["tilt", "response"]))
+@given(situations(), st.just("tilt"))
 def test_no_law_acts_inside_its_error(s, law):
-    """Scores and effects of no more than their error: the decision is that of `hold`."""
-    K = len(s.weights)
-    silent = {"frozen": False, "freeze": 1.0, "cooldown": 0, "end_share": 0.0}
-    s = dataclasses.replace(s, score_se=np.abs(s.score), effect=np.zeros(K), **silent)
+    """Scores of no more than their error: the decision is that of `hold`."""
+    silent = {"frozen": False, "freeze": 1.0, "cooldown": 0}
+    s = dataclasses.replace(s, score_se=np.abs(s.score), **silent)
     decision, held = decide(law, s), decide("hold", s)
     assert (decision.weights is None) == (held.weights is None)
     if held.weights is not None:
@@ -367,12 +361,3 @@ def test_a_law_given_as_a_function_does_not_rest():
     given = {"score": (0, 0), "decisions_since_change": 0, "cooldown": 3}
     decision = decide(lambda seen: wish, situation((0.5, 0.5), **given))
     assert decision.weights == pytest.approx([0.55, 0.45]) and decision.reason.startswith("all of the first")
-
-
-def test_a_frozen_run_does_not_obey_its_end_phase():
-    """The last window lies in the end phase, which asks for other weights; without the freeze it gets them."""
-    given = {"score": (0, 0), "rate": 1.0, "progress": 0.9, "end_share": 0.5, "end_weights": (0.9, 0.1)}
-    given |= {"remaining": (np.nan, np.nan), "samples_left": 100}
-    assert decide("hold", situation((0.5, 0.5), **given)).weights == pytest.approx([0.9, 0.1])
-    frozen = decide("hold", situation((0.5, 0.5), frozen=True, **given))
-    assert frozen.weights is None and "frozen" in frozen.reason

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 BENCH = Path(__file__).parent / "bench" / "decisions.py"
-HARMLESS = {"receding", "response"}
+HARMLESS = {"receding"}
 QUIET = {"proportional", "tau-tail"}  # with budgets equal to the target they are the constant mixture
 
 

@@ -45,7 +45,7 @@ def test_guardrails_change_what_would_have_been(acted):
             assert np.abs(np.subtract(row.weights, row.before)).max() <= 0.01 + 1e-9
     never = replay.replay(acted[1], changed=replay.guards(["freeze=0.01"]))
     assert all("the law stops at 0.01" in row.reason for row in never)
-    assert replay.guards(["end.share=0.1", "cooldown=3"]) == {"end_share": 0.1, "cooldown": 3}
+    assert replay.guards(["rate=0.1", "cooldown=3"]) == {"rate": 0.1, "cooldown": 3}
     for text, cure in (
         ("rat=1", "no such guardrail; write one of rate"),
         ("rate=x", "is no number; write rate=NUMBER"),
@@ -54,16 +54,27 @@ def test_guardrails_change_what_would_have_been(acted):
             replay.guards([text])
 
 
-def test_the_effect_of_a_decision_is_taken_from_what_was_measured(acted):
+def test_a_record_of_0_1_0_is_replayed_where_nothing_that_was_cut_had_a_say(acted):
     lines = json.loads(json.dumps(acted[1]))
-    first = next(line for line in lines if line["event"] == "probe")
-    effect, se = [0.2, -0.4, -0.2667], [0.01, 0.02, 0.01]
-    first["situation"] |= {"effect": effect, "effect_se": se, "effect_dof": 5}
-    row = replay.replay(lines)[0]
-    moved = np.subtract(row.weights, row.before)
-    np.testing.assert_allclose(row.calibrated, moved @ effect)
-    np.testing.assert_allclose(row.calibrated_se, np.sqrt(moved**2 @ np.square(se)))
-    assert replay.replay(acted[1])[0].calibrated is None
+    probes = [line for line in lines if line["event"] == "probe"]
+    for line in probes:  # fields of a Situation then
+        line["situation"] |= {
+            "effect": None,
+            "gate": 5e-4,
+            "harm": 2e-3,
+            "end_share": 0.0,
+            "end_weights": None,
+        }
+    assert replay.replay(lines) == replay.replay(acted[1])
+    probes[2]["situation"]["end_share"] = 0.1
+    with pytest.raises(ValueError, match=r"an end phase .* cut in 0\.2\.0: replay it with version 0\.1\.0"):
+        replay.replay(lines)
+    probes[2]["situation"]["end_share"], probes[3]["calibration"] = 0.0, {"P adam/local": {"hits": 3}}
+    with pytest.raises(ValueError, match="calibrated signals"):
+        replay.replay(lines)
+    lines[0]["controller"]["law"] = "finish"
+    with pytest.raises(ValueError, match=r"law finish was cut in 0\.2\.0 .*; replay it with version 0\.1\.0"):
+        replay.replay(lines)
 
 
 def test_what_cannot_be_replayed_is_named(acted):

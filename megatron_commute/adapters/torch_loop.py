@@ -207,7 +207,7 @@ class Plugin:
         self.config = mixture_file.load(file)
         counted = inspect_data(self.config, run.seq_length)
         self.plan = mixture_file.resolve(self.config, run, *counted)
-        control.refuse_blind(self.config, run)
+        control.refuse_blind(self.config)
         self.feeds = self.config.mode != "shadow"
         self.host_blend = tuple(host_blend)
         if not self.feeds and host_blend:

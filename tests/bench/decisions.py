@@ -35,10 +35,10 @@ from megatron_commute.experiments.receding_law import receding
 from megatron_commute.feasible import nearest
 
 HERE = Path(__file__).resolve().parent
-LAWS = ("proportional", "tau-tail", "tilt", "odm", "response", "receding")
+LAWS = ("proportional", "tau-tail", "tilt", "odm", "receding")
 NOISE = (0.0, 0.1, 0.3, 1.0)
 START = 24  # directions at the first decision; then one at every second, so at most K + 1 products a decision on average
-GRAIN, SWING = 1000, 0.2  # samples a window; amplitude of measured responses
+GRAIN = 1000  # samples a window
 FIELDS = (
     "axis",
     "time",
@@ -80,8 +80,6 @@ class Run:
             return {"target": self.target}
         if law == "tilt":
             return self._scores(gradients, w)
-        if law == "response":
-            return self._effects(w, left) | {"loss": float(self.target @ losses)}
         if law == "receding":
             seen, error = self.noisy(gradients)
             if not self.noise and left < WINDOWS:
@@ -106,26 +104,6 @@ class Run:
         self.products += self.K
         error = np.std(found, 0, ddof=1) / 2 if self.noise else np.full(self.K, 1e-300)
         return {"score": np.mean(found, 0), "score_se": error, "dof": 3}
-
-    def _effects(self, w, left):
-        """Paired rollouts: SWING of a weight out for a window and back for one, read after a common tail to the end."""
-        tail, effect = left - 2, np.zeros(self.K)
-        if tail < 1:
-            return {"effect": None}
-        rest = self.domains.flow(w)
-        for k in range(self.K):
-            out = np.eye(self.K)[k] - w
-            size = SWING * w[k]
-            flows = [self.domains.flow(w + sign * size * out) for sign in (1, -1)]
-            ends = []
-            for first, second in (flows, flows[::-1]):
-                theta = rest(second(first(self.theta, self.h), self.h), tail * self.h)
-                ends.append(float(self.target @ self.domains.losses(theta)))
-            effect[k] = (ends[0] - ends[1]) / (2 * size)
-        effect -= w @ effect
-        error = self.noise * np.abs(effect).mean() + 1e-12
-        seen = effect + error * self.rng.standard_normal(self.K)
-        return {"effect": seen, "effect_se": np.full(self.K, error), "effect_dof": 30}
 
     def loss(self, law):
         """Final target loss after all decisions of `law`."""

@@ -248,27 +248,12 @@ def attach(args, engine, plugin, groups, start, state, bar):
             take_over=args.commute_attach,
             listener=listener,
             say=bar.write if not bar.disable else lambda line: None,
-            host=excursions(args, engine, plugin, groups),
         )
     except ValueError as error:
         kind = "error" if isinstance(error, ConfigError) else f"error: {plugin.config.file}"
         if not bar.disable:
             print(f"{kind}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-
-
-def excursions(args, engine, plugin, groups):
-    """What trains rollouts and is put back after them; None where the mixture file asks for none."""
-    from megatron_commute.adapters import rollouts
-
-    if plugin.config.response.kind != "rollout":
-        return None
-
-    def train(step, domains, positions):
-        micro = rollouts.micro_batches(plugin.dataset, domains, positions, args.micro_batch_size)
-        train_step(engine, micro, args, step, groups.data_rank)
-
-    return rollouts.Engine(engine, train)
 
 
 def account(hook, seen):

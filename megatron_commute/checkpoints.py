@@ -18,7 +18,7 @@ from megatron_commute.adapters import checkpoint_model, torch_loop
 from megatron_commute.adapters import checkpoint_results as results
 from megatron_commute.adapters.checkpoint_files import CheckpointError, content, series
 from megatron_commute.adapters.checkpoint_setting import Asked, asked, extra_flags, setting
-from megatron_commute.config import direction_samples, response_cost
+from megatron_commute.config import direction_samples
 from megatron_commute.mixture import Mixture
 
 __all__ = ["Asked", "CheckpointError", "analyze", "asked"]
@@ -139,12 +139,6 @@ class _Work:
             {
                 **events.start(setting.config, setting.plan, setting.run, self.parameters),
                 "memory": {"mode": self.memory.mode, "bytes": self.memory.bytes},
-                "responses": response_cost(
-                    dataclasses.replace(
-                        setting.config, response=dataclasses.replace(setting.config.response, kind="off")
-                    ),
-                    setting.run,
-                )._asdict(),
                 "sample": 0,
                 "news": [],
                 "analysis": {"notes": setting.notes},

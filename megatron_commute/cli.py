@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from megatron_commute import __version__, memory
-from megatron_commute.config import Config, ConfigError, Plan, Run, load, probe_cost, resolve, response_cost
+from megatron_commute.config import Config, ConfigError, Plan, Run, load, probe_cost, resolve
 from megatron_commute.schedule import drawing
 
 PREFETCH_FACTOR = 2  # micro-batches that each worker of a torch DataLoader holds ready
@@ -92,7 +92,6 @@ def plan(
         )
         planned = resolve(config, run, *inspect_data(config, seq_length))
         refuse_blind(config)
-        responses = response_cost(config, run)
     except ConfigError as error:
         raise _Refusal(str(error)) from error
     cost = probe_cost(config, run)
@@ -108,18 +107,17 @@ def plan(
                 "targets": planned.targets.tolist(),
                 "schedule": [[at, weights.tolist()] for at, weights in planned.schedule],
                 "probes": {**cost._asdict(), "measure_budget": config.measure_budget},
-                "responses": responses._asdict(),
                 "memory": {"wish": config.probe.memory, "modes": held},
                 "warnings": list(planned.warnings),
             }
         )
         return
-    _print_plan(config, run, planned, (cost, responses, held, rows))
+    _print_plan(config, run, planned, (cost, held, rows))
 
 
 def _print_plan(config: Config, run: Run, planned: Plan, found: tuple) -> None:
-    """What `plan` says in words. found: costs of probes and responses, probe memory, rows of domains."""
-    cost, responses, held, rows = found
+    """What `plan` says in words. found: cost of probes, probe memory, rows of domains."""
+    cost, held, rows = found
     click.echo(_table([[_shown(value) for value in row.values()] for row in rows], list(rows[0])))
     law = f", law {config.controller.law}" if config.mode == "act" else ""
     click.echo(f"\nmode: {config.mode}{law}; {planned.samples} samples in {run.train_iters} steps")
@@ -133,11 +131,6 @@ def _print_plan(config: Config, run: Run, planned: Plan, found: tuple) -> None:
         f"{config.probe.samples} sequences per domain), {cost.share:.2%} of training; "
         f"measure_budget {config.measure_budget:.2%}"
     )
-    if responses.kind != "off":
-        click.echo(
-            f"responses: {responses.kind}, {responses.count} measurements, one every {responses.steps} steps, of "
-            f"{responses.gradients:.4g} sequence-gradients each, {responses.share:.2%} of training"
-        )
     click.echo(f"probe memory: {config.probe.memory}; {memory_words(held)}")
     for warning in planned.warnings:
         click.echo(f"warning: {warning}")

@@ -13,7 +13,7 @@ import numpy as np
 
 # kinds of numbers by domain, under their names in the record
 _LOSS = ("train", "valid", "served")
-_PROBE = ("score", "score_se", "s", "s_se", "weights_next", "effect", "effect_se")
+_PROBE = ("score", "score_se", "s", "s_se", "weights_next")
 
 
 def of(line, names, budgets):
@@ -50,8 +50,7 @@ def _nothing(line, names, budgets):
 
 def _loss(line, names, budgets):
     pairs = [pair for kind in _LOSS for pair in _by_domain(kind, line.get(kind), names)]
-    # without the wave that may ride on them
-    pairs += _by_domain("weights", line.get("base") or line.get("weights"), names)
+    pairs += _by_domain("weights", line.get("weights"), names)
     left = {
         n: b - line["served"][n]
         for n, b in zip(names, budgets, strict=True)

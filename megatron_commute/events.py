@@ -27,7 +27,6 @@ def start(config, plan, run, parameters):
         "config": config.digest,
         "probe": dataclasses.asdict(config.probe),
         "controller": dataclasses.asdict(config.controller),
-        "response": dataclasses.asdict(config.response),
         "warnings": plan.warnings,
         "parameters": parameters,
     }
@@ -68,11 +67,6 @@ def probe(config, plan, found, weights, decision, effective):
 def laws(decisions):
     """What each law decided: {law: controller.Decision} -> JSON values."""
     return {law: {"weights": d.weights, "reason": d.reason} for law, d in decisions.items()}
-
-
-def measured(known):
-    """Measured effects, as far as there are any: fields of a probe line."""
-    return {key: known[key] for key in ("effect", "effect_se", "effect_dof") if key in known}
 
 
 def sentence(step, names, found, weights, decision, effective):

@@ -16,7 +16,8 @@ from megatron_commute.account import Account
 from megatron_commute.config import direction_samples
 from megatron_commute.steering import Steering
 
-STATE_VERSION = 2
+STATE_VERSION = 3
+WRITTEN_BY = {2: "0.1.0"}  # versions of megatron_commute whose state this one cannot go on from
 MOST_FAILURES = 3  # probes that may fail in a row before probing switches itself off
 WATCH_EVERY = 10  # steps between two looks at the control file
 
@@ -28,7 +29,7 @@ class Hook:
     probe.Model. groups: reduce.Groups. draw: (part, domain, numbers i64[n]) -> tokens, numbers counted from 0 over the
     whole run and wrapped by the caller. record: record.Record (used on rank 0 only). learning_rate: step -> rate. decay:
     the optimiser's decoupled weight decay. sampler: what feeds training, told of new weights (None in mode shadow). say:
-    prints one line. host: response.Host for rollouts, or None.
+    prints one line.
     """
 
     def __init__(
@@ -46,7 +47,6 @@ class Hook:
         decay,
         sampler,
         say,
-        host=None,
     ):
         self.config, self.plan, self.run, self.mixture, self.model = config, plan, run, mixture, model
         self.groups, self.draw, self.record, self.say, self.ledger = groups, draw, record, say, ledger
@@ -60,8 +60,15 @@ class Hook:
         self.fatal_step = None
         watch = control.Watch(record.path.parent / control.NAME, plan.names, config.mode != "shadow")
         self.steering = Steering(
-            *(config, plan, run, mixture, sampler, model, groups, draw, host, watch),
-            *(lambda event, **fields: self._write(event, **fields), say, self._timed, self._leave_word),
+            config=config,
+            plan=plan,
+            run=run,
+            mixture=mixture,
+            sampler=sampler,
+            groups=groups,
+            watch=watch,
+            write=lambda event, **fields: self._write(event, **fields),
+            say=say,
         )
         self.probe_seconds, self.started, self.step_started = 0.0, time.monotonic(), None
         self.step_seconds, self.step_time = [], None
@@ -95,7 +102,6 @@ class Hook:
             "start",
             **events.start(settings, plan, run, int(parameters)),
             memory={"mode": self.memory.mode, "bytes": self.memory.bytes},
-            responses=self.steering.responses.cost._asdict(),
             sample=self.mixture.index,
             news=news,
         )
@@ -111,12 +117,8 @@ class Hook:
         """Before step `step` (0-based): probe if it is time, then take this step's samples from the stream."""
         if step % WATCH_EVERY == 0:
             self.steering.look(step)
-        if self.mixture.index == self.steering.responses.next:
-            self.steering.read(step)
-        if step % self.config.every == 0:
-            if step and not self.off:
-                self._probe(step)
-            self.steering.modulate()
+        if step and step % self.config.every == 0 and not self.off:
+            self._probe(step)
         self.step_started = time.monotonic()
         self.weights = np.asarray(self.mixture.weights, dtype=np.float64)
         self.domains, self.positions = self.mixture.take(self.run.global_batch)
@@ -143,8 +145,6 @@ class Hook:
         """Write the loss line of the steps since the last one, and start anew. Returns {name: mean training loss}."""
         means = dict(zip(self.plan.names, self.account.means(), strict=True))
         fields = {"valid": valid} if valid is not None else {}
-        if self.steering.responses.kind == "lock-in":
-            fields["base"] = self._named(self.steering.base())
         self._write(
             "loss",
             step=step,
@@ -201,7 +201,7 @@ class Hook:
     def _probe(self, step):
         begun = time.monotonic()
         flow = (self.decay, self._windows(step))
-        weights = self.steering.base()
+        weights = np.asarray(self.mixture.weights, dtype=np.float64)
         first = self.probes
         self.probes += 1
         if step == self.fatal_step:
@@ -223,10 +223,7 @@ class Hook:
             ) from fault
         self.failures = 0
         decision, effective, told = self.steering.decide(found)
-        responses = self.steering.responses
         self._measured(step, begun, found, weights, decision, effective, told)
-        if responses.kind == "rollout" and step % responses.cost.steps == 0:
-            self.steering.excursion(step, self.account.mine)
 
     def _drawn(self, number):
         """draw for probe `number`: each probe goes on in the held-out sequences where the last one stopped."""
@@ -244,7 +241,6 @@ class Hook:
     def _measured(self, step, begun, found, weights, decision, effective, told):
         rates = {"lr": self.learning_rate(step), "decay": self.decay, "windows": self._windows(step)}
         fields = events.probe(self.config, self.plan, found, weights, decision, effective)
-        fields |= events.measured(self.steering.responses.known(weights))
         fields |= told or {}
         self._write(
             "probe", step=step, sample=self.mixture.index, **rates, **fields, timing=self._timed(begun)
@@ -308,8 +304,9 @@ class Hook:
         Raises ValueError, on every rank, for a state of another version and for a record that lacks lines.
         """
         if state.get("version") != STATE_VERSION:
+            version = state.get("version")
             raise ValueError(
-                f"plug-in state of version {state.get('version')!r}: resume with the version that wrote it"
+                f"plug-in state of {WRITTEN_BY.get(version, f'version {version!r}')}: resume with the version that wrote it"
             )
         self.probes, self.failures, self.off = state["probes"], state["failures"], state["off"]
         if not rewind:

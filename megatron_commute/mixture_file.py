@@ -33,11 +33,10 @@ LIVE_DIRECTIONS = (
 )  # the others need the run's end or its stored steps; direction.py offers them offline
 MEMORIES = ("auto", *memory.MODES)
 LAWS = ("hold", "schedule", "proportional", "tau-tail", "tilt", "odm")
-RESPONSES = ("off", "lock-in", "rollout")
-LARGEST_DELTA, LARGEST_ROLLOUT = 0.2, 0.9  # of the smallest weight; rollouts are put back and may go further
 SHARE_TOLERANCE = 1e-6
 CUT_SINCE = "0.2.0"
 CUT = {  # keys that no version since then reads -> what to write instead
+    "response": "remove the key, order effects are not measured in a run any more",
     "controller.end": "write the end of the run into a schedule: FILE, mode: fixed, and remove the key here",
     "controller.gate": "remove the key, no law that is left predicts its gain",
     "controller.harm": "write it to the command, design --harm, and remove the key here",
@@ -111,21 +110,6 @@ class Controller:
 
 
 @dataclass(frozen=True)
-class Response:
-    """`delta`: amplitude as a part of the smallest weight; `window`: steps of one half of a measurement; `tail`:
-    steps at the base weights after it; `period`: steps from one measurement to the next, None: as the budget
-    allows; `sequences`: held-out sequences of a domain in one reading.
-    """
-
-    kind: str = "off"
-    delta: float = LARGEST_DELTA
-    window: int = 8
-    tail: int = 64
-    period: int | None = None
-    sequences: int = 64
-
-
-@dataclass(frozen=True)
 class Config:
     """A mixture file.
 
@@ -141,7 +125,6 @@ class Config:
     seed: int = 1234
     probe: Probe = field(default_factory=Probe)
     controller: Controller = field(default_factory=Controller)
-    response: Response = field(default_factory=Response)
     schedule: str | None = None
     measure_budget: float = 0.005
     file: str = "mixture.yaml"
@@ -231,7 +214,6 @@ FILE_KEYS: dict[str, Check] = {
     "seed": integer("write an integer that is not negative", 0),
     "probe": anything,
     "controller": anything,
-    "response": anything,
     "schedule": or_null(text("write the path of a CSV file, or null")),
     "measure_budget": number("write a share of the training compute, such as 0.005", lambda x: 0 < x <= 1),
 }
@@ -265,17 +247,6 @@ CONTROLLER_KEYS: dict[str, Check] = {
     "freeze": number("write a part of the run above 0, such as 0.9; 1: never", lambda x: 0 < x <= 1),
     "compare": _laws,
 }
-RESPONSE_KEYS: dict[str, Check] = {
-    "kind": one_of(RESPONSES),
-    "delta": number(
-        f"write a part of the smallest weight above 0 and at most {LARGEST_ROLLOUT}",
-        lambda x: 0 < x <= LARGEST_ROLLOUT,
-    ),
-    "window": integer("write a positive number of steps", 1),
-    "tail": integer("write a number of steps, 0 or more", 0),
-    "period": or_null(integer("write a positive number of steps, or null", 1)),
-    "sequences": integer("write a positive number of held-out sequences", 1),
-}
 
 
 def load(path: str | Path) -> Config:
@@ -297,10 +268,6 @@ def load(path: str | Path) -> Config:
         problem = f"{probe.samples} is not divisible by the {probe.splits} splits"
         raise document.error("probe.samples", problem, f"write {fitting}, or other probe.splits")
     law = _controller(document, values.pop("controller", None), names)
-    response = Response(**document.section("response", values.pop("response", None), RESPONSE_KEYS))
-    if response.kind != "rollout" and response.delta > LARGEST_DELTA:
-        cure = f"write {LARGEST_DELTA} or less of the smallest weight: beyond it the run's own weights move too far"
-        raise document.error("response.delta", f"got {response.delta:g}", cure)
     if isinstance(values.get("target"), dict):
         refuse_strangers(document, "target", values["target"], names)
     if values.get("target") == "each" and values.get("mode") == "act":
@@ -314,7 +281,6 @@ def load(path: str | Path) -> Config:
         domains=domains,
         probe=probe,
         controller=law,
-        response=response,
         file=document.file,
         digest=document.digest(),
         lines=document.lines,

@@ -16,29 +16,6 @@ from megatron_commute.drawing import (
     sample_unit,
 )
 
-SAID = "change of the target loss, judged after a common tail, per unit of weight moved onto the domain and given back later"
-
-
-def effects(run):
-    """Measured effects of every domain with error bars."""
-    sample, value, error = series.effects(run)
-    if not len(sample):
-        return None
-    figure, panels = canvas(run, len(run.names), height=1.25)
-    factor, power = series.power_of_ten(value)
-    for k, axes in enumerate(panels):
-        axes.axhline(0, color="black", linewidth=0.8)
-        x, y, bar = sample / sample_unit(run)[0], value[:, k] / factor, error[:, k] / factor
-        axes.errorbar(x, y, yerr=np.nan_to_num(bar), fmt="o", color=COLOURS[k % len(COLOURS)], elinewidth=0.9)
-        axes.set_title(label(run.names[k]))
-    figure.supylabel(f"effect ({_effect_unit(power)})", fontsize=STYLE["font.size"])
-    kind = (run.start.get("response") or {}).get("kind", "")
-    caption = (
-        f"Measured by {kind}: {SAID}. Above zero: the domain earlier raises the loss. Error bars: one standard error. "
-        "Each domain has its own scale: effects of rare ones are the least certain."
-    )
-    return Picture("effects", "Measured effects", caption, figure)
-
 
 def _steps(sample, value, end, unit):
     return np.append(sample, end) / unit, np.append(value, value[-1])
@@ -61,7 +38,3 @@ def replayed(run, found):
     figure.supylabel("weight (% of samples)", fontsize=STYLE["font.size"])
     words = f"Grey: what happened. Dots: where law {found.law} would have gone from there."
     return Picture("replay", f"Replay of law {found.law}", words, figure)
-
-
-def _effect_unit(power):
-    return f"{power} nats per unit of weight".strip()

@@ -59,7 +59,6 @@ def pictures(run):
         drawn = [picture_run.weights(run), picture_run.budgets(run)]
         drawn += [picture_run.losses(run), picture_run.overhead(run)]
         drawn += [*picture_criterion.scores(run), *picture_criterion.brackets(run)]
-        drawn.append(picture_evidence.effects(run))
     return [picture for picture in drawn if picture is not None]
 
 

@@ -28,7 +28,6 @@ class Run:
     readings: list  # every line with a validation loss: `valid` events and `loss` lines at evaluation steps
     end: dict | None
     samples: int  # largest sample any line speaks of
-    responses: list = dataclasses.field(default_factory=list)  # readings and rollouts that did not fail
     interventions: list = dataclasses.field(default_factory=list)  # versions of the control file
 
     @property
@@ -60,11 +59,6 @@ class Run:
         return (self.start.get("controller") or {}).get("confidence") or 0.95
 
     @property
-    def response_kind(self):
-        """How effects were measured: lock-in, rollout, or off (also where the budget paid for none); None: not recorded."""
-        return (self.start.get("responses") or self.start.get("response") or {}).get("kind")
-
-    @property
     def targets(self):
         """Name of each of the T targets: the domains where the target is `each`, else the one mixture."""
         if self.probes and np.ndim(self.probes[-1]["s"]) == 2:
@@ -92,7 +86,6 @@ def by_event(records, source="the record"):
         readings=[r for r in records if r["event"] in ("loss", "valid") and _any_number(r.get("valid"))],
         end=groups["end"][-1] if groups["end"] else None,
         samples=max([0, *(line["sample"] for line in records if line.get("sample") is not None)]),
-        responses=[line for line in groups.get("response", ()) if line.get("wave") is not None],
         interventions=groups.get("control", []),
     )
 
@@ -140,9 +133,8 @@ def weights(run):
     for probe in moves(run):
         if probe["effective_sample"] <= run.samples:
             knots[probe["effective_sample"]] = probe["weights_next"]
-    # without the wave that may ride on them; once every budget is used up no weights are in force
-    ruling = [{**line, "weights": line.get("base") or line.get("weights")} for line in run.losses]
-    in_force = [line for line in ruling if any((line["weights"] or {}).values())]
+    # once every budget is used up no weights are in force
+    in_force = [line for line in run.losses if any((line.get("weights") or {}).values())]
     seen, values = _by_domain(run, in_force, "weights")
     knots |= dict(zip(seen.tolist(), values.tolist(), strict=True))
     sample = sorted(knots)
@@ -257,16 +249,6 @@ def overhead(run):
     lines = [probe for probe in run.probes if (probe.get("timing") or {}).get("overhead") is not None]
     pairs = [[probe["timing"]["overhead"], probe["timing"].get("probe_seconds")] for probe in lines]
     return _samples_of(lines), *_numbers(pairs).reshape(len(lines), 2).T
-
-
-def effects(run):
-    """Samples i64[n], measured effect and its standard error f64[n, K], nats per unit of weight, of probes that knew one."""
-    lines = [probe for probe in run.probes if probe.get("effect") is not None]
-    pair = [
-        _numbers([probe[key] for probe in lines]).reshape(-1, len(run.names))
-        for key in ("effect", "effect_se")
-    ]
-    return _samples_of(lines), *pair
 
 
 def uncalibrated(run):

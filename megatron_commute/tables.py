@@ -25,9 +25,6 @@ def tables(run):
     for key in ("score", "s", "P"):
         result[key] = _measured(run, key)
     result |= {name: _lines(*columns) for name, columns in _told(run).items()}
-    sample, value, error = series.effects(run)
-    result["effects"] = (["sample", "domain", "value", "standard_error"],
-                         [[sample[n], names[k], value[n, k], error[n, k]] for n, k in np.ndindex(value.shape)])  # fmt: skip
     result["summary"] = series.summary_rows(run)
     if run.analysis:
         of_a_run = (
@@ -35,7 +32,6 @@ def tables(run):
             "served",
             "budget_left",
             "overhead",
-            "effects",
         )
         for name in (*of_a_run, *_told(run)):
             del result[name]

@@ -9,8 +9,8 @@ import oracles
 import torch
 
 from megatron_commute import record, reduce, takeover
-from megatron_commute.adapters import rollouts, torch_loop
-from megatron_commute.config import Config, Controller, Domain, Plan, Probe, Response, Run
+from megatron_commute.adapters import torch_loop
+from megatron_commute.config import Config, Controller, Domain, Plan, Probe, Run
 from megatron_commute.hook import Hook
 from megatron_commute.mixture import Mixture
 
@@ -43,7 +43,7 @@ class Loop:
 
     def __init__(
         self, folder, steps=24, mode="act", draw=held_out, state=None, groups=None, watched=True, confidence=0.5,
-        names=NAMES, weights=WEIGHTS, targets=None, every=EVERY, budgets="shares", response=None, law="tilt", compare=(),
+        names=NAMES, weights=WEIGHTS, targets=None, every=EVERY, budgets="shares", law="tilt", compare=(),
         batch=BATCH, cooldown=1,
     ):  # fmt: skip
         torch.manual_seed(0)
@@ -57,7 +57,7 @@ class Loop:
             [],
             [],
         )
-        self.step, self.hook, self.batch, self.fails = 0, None, batch, None
+        self.step, self.hook, self.batch = 0, None, batch
         ranks_ = reduce.size(self.groups.data)
         self.run = Run(LENGTH, batch, 1, ranks_, steps)
         K, samples = len(names), steps * batch
@@ -73,7 +73,7 @@ class Loop:
             controller=Controller(
                 confidence=confidence, floors=(0.0,) * K, caps=(1.0,) * K, rate=0.2, law=law, compare=tuple(compare),
                 cooldown=cooldown,
-            ), digest="d", response=response or Response(), measure_budget=100.0,
+            ), digest="d", measure_budget=100.0,
         )  # fmt: skip
         self.mixture = Mixture(shares, budget, samples=samples)
         if state is not None:
@@ -97,7 +97,6 @@ class Loop:
         self.hook = Hook(
             *(config, self.plan, self.run, self.mixture.copy(), ledger, model, self.groups, draw, log),
             *(lambda step: 1e-2 * (1 - step / self.steps), 0.01, self.sampler, self.said.append),
-            rollouts.Loop(self.module, self.optimizer, self._excursion),
         )
         self.hook.start() if state is None else self.hook.load_state_dict(json.loads(state["hook"]))
 
@@ -112,14 +111,6 @@ class Loop:
             p.grad.copy_(reduce.all_reduce_sum(p.grad, self.groups.data))
         self.optimizer.step()
         return tokens, loss
-
-    def _excursion(self, step, domains, positions):
-        """A step of a rollout; `fails`: a countdown after which one raises."""
-        if self.fails is not None:
-            self.fails -= 1
-            if self.fails < 0:
-                raise self.fault
-        self._train(step, domains, positions)
 
     def until(self, stop=None):
         while self.step < (stop or self.steps):

@@ -152,10 +152,10 @@ def _loss(rng, names, step, sample, loss, valid, served, weight, spent):
     )
 
 
-def responded(lines, seed=0, faithful=("persistence", "P adam/local")):
-    """The lines with readings, measured effects and comparisons of signals; `faithful` ones foretell the effects."""
-    rng, found = np.random.default_rng(seed), []
-    names, w = lines[0]["names"], np.array(lines[0]["weights"])
+def of_0_1_0(lines):
+    """The lines as version 0.1.0 wrote them with a wave on the weights: readings, effects and comparisons of signals."""
+    names, found = lines[0]["names"], []
+    w, K = lines[0]["weights"], len(names)
     lines[0]["response"] = {
         "kind": "lock-in",
         "delta": 0.2,
@@ -164,20 +164,26 @@ def responded(lines, seed=0, faithful=("persistence", "P adam/local")):
         "period": None,
         "sequences": 64,
     }
-    true = rng.normal(size=len(names)) * 0.02
+    lines[0]["responses"] = {
+        "kind": "lock-in",
+        "steps": 80,
+        "count": 5,
+        "gradients": 128.0,
+        "share": 1e-3,
+        "why": "",
+    }
     for line in lines:
+        if line["event"] == "loss":
+            line["base"] = line["weights"]
         if line["event"] == "probe":
-            value = (true - w @ true) * (1 + 0.1 * rng.normal(size=len(w)))
-            value -= w @ value
-            line["effect"], line["effect_se"], line["effect_dof"] = value.tolist(), [2e-3] * len(w), 6
-            signals = {}
-            for name in ("P adam/local", "recency adam", "persistence", "lock-in", "last gains"):
-                sign = 1 if name in faithful or rng.random() < 0.5 else -1
-                signals[name] = (sign * value * np.exp(0.2 * rng.normal()) / 4).tolist()
-            measured = {key: line[key] for key in ("effect", "effect_se", "effect_dof")}
-            more = {"foretold_at": line["sample"] - 1, "signals": signals, "weights": w.tolist(), **measured}
-            found.append(_at("calibration", line["step"], line["sample"], schema=1, **more))
-            wave = {"kind": "lock-in", "wave": (0.1 * w).tolist(), "tail": [2.0] * len(w), "switch": None}
+            measured = {"effect": [0.01] * K, "effect_se": [2e-3] * K, "effect_dof": 6}
+            line |= measured
+            line["calibration"] = {
+                "last gains": {"hits": 3, "n": 4, "silent": 0, "rate": 0.75, "scale": None}
+            }
+            told = {"foretold_at": line["sample"] - 1, "signals": {"last gains": [0.1] * K}, "weights": w}
+            found.append(_at("calibration", line["step"], line["sample"], schema=1, **told, **measured))
+            wave = {"kind": "lock-in", "wave": [0.1] * K, "tail": [2.0] * K, "switch": None}
             found.append(_at("response", line["step"], line["sample"], schema=1, **wave))
         found.append(line)
     return found

@@ -49,7 +49,6 @@ controller:
   cooldown: 3
   freeze: 0.9
   compare: [tilt, tau-tail]
-response: {kind: lock-in, delta: 0.1, window: 4, tail: 16, period: 40, sequences: 32}
 schedule: null
 measure_budget: 0.01
 """
@@ -68,7 +67,6 @@ def test_every_key_is_read(tmp_path):
     law = config.controller
     assert dataclasses.astuple(law)[:6] == ("hold", 0.5, 0.1, 0.9, (0.05, 0.05), (0.8, 1.0))
     assert (law.cooldown, law.freeze, law.compare) == (3, 0.9, ("tilt", "tau-tail"))
-    assert dataclasses.astuple(config.response) == ("lock-in", 0.1, 4, 16, 40, 32)
     assert config.measure_budget == 0.01
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.mode = "shadow"
@@ -82,7 +80,6 @@ def test_defaults(tmp_path):
     law = config.controller
     assert dataclasses.astuple(law)[:6] == ("tilt", 1.0, 0.05, 0.95, (0.0, 0.0), (1.0, 1.0))
     assert (law.cooldown, law.freeze, law.compare) == (1, 1.0, ())
-    assert dataclasses.astuple(config.response) == ("off", 0.2, 8, 64, None, 64)
     assert [(d.weight, d.budget, d.minimum, d.maximum, d.holdout) for d in config.domains] == [
         (None, None, 0.0, 1.0, None)
     ] * 2
@@ -132,13 +129,6 @@ ADDED = [
     ("controller: {freeze: 0}", "4: controller.freeze: got 0; write a part of the run above 0, such as 0.9; 1: never"),
     ("controller: {compare: tilt}", "4: controller.compare: got tilt; write a list of laws, such as [hold, tilt]; they are hold, schedule, proportional, tau-tail, tilt, odm"),
     ("controller: {floors: 0.4, caps: {ru: 0.3}}", "4: controller.floors: 0.4 is above the cap 0.3 of ru; write a lower floor or a higher cap"),
-    ("response: {kind: on}", "4: response.kind: got on; write one of off, lock-in, rollout"),
-    ("response: {delta: 0.3}", "4: response.delta: got 0.3; write 0.2 or less of the smallest weight: beyond it the run's own weights move too far"),
-    ("response: {kind: rollout, delta: 1}", "4: response.delta: got 1; write a part of the smallest weight above 0 and at most 0.9"),
-    ("response: {window: 0}", "4: response.window: got 0; write a positive number of steps"),
-    ("response: {tail: -1}", "4: response.tail: got -1; write a number of steps, 0 or more"),
-    ("response: {period: 0}", "4: response.period: got 0; write a positive number of steps, or null"),
-    ("response: {sequences: 0}", "4: response.sequences: got 0; write a positive number of held-out sequences"),
     ("target: all", "4: target: got all; write shares of the domains that sum to 1, such as {en: 0.5, ru: 0.5}, or each, or null"),
     ("target: {en: 0.6, ru: 0.5}", '4: target: got {"en": 0.6, "ru": 0.5}; these sum to 1.1, write shares of the domains that sum to 1, such as {en: 0.5, ru: 0.5}, or each, or null'),
     ("target: {en: 0.5, xx: 0.5}", "4: target.xx: there is no such domain; the domains are en, ru"),
@@ -204,6 +194,7 @@ def test_token_budgets_are_exact(tmp_path, budget, tokens):
 
 
 CUT = [
+    ("response: {kind: off}", "4: response: was cut in 0.2.0; remove the key, order effects are not measured in a run any more"),
     ("controller:\n  rate: 0.1\n  harm: 0.002", "6: controller.harm: was cut in 0.2.0; write it to the command, design --harm, and remove the key here"),
     ("controller: {gate: 1}", "4: controller.gate: was cut in 0.2.0; remove the key, no law that is left predicts its gain"),
     ("controller: {end: {share: 0.1}}", "4: controller.end: was cut in 0.2.0; write the end of the run into a schedule: FILE, mode: fixed, and remove the key here"),
@@ -236,7 +227,6 @@ def test_every_key_has_a_refusal():
         "domains.NAME.": "DOMAIN_KEYS",
         "probe.": "PROBE_KEYS",
         "controller.": "CONTROLLER_KEYS",
-        "response.": "RESPONSE_KEYS",
     }
     known = {prefix + key for prefix, name in sections.items() for key in getattr(mixture_file, name)}
     assert {

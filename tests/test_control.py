@@ -11,7 +11,7 @@ import ranks
 from plain_loop import BATCH, NAMES, WEIGHTS, Loop, lines
 
 from megatron_commute import control, controller, reduce
-from megatron_commute.config import Config, ConfigError, Controller, Domain, Response
+from megatron_commute.config import Config, ConfigError, Controller, Domain
 from megatron_commute.mixture import Mixture
 
 GOOD = "freeze: true\nweights: {en: 0.5, ru: 0.5}\nfrom: 64\ncaps: {en: 0.6}\n"
@@ -82,10 +82,10 @@ def test_situations_survive_the_record():
         assert same and type(one) is type(two), field.name
 
 
-def settings(law, mode="act", kind="off", compare=(), **more):
+def settings(law, mode="act", compare=(), **more):
     domains = tuple(Domain(name, (name,)) for name in NAMES)
     law = Controller(law=law, compare=compare)
-    return Config(domains, mode=mode, controller=law, response=Response(kind), measure_budget=0.5, **more)
+    return Config(domains, mode=mode, controller=law, **more)
 
 
 def test_weights_move_in_mode_act_only():

@@ -32,14 +32,13 @@ def expected(run, name, headers, row):
         return [(f"{kind}/{n}", at, cells[n]) for n in run.names] if sample else []
     if name == "overhead":
         return [(curve, sample, cells[key]) for key, curve in OVERHEAD.items()]
-    kind = {"effects": "effect"}.get(name, name)
     places = [cells[key] for key in ("first", "second", "domain") if key in cells]
     if name == "P" and run.names.index(places[0]) > run.names.index(places[1]):
         return []  # the same number with the other sign
     where = "/".join([*([cells["target"]] if len(run.targets) > 1 else []), *places])
     return [
-        (f"{kind}/{where}", sample, cells["value"]),
-        (f"{kind}_se/{where}", sample, cells["standard_error"]),
+        (f"{name}/{where}", sample, cells["value"]),
+        (f"{name}_se/{where}", sample, cells["standard_error"]),
     ]
 
 
@@ -49,7 +48,7 @@ def expected(run, name, headers, row):
 def test_every_series_of_the_report_is_a_curve_with_the_same_numbers(options):
     lines = records.lines(**options)
     if not options.get("each"):
-        lines = records.responded(lines)
+        lines = records.of_0_1_0(lines)
     run, found = series.by_event(lines), drawn(lines)
     seen = set()
     for name, (headers, rows) in tables(run).items():
@@ -60,12 +59,12 @@ def test_every_series_of_the_report_is_a_curve_with_the_same_numbers(options):
             for curve, sample, value in expected(run, name, headers, row):
                 if value == value:  # NaN: not recorded
                     assert found[curve, sample] == value, (curve, sample)
-    assert seen == {*KINDS, "weights", "overhead", "score", "s", "P", "effects"}
+    assert seen == {*KINDS, "weights", "overhead", "score", "s", "P"}
 
 
-def test_a_wave_on_the_weights_is_not_in_their_curve_and_numbers_that_are_not_are_left_out():
+def test_numbers_that_are_not_are_left_out():
     line = {"event": "loss", "step": 3, "sample": 9, "train": {"a": 2.0, "b": None}, "served": {"a": 5, "b": 4}, "lr": 0.1,
-            "weights": {"a": 0.7, "b": 0.3}, "base": {"a": 0.5, "b": 0.5}}  # fmt: skip
+            "weights": {"a": 0.5, "b": 0.5}}  # fmt: skip
     told = dict(curves.of(line, ["a", "b"], [10, None]))
     assert told == {"train/a": 2.0, "served/a": 5, "served/b": 4, "weights/a": 0.5, "weights/b": 0.5,
                     "budget_left/a": 5, "learning_rate": 0.1}  # fmt: skip

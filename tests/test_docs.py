@@ -7,7 +7,6 @@ import pytest
 
 from megatron_commute import __version__, cli, mixture_file
 from megatron_commute.config import Config, Controller, Domain, Probe, load
-from megatron_commute.mixture_file import Response
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -17,7 +16,6 @@ KEYS = {
     "domains.NAME.": mixture_file.DOMAIN_KEYS,
     "probe.": mixture_file.PROBE_KEYS,
     "controller.": mixture_file.CONTROLLER_KEYS,
-    "response.": mixture_file.RESPONSE_KEYS,
 }
 VALUES = {
     "mode": mixture_file.MODES,
@@ -26,7 +24,6 @@ VALUES = {
     "probe.direction": mixture_file.DIRECTIONS,
     "probe.memory": mixture_file.MEMORIES,
     "controller.law": mixture_file.LAWS,
-    "response.kind": mixture_file.RESPONSES,
 }
 
 
@@ -40,9 +37,7 @@ def defaults():
     """What the README must state as default: the word as one would write it in the file."""
     config = Config(domains=())
     holders = {"": config, "probe.": Probe(), "controller.": Controller()}
-    holders["response."] = Response()
     found = {"domains": "required", "probe": "see below", "controller": "see below"}
-    found["response"] = "see below"
     for prefix, holder in holders.items():
         for key in KEYS[prefix]:
             found.setdefault(prefix + key, _written(getattr(holder, key)))

@@ -73,6 +73,18 @@ def test_what_memory_is_free_on_resume_does_not_change_how_probes_work(tmp_path,
     assert Loop(tmp_path / "fresh").hook.memory.mode == "scores"
 
 
+@pytest.mark.parametrize(
+    ("version", "named"), [(2, r"of 0\.1\.0"), (7, "of version 7"), (None, "of version None")]
+)
+def test_a_state_of_another_version_is_refused_and_the_record_stays(tmp_path, version, named):
+    kept = Loop(tmp_path).until(10).checkpoint()
+    state = json.loads(kept["hook"]) | {"version": version}
+    written = (tmp_path / record.NAME).read_bytes()
+    with pytest.raises(ValueError, match=f"plug-in state {named}: resume with the version that wrote it"):
+        Loop(tmp_path, state=kept | {"hook": json.dumps(state)})
+    assert (tmp_path / record.NAME).read_bytes() == written
+
+
 def test_without_budgets_endless_domains_are_served_as_the_law_says(tmp_path):
     loop = Loop(tmp_path, budgets=[None] * 3).until()
     probes = lines(tmp_path, "probe")

@@ -100,6 +100,12 @@ def test_acting_uncalibrated_is_said_loudly(mode):
     assert ("Acting on an uncalibrated signal" in read.text) == loud
 
 
+def test_a_record_of_0_1_0_with_measured_responses_is_read_without_them():
+    """Events and fields that are no more are passed over; everything else is as in a record without them."""
+    own, old = (words(lines) for lines in (records.lines(), records.of_0_1_0(records.lines())))
+    assert own.text == old.text and "lock-in" not in old.text and "Decisions" in old.text
+
+
 def test_every_decision_and_every_skip_is_listed():
     lines = records.lines(skips=(1, 4, 5, 6))
     read = words(lines)

@@ -1,6 +1,5 @@
 """The adapter for plain torch: losses at other weights, the metric, quiet modules, the host's blend, a loop of one's own."""
 
-import dataclasses
 import json
 import struct
 
@@ -241,26 +240,6 @@ def own_loop(data, file, steps=24, workers=0, stop=None, resume=None, folder="ru
         hook.log_losses(step + 1)
     kept = (step + 1, module.state_dict(), optimizer.state_dict(), json.dumps(hook.state_dict()))
     return hook, said, brought, kept
-
-
-def test_responses_that_a_trainer_or_layout_cannot_measure_are_refused(data):
-    model = torch_loop.probe_model(gpt(0.0), mean_loss, 4)
-    for kind, given, words in (
-        (
-            "rollout",
-            model,
-            r"response\.kind: this trainer cannot be put back after a rollout; write lock-in or off",
-        ),
-        (
-            "lock-in",
-            dataclasses.replace(model, loss=None),
-            r"response\.kind: held-out losses are not read in pipelines",
-        ),
-    ):
-        more = f"response: {{kind: {kind}, window: 1, tail: 1, sequences: 8}}"
-        plugin = torch_loop.Plugin(mixture_file(data, more=more), Run(LENGTH, 4, 2, 1, 24))
-        with pytest.raises(ConfigError, match=words):
-            plugin.attach(given, reduce.Groups(), data / "run", lambda step: 1e-2, 0.01)
 
 
 def plain(folder):

@@ -150,7 +150,7 @@ def _targets(config, target):
 
 def _compare_with_run(plugin, plan, checkpoint):
     """Notes on how this mixture file differs from the run's own. Raises CheckpointError for other domains."""
-    live = ("measure_budget", "every", "response")  # what concerns probes of a running job only
+    live = ("measure_budget", "every")  # what concerns probes of a running job only
     notes = [text for text in plan.warnings if not text.startswith(live)]
     state = checkpoint.commute
     if state is None:

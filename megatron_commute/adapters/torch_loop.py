@@ -24,7 +24,7 @@ from megatron_commute.sampler import MixedDataset, MixtureSampler
 METRIC_FLOOR = 0.1
 
 # what a probe asks for -> field of config.HoldoutParts
-PARTS = {"gradient": "gradients", "direction": "direction", "response": "responses"}
+PARTS = {"gradient": "gradients", "direction": "direction"}
 
 # the backward pass comes after functional_call has put the module's own weights back
 HOOKS_REFUSED = (
@@ -227,14 +227,13 @@ class Plugin:
 
     def attach(
         self, model, groups, run_dir, learning_rate, decay, *, vocab_size=None, state=None, consumed=0, accept=False,
-        take_over=False, listener=None, say=print, host=None,
+        take_over=False, listener=None, say=print,
     ):  # fmt: skip
         """Build hook and, in the modes that feed training, dataset and sampler; start or rewind the record.
 
         model: probe.Model; groups: reduce.Groups; run_dir: folder of the record; learning_rate: step -> rate; state: of
         Hook.state_dict, from a checkpoint after `consumed` samples, or None; accept, take_over: see resume.stream; listener:
-        of record.Record; host: response.Host, needed for rollouts, which train on `dataset`. Raises ConfigError where the
-        state does not fit the mixture file.
+        of record.Record. Raises ConfigError where the state does not fit the mixture file.
         """
         stock = None
         if take_over and self.host_blend:
@@ -242,17 +241,9 @@ class Plugin:
         mixture, ledger, news = resume.stream(
             self.config, self.plan, self.mixture(), state, consumed, stock, accept=accept, attach=take_over
         )
-        if self.config.response.kind != "off" and model.loss is None:
-            problem = "held-out losses are not read in pipelines and under ZeRO stage 3"
-            raise self.config.error("response.kind", problem, "write off, or another layout")
-        if self.config.response.kind == "rollout" and host is None:
-            raise self.config.error(
-                "response.kind", "this trainer cannot be put back after a rollout", "write lock-in or off"
-            )
-        if self.feeds or host is not None:
+        if self.feeds:
             training, _ = domain_datasets(self.config, self.plan, self.run.seq_length)
             self.dataset = MixedDataset(training, self.config.seed, ledger.keys)
-        if self.feeds:
             place = (reduce.rank_in(groups.data), reduce.size(groups.data))
             sizes = (self.run.global_batch, self.plan.samples)
             self.sampler = MixtureSampler(mixture.copy(), self.run.micro_batch, *place, *sizes)
@@ -260,12 +251,14 @@ class Plugin:
         draw = drawer(self.config, self.plan, self.run.seq_length, vocab_size)
         self.hook = Hook(
             *(self.config, self.plan, self.run, mixture, ledger, model, groups, draw, log),
-            *(learning_rate, decay, self.sampler, say, host),
+            *(learning_rate, decay, self.sampler, say),
         )
+        if (
+            state is not None
+        ):  # refused, where it is refused, before a new record takes the place of the old one
+            self.hook.load_state_dict(state, rewind=not news)
         if state is None or news:
             self.hook.start(news)
-        if state is not None:
-            self.hook.load_state_dict(state, rewind=not news)
         return self.hook
 
     def summary(self, run_dir):

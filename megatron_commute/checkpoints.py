@@ -323,7 +323,7 @@ def _finish(log, setting, todo, left_out):
     probes = [line for line in lines if line["event"] == "probe"]
     confidence = setting.config.controller.confidence
     told = advice.recommend(setting.config, setting.plan, setting.run, setting.fresh, probes)
-    names_of = (setting.config.probe.metric, setting.config.probe.direction)
+    names_of = (setting.config.probe.metric, events.DIRECTION)
     said = advice.worth(_run_record(todo), names_of)
     last = [line for line in lines if line["event"] == "recommendation"]
     fresh = record._plain({**told, "worth": said})

@@ -18,9 +18,10 @@ class _Replicate:
     and eps in the first column. `metric` is set before the first `run`.
     """
 
-    def __init__(self, model, groups, team, draw, settings, params, weights, ballot):
+    def __init__(self, model, groups, team, draw, settings, params, weights, ballot, direction=None):
         self.model, self.groups, self.team, self.draw, self.settings = model, groups, team, draw, settings
         self.params, self.weights, self.ballot, self.metric = params, weights, ballot, None
+        self.direction = direction
         self.signs = (1.0, -1.0) if settings.method == "difference" else (0.0,)
         self.once = [i for i, owned in enumerate(model.owned) if owned]
         self.decaying = [i for i in self.once if model.decayed[i]]
@@ -38,7 +39,10 @@ class _Replicate:
         """Fill numbers[split] with this rank's share, which sums over all ranks; split: None for a rank without work.
         checks [targets, K, 6]: likewise, of `_check`, by the ranks that work on the first split."""
         for t, target in enumerate(targets):
-            self._direction(split, target)
+            if self.direction is None:
+                self._gradient_of_target(split, target)
+            else:
+                self._given(split, target, t)
             step = self._displacement(split)
             if self.settings.method == "difference":
                 if split == 0:
@@ -46,8 +50,19 @@ class _Replicate:
                 self.ballot.settle()
             self._products(split, step, None if split is None else numbers[split, t])
 
-    def _direction(self, split, target):
-        """u = D sum_k target_k g_k on this replicate's direction samples, summed over the team."""
+    def _given(self, split, target, t):
+        """u = the direction of target number t from outside, which needs no sum over the team."""
+        with self.ballot.section("direction"):
+            if split is not None:
+                given = self.direction(target, split) if callable(self.direction) else self.direction[t]
+                shapes = [[tuple(v.shape) for v in vector] for vector in (given, self.params)]
+                if shapes[0] != shapes[1]:
+                    raise ValueError("its shapes differ: give one tensor like each of the model's parameters")
+                torch._foreach_copy_(self.u, hvp.finite(given, "the direction"))
+        self.ballot.settle()
+
+    def _gradient_of_target(self, split, target):
+        """u = sum_k target_k g_k on this replicate's direction samples, summed over the team."""
         n = direction_samples(self.settings.samples, self.settings.splits)
         with self.ballot.section("direction"):
             torch._foreach_zero_(self.u)

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from megatron_commute import calibration, lockin, reduce
+from megatron_commute import calibration, events, lockin, reduce
 from megatron_commute.config import response_cost
 from megatron_commute.mixture import Mixture
 from megatron_commute.probe import ProbeFailed
@@ -162,7 +162,7 @@ class Responses:
         self.model, self.groups, self.draw = model, groups, draw
         self.cost = response_cost(config, run)
         self.kind = self.cost.kind
-        self.names = (config.probe.metric, config.probe.direction)
+        self.names = (config.probe.metric, events.DIRECTION)
         # law finish measures one order, the one that it would use
         self.target = (
             plan.targets[0] if config.controller.law == "finish" and self.kind == "rollout" else None

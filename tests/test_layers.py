@@ -19,7 +19,7 @@ LAYERS = [
     ["series", "curves", "drawing", "tables", "markup", "report_analysis", "report"],
     ["picture_run", "picture_criterion", "picture_evidence", "plots"],
     ["_kernels", "reference", "ops", "reduce"],
-    ["hvp", "rop_layers", "rop", "direction", "account"],
+    ["hvp", "rop_layers", "rop", "account"],
     ["replicate", "probe", "response"],
     ["steering"],
     ["hook"],

@@ -16,7 +16,7 @@ import time
 import numpy as np
 import torch
 
-from megatron_commute import bracket, hvp, memory, reduce, replicate
+from megatron_commute import bracket, hvp, memory, reduce, replicate_ways
 from megatron_commute.memory import vectors
 
 __all__ = ["Measurement", "Model", "ProbeFailed", "choose_memory", "measure", "vectors"]
@@ -103,7 +103,7 @@ def measure(model, groups, team, draw, settings, targets, weights, flow, time_li
         team = reduce.team(groups, settings.splits, together=True)
     deadline = None if time_limit is None else time.monotonic() + time_limit
     ballot = _Ballot(groups, deadline)
-    way = replicate.way(settings.memory)
+    way = replicate_ways.way(settings.memory)
     numbers = np.zeros((settings.splits, len(targets), way.rows(len(weights)), len(weights)))
     checks = np.zeros((len(targets), len(weights), 6))
     params = sample = work = None
@@ -160,7 +160,7 @@ def _numerical(checks):
 
 
 def _summary(table, numerical, weights, flow):
-    """Means and standard errors over replicates of the table [S, T, rows, K] that a way of `replicate` fills."""
+    """Means and standard errors over replicates of the table [S, T, rows, K] that a way of `replicate_ways` fills."""
     K = table.shape[-1]
     measured, (u_g, u_g_decayed, h_theta, steps) = table[..., :-4, :], np.moveaxis(table[..., -4:, :], -2, 0)
     if measured.shape[-2] == K:

@@ -20,7 +20,7 @@ LAYERS = [
     ["picture_run", "picture_criterion", "picture_evidence", "plots"],
     ["_kernels", "reference", "ops", "reduce"],
     ["hvp", "rop_layers", "rop", "account"],
-    ["replicate", "probe", "response"],
+    ["replicate", "replicate_ways", "probe", "response"],
     ["steering"],
     ["hook"],
     ["adapters.*", "checkpoints"],

@@ -244,7 +244,8 @@ def wished(law, situation):
 def decide(law, situation):
     """The decision of `law` in a Situation, guardrails applied; the same situation, the same decision.
 
-    law: a name in LAWS, or a function Situation -> Wish, which neither rests after a change nor is scaled by a calibration.
+    law: a name in LAWS, or a function Situation -> Wish, which neither rests after a change nor is
+    scaled by a calibration.
     """
     if situation.samples_left <= 0:
         return Decision(

@@ -94,9 +94,10 @@ def measure(model, groups, team, draw, settings, targets, weights, flow, time_li
     draw: (part, domain, numbers i64[n]) -> tokens i64[n, seq_length + 1], part "direction" or "gradient", numbers counted
     from 0 within this probe. settings: samples, splits, method, metric of the configuration. targets: f64[T, K].
     weights: f64[K] in force. flow: (decay, (e1, e2)) of bracket.full_score. time_limit: seconds, soft, or None.
-    direction: what the brackets are contracted with, D not yet applied: None, the target's gradient at the parameters of
-    now; or a vector a target, such as its gradient at a later checkpoint; or (target f64[K], split) -> vector. A vector is
-    what this rank holds of it, a list like `parameters`. Errors know of its noise only where every split has its own.
+    direction: what the brackets are contracted with, D not yet applied: None, the target's gradient at
+    the parameters of now; or a vector a target, such as its gradient at a later checkpoint; or
+    (target f64[K], split) -> vector. A vector is what this rank holds of it, a list like `parameters`.
+    Errors know of its noise only where every split has its own.
     Raises ProbeFailed on every rank when any rank met bad data, a non-finite value, an exception or the time limit.
     """
     if model.together and team.size < reduce.size(groups.data):  # its vectors are sums over all of them

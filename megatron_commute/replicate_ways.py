@@ -1,7 +1,7 @@
 """Three ways to hold and contract the gradients and products of a replicate.
 
-They differ in what they hold (megatron_commute.memory) and agree in their numbers: rows of a table that is summed over all
-ranks. Parameters are read, never written.
+They differ in what they hold (megatron_commute.memory) and agree in their numbers: rows of a table that
+is summed over all ranks. Parameters are read, never written.
 """
 
 import numpy as np

@@ -38,7 +38,7 @@ def test_every_field_equals_its_definition(method, metric, targets):
 
 
 def later(t=0, split=0):
-    """The gradient of target number t of EACH, own sequences for every split, at parameters that training reached later."""
+    """Gradient of target number t of EACH at other parameters, own sequences for every split."""
     module = small_gpt()
     generator = torch.Generator().manual_seed(8)
     for p in module.parameters():
@@ -52,7 +52,7 @@ def later(t=0, split=0):
 @pytest.mark.parametrize("memory", ["full", "sharded", "scores"])
 @pytest.mark.parametrize(("method", "metric"), [("difference", "adam"), ("exact", "identity")])
 def test_a_direction_given_from_outside_takes_the_place_of_the_targets_gradient(method, metric, memory):
-    """M[k, j] = (H_k D u) . (D g_j) with the u of later parameters: one for each target, or one for each split of each."""
+    """M[k, j] = (H_k D u) . (D g_j) with the u of later parameters: one a target, or one a split and target."""
     how = settings(method=method, metric=metric, memory=memory)
     drawn = []
 

@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 
+DIRECTION = "local"  # of every probe of a running job: the target's own gradient now
 MEASURED = ("P", "P_se", "s", "s_se", "M", "u_g", "h_theta", "score", "score_se", "gap_se", "numerical")
 
 
@@ -25,7 +26,7 @@ def start(config, plan, run, parameters):
         "seed": config.seed,
         "target": target(plan),
         "config": config.digest,
-        "probe": dataclasses.asdict(config.probe),
+        "probe": dataclasses.asdict(config.probe) | {"direction": DIRECTION},
         "controller": dataclasses.asdict(config.controller),
         "warnings": plan.warnings,
         "parameters": parameters,
@@ -57,7 +58,7 @@ def probe(config, plan, found, weights, decision, effective):
         "reason": decision.reason,
         "target": target(plan),
         "metric": settings.metric,
-        "direction": settings.direction,
+        "direction": DIRECTION,
         "method": settings.method,
         "difference_step": found.step,
         "samples": settings.samples,

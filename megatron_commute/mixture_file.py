@@ -27,10 +27,6 @@ from megatron_commute.yaml_checks import (
 MODES = ("shadow", "fixed", "act")
 METHODS = ("difference", "exact", "fused")
 METRICS = ("identity", "adam")
-DIRECTIONS = ("local", "endpoint", "adjoint")
-LIVE_DIRECTIONS = (
-    "local",
-)  # the others need the run's end or its stored steps; direction.py offers them offline
 MEMORIES = ("auto", *memory.MODES)
 LAWS = ("hold", "schedule", "proportional", "tau-tail", "tilt", "odm")
 SHARE_TOLERANCE = 1e-6
@@ -86,7 +82,6 @@ class Probe:
     splits: int = 4
     method: str = "difference"
     metric: str = "adam"
-    direction: str = "local"
     memory: str = "auto"
     time_limit: float | None = None
 
@@ -230,7 +225,6 @@ PROBE_KEYS: dict[str, Check] = {
     "splits": integer("write 2 or more, standard errors come from the splits", 2),
     "method": one_of(METHODS),
     "metric": one_of(METRICS),
-    "direction": one_of(DIRECTIONS),
     "memory": one_of(MEMORIES),
     "time_limit": or_null(number("write a positive number of seconds, or null", lambda x: x > 0)),
 }
@@ -260,9 +254,6 @@ def load(path: str | Path) -> Config:
     domains = _domains(document, values.pop("domains", None))
     names = [domain.name for domain in domains]
     probe = Probe(**document.section("probe", values.pop("probe", None), PROBE_KEYS))
-    if probe.direction not in LIVE_DIRECTIONS:
-        problem = f"{probe.direction} is not measured while a run goes on"
-        raise document.error("probe.direction", problem, "write local")
     if probe.samples % probe.splits:
         fitting = -(-probe.samples // probe.splits) * probe.splits
         problem = f"{probe.samples} is not divisible by the {probe.splits} splits"

@@ -16,7 +16,7 @@ import time
 import numpy as np
 import torch
 
-from megatron_commute import bracket, hvp, memory, reduce, replicate
+from megatron_commute import bracket, hvp, memory, reduce, replicate_ways
 from megatron_commute.memory import vectors
 
 __all__ = ["Measurement", "Model", "ProbeFailed", "choose_memory", "measure", "vectors"]
@@ -88,19 +88,23 @@ class ProbeFailed(RuntimeError):
     """A probe that all ranks agreed to give up; training goes on untouched."""
 
 
-def measure(model, groups, team, draw, settings, targets, weights, flow, time_limit=None):
+def measure(model, groups, team, draw, settings, targets, weights, flow, time_limit=None, *, direction=None):
     """Measure the criterion on held-out sequences; collective over all ranks of `groups`.
 
     draw: (part, domain, numbers i64[n]) -> tokens i64[n, seq_length + 1], part "direction" or "gradient", numbers counted
     from 0 within this probe. settings: samples, splits, method, metric of the configuration. targets: f64[T, K].
     weights: f64[K] in force. flow: (decay, (e1, e2)) of bracket.full_score. time_limit: seconds, soft, or None.
+    direction: what the brackets are contracted with, D not yet applied: None, the target's gradient at
+    the parameters of now; or a vector a target, such as its gradient at a later checkpoint; or
+    (target f64[K], split) -> vector. A vector is what this rank holds of it, a list like `parameters`.
+    Errors know of its noise only where every split has its own.
     Raises ProbeFailed on every rank when any rank met bad data, a non-finite value, an exception or the time limit.
     """
     if model.together and team.size < reduce.size(groups.data):  # its vectors are sums over all of them
         team = reduce.team(groups, settings.splits, together=True)
     deadline = None if time_limit is None else time.monotonic() + time_limit
     ballot = _Ballot(groups, deadline)
-    way = replicate.way(settings.memory)
+    way = replicate_ways.way(settings.memory)
     numbers = np.zeros((settings.splits, len(targets), way.rows(len(weights)), len(weights)))
     checks = np.zeros((len(targets), len(weights), 6))
     params = sample = work = None
@@ -114,7 +118,7 @@ def measure(model, groups, team, draw, settings, targets, weights, flow, time_li
             model.verify(params, sample)
         ballot.settle()
     with ballot.section("preparing"):
-        work = way(model, groups, team, draw, settings, params, weights, ballot)
+        work = way(model, groups, team, draw, settings, params, weights, ballot, direction)
     ballot.settle()
     with model.quiet(settings.method):
         with ballot.section("metric"):
@@ -157,7 +161,7 @@ def _numerical(checks):
 
 
 def _summary(table, numerical, weights, flow):
-    """Means and standard errors over replicates of the table [S, T, rows, K] that a way of `replicate` fills."""
+    """Means and standard errors over replicates of the table [S, T, rows, K] that a way of `replicate_ways` fills."""
     K = table.shape[-1]
     measured, (u_g, u_g_decayed, h_theta, steps) = table[..., :-4, :], np.moveaxis(table[..., -4:, :], -2, 0)
     if measured.shape[-2] == K:

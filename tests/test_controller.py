@@ -329,7 +329,7 @@ def test_no_law_acts_inside_its_error(s, law):
 
 
 def model_of(K, seed, noise):
-    """Any small quadratic model of K domains; with much noise its leaner twin disagrees about every gradient."""
+    """Any small quadratic model of K domains; with much noise its leaner twin disagrees about gradients."""
     rng = np.random.default_rng(seed)
     H = rng.normal(size=(K, 4, 4))
     full = receding_plan.Quadratic(H @ H.swapaxes(1, 2), rng.normal(size=(K, 4)), np.full(K, 1 / K))

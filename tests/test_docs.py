@@ -21,7 +21,6 @@ VALUES = {
     "mode": mixture_file.MODES,
     "probe.method": mixture_file.METHODS,
     "probe.metric": mixture_file.METRICS,
-    "probe.direction": mixture_file.DIRECTIONS,
     "probe.memory": mixture_file.MEMORIES,
     "controller.law": mixture_file.LAWS,
 }

@@ -2,119 +2,31 @@
 
 import dataclasses
 import itertools
-import types
 
 import numpy as np
-import oracles
 import pytest
 import ranks
 import torch
+from support.probing import (
+    EACH,
+    FLOW,
+    LENGTH,
+    MIXED,
+    WEIGHTS,
+    K,
+    assert_close,
+    mean_loss,
+    measured,
+    model_of,
+    moments,
+    settings,
+    small_gpt,
+    text,
+    truth,
+)
 
 from megatron_commute import hvp, probe, reduce, replicate
 from megatron_commute.adapters import torch_loop
-
-K, VOCABULARY, LENGTH = 3, 16, 6
-WEIGHTS = np.array([0.5, 0.2, 0.3])
-MIXED, EACH = np.array([[0.6, 0.4, 0.0]]), np.eye(K)
-FLOW = (0.1, (0.02, 0.01))  # weight decay and the flow times of two windows
-
-
-def settings(samples=16, splits=4, method="difference", metric="identity", memory="full"):
-    return types.SimpleNamespace(samples=samples, splits=splits, method=method, metric=metric, memory=memory)
-
-
-def small_gpt(dtype=torch.float64):
-    torch.manual_seed(3)
-    return oracles.GPT(VOCABULARY, 8, 2, 1, LENGTH, spread=0.3).to(dtype)
-
-
-def mean_loss(module, tokens):
-    return oracles.cross_entropy(module(tokens[:, :-1]), tokens[:, 1:])
-
-
-def text(part, domain, numbers):
-    return oracles.sequences(part, domain, numbers, VOCABULARY, LENGTH)
-
-
-def moments(module):
-    generator = torch.Generator().manual_seed(5)
-    return [
-        torch.rand(p.shape, generator=generator, dtype=torch.float64) ** 4 * 1e-3 for p in module.parameters()
-    ]
-
-
-def model_of(module, micro_batch=3, groups=None):
-    return torch_loop.probe_model(
-        module, mean_loss, micro_batch, lambda: moments(module), groups=groups or reduce.Groups()
-    )
-
-
-def measured(module, how, targets=MIXED, groups=None, team=None, draw=text, **more):
-    groups = groups or reduce.Groups()
-    model = model_of(module, groups=groups)
-    team = team or reduce.team(groups, how.splits)
-    return probe.measure(model, groups, team, draw, how, targets, WEIGHTS, FLOW, **more)
-
-
-def truth(module, how, targets):
-    """Every field of a Measurement from its definition: double backward in float64, one replicate at a time."""
-    _, params = oracles.parameters(module.double())
-    decayed = [p.dim() > 1 for p in params]
-    D = [torch.ones_like(p) for p in params]
-    if how.metric == "adam":
-        roots = [v.sqrt() for v in moments(module)]
-        floor = 0.1 * sum(float(r.sum()) for r in roots) / sum(r.numel() for r in roots)
-        D = [1 / (r + floor) for r in roots]
-
-    def loss(part, k, split, count):
-        tokens = text(part, k, np.arange(split * count, (split + 1) * count))
-        return oracles.language_loss(module, tokens[:, :-1], tokens[:, 1:])
-
-    def gradient(value):
-        leaves = [p.clone().requires_grad_(True) for p in params]
-        return torch.autograd.grad(value(leaves), leaves)
-
-    def dot(*vectors, only=None):
-        terms = zip(*vectors, only or [True] * len(params), strict=True)
-        return sum(float(torch.stack(t[:-1]).prod(0).sum()) for t in terms if t[-1])
-
-    n, m, T = how.samples // how.splits, max(1, how.samples // how.splits // 2), len(targets)
-    M, u_g, u_gd, h_theta = (np.zeros((how.splits, T, *shape)) for shape in ((K, K), (K,), (K,), (K,)))
-    for split in range(how.splits):
-        slopes = [gradient(loss("direction", k, split, m)) for k in range(K)]
-        losses = [loss("gradient", k, split, n) for k in range(K)]
-        g = [gradient(value) for value in losses]
-        for t, target in enumerate(targets):
-            u = [d * sum(target[k] * slopes[k][i] for k in range(K)) for i, d in enumerate(D)]
-            for k in range(K):
-                h = oracles.product(losses[k], params, u)
-                M[split, t, k] = [dot(h, D, other) for other in g]
-                u_g[split, t, k], u_gd[split, t, k] = dot(u, g[k]), dot(u, g[k], only=decayed)
-                h_theta[split, t, k] = dot(h, params, only=decayed)
-    P = M.swapaxes(-1, -2) - M
-    s = np.einsum("stij,j->sti", P, WEIGHTS)
-    decay, (e1, e2) = FLOW
-    score = s + decay * (u_gd - h_theta) - (e1 - e2) / ((e1**2 + e2**2) / 2) * u_g
-    score = score - np.einsum("stk,k->st", score, WEIGHTS)[..., None]
-    fields = {"M": M, "P": P, "s": s, "u_g": u_g, "h_theta": h_theta, "score": score}
-    spread = {f"{name}_se": _standard_error(fields[name]) for name in ("P", "s", "score")}
-    return {name: value.mean(0) for name, value in fields.items()} | spread | {"replicates": M}
-
-
-def _standard_error(values):
-    S = len(values)
-    return np.sqrt(((values - values.sum(0) / S) ** 2).sum(0) / (S - 1) / S)
-
-
-def assert_close(found, expected, tolerance):
-    """All fields, each against the size of what it is made of: P and s against max|M|."""
-    size = np.abs(expected["M"]).max()
-    for name, value in expected.items():
-        got = getattr(found, name)
-        assert got.shape == value.shape and got.dtype == np.float64, name
-        scale = size if name in ("M", "P", "P_se", "s", "s_se", "replicates") else np.abs(value).max()
-        assert np.abs(got - value).max() <= tolerance * scale, name
-
 
 CASES = list(itertools.product(("difference", "exact"), ("identity", "adam"), (MIXED, EACH)))
 
@@ -123,6 +35,58 @@ CASES = list(itertools.product(("difference", "exact"), ("identity", "adam"), (M
 def test_every_field_equals_its_definition(method, metric, targets):
     module, how = small_gpt(), settings(method=method, metric=metric)
     assert_close(measured(module, how, targets), truth(small_gpt(), how, targets), 1e-6)
+
+
+def later(t=0, split=0):
+    """Gradient of target number t of EACH at other parameters, own sequences for every split."""
+    module = small_gpt()
+    generator = torch.Generator().manual_seed(8)
+    for p in module.parameters():
+        p.data += 0.05 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
+    tokens = text("later", t, np.arange(4 * split, 4 * split + 4))
+    module.zero_grad()
+    mean_loss(module, tokens).backward()
+    return [p.grad for p in module.parameters()]
+
+
+@pytest.mark.parametrize("memory", ["full", "sharded", "scores"])
+@pytest.mark.parametrize(("method", "metric"), [("difference", "adam"), ("exact", "identity")])
+def test_a_direction_given_from_outside_takes_the_place_of_the_targets_gradient(method, metric, memory):
+    """M[k, j] = (H_k D u) . (D g_j) with the u of later parameters: one a target, or one a split and target."""
+    how = settings(method=method, metric=metric, memory=memory)
+    drawn = []
+
+    def draw(part, domain, numbers):
+        drawn.append(part)
+        return text(part, domain, numbers)
+
+    def own(target, split):
+        return later(int(target.argmax()), split)
+
+    shared = [later(t) for t in range(K)]
+    for direction, given in ((shared, later_of_first_split), (own, later)):
+        found = measured(small_gpt(), how, EACH, draw=draw, direction=direction)
+        expected = truth(small_gpt(), how, EACH, given)
+        if memory == "scores":
+            size = np.abs(expected["M"]).max()
+            assert np.abs(found.s - expected["s"]).max() <= 1e-6 * size and np.isnan(found.M).all()
+        else:
+            assert_close(found, expected, 1e-6)
+    assert "direction" not in drawn, "the target's own gradient is not measured"
+
+
+def later_of_first_split(t, split):
+    return later(t)
+
+
+def test_a_direction_that_does_not_fit_is_refused_with_the_cure():
+    how, given = settings(), later()
+    for vector, words in (
+        (given[1:], "direction: ValueError: .* give one tensor like each of the model's parameters"),
+        ([*given[:-1], given[-1] * np.nan], "direction: FloatingPointError: the direction is not finite"),
+    ):
+        with pytest.raises(probe.ProbeFailed, match=words):
+            measured(small_gpt(), how, direction=[vector])
 
 
 def test_float32_stays_within_1e_3_of_max_M():
@@ -201,6 +165,10 @@ def layouts(rank):
             reduce.traffic.reset()
             found[splits, size, name] = measured(small_gpt(), how, targets, groups[size], team)
             sent[splits, size, name] = dict(reduce.traffic.by_kind)
+    how = settings(samples=12, splits=2, metric="adam")
+    for size in groups:
+        team = reduce.team(groups[size], 2)
+        found[2, size, "given"] = measured(small_gpt(), how, MIXED, groups[size], team, direction=[later()])
     return found, sent
 
 
@@ -216,6 +184,13 @@ def test_any_number_of_ranks_measures_the_same(laid_out, splits):
         expected = truth(small_gpt(), how, targets)
         for size in (1, 2, 4):
             assert_close(found[splits, size, name], expected, 1e-6)
+
+
+def test_a_direction_given_from_outside_is_not_summed_over_a_team(laid_out):
+    """Two splits on four ranks: two ranks share one, each with the whole of the direction."""
+    expected = truth(small_gpt(), settings(samples=12, splits=2, metric="adam"), MIXED, later_of_first_split)
+    for (found, _), size in itertools.product(laid_out, (1, 2, 4)):
+        assert_close(found[2, size, "given"], expected, 1e-6)
 
 
 def test_all_ranks_hold_the_same_bits(laid_out):

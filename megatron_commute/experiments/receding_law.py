@@ -1,7 +1,7 @@
-"""Law `receding`: the first window of the best plan for the rest of the run, on the small quadratic model of receding.py.
+"""Law `receding`: the first window of the best plan for the rest of the run, on a small quadratic model.
 
-No running job keeps such a model, so the law has no name in a mixture file; experiments hand it to controller.decide as a
-function, with functools.partial(receding, model=...).
+No running job keeps such a model (receding.py), so the law has no name in a mixture file; experiments
+hand it to controller.decide as a function, with functools.partial(receding, model=...).
 """
 
 from typing import NamedTuple
@@ -36,8 +36,9 @@ class Proposal(NamedTuple):
 
 
 def receding(situation, model):
-    """Plans the rest of the run anew at every decision on `model` (a receding.Model, RH-Nys) and wishes the first window;
-    no more of it than is surer than its error. No oracle: the model knows only products and gradients."""
+    """Plans the rest of the run anew at every decision on `model` (a receding.Model, RH-Nys) and wishes the
+    first window; no more of it than is surer than its error. No oracle: the model knows only products and
+    gradients."""
     s, shares = situation, shares_of(situation)
     times, sizes = segments(s.samples_left, min(s.window, s.samples_left), model.clock)
     start = continued(s.memory, sizes, len(shares))

@@ -1,16 +1,11 @@
-"""The direction in which brackets are contracted: local | endpoint | adjoint.
+"""The gradient at the end of a window of training, pulled back through the optimiser's own steps.
 
-| kind | what | cost in gradients |
-|---|---|---|
-| local | gradient of the target now (the paper) | 1 |
-| endpoint | gradient of the target at a later state | 1, and the training that leads there |
-| adjoint | gradient at the end of a window, pulled back through the optimiser's own steps | 1 + 3 a step, exact 1 + 4.5 |
-
-The adjoint is exact for SGD (momentum), Adam and AdamW as torch.optim defines them: with s the optimiser's state and
-theta', s' = step(theta, s, g(theta)), the row (lambda_theta, lambda_s) is multiplied by the step's Jacobian from the right,
-in which the loss appears through one Hessian-vector product (3 a step with differences, 4.5 exactly). It holds for effects
-small enough to be linear: swaps of up to a fifth of the smaller weight. A loss is a callable params (list of tensors) ->
-scalar, as in hvp.py; vectors are such lists.
+Exact for SGD (momentum), Adam and AdamW as torch.optim defines them: with s the optimiser's state
+and theta', s' = step(theta, s, g(theta)), the row (lambda_theta, lambda_s) is multiplied by the
+step's Jacobian from the right, in which the loss appears through one Hessian-vector product. It
+holds for effects small enough to be linear: swaps of up to a fifth of the smaller weight. A loss is
+a callable params (list of tensors) -> scalar; vectors are such lists. Products are torch's own
+double backward, so that nothing of the package judges itself.
 """
 
 from __future__ import annotations
@@ -21,8 +16,8 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_commute import hvp
-from megatron_commute.hvp import Loss, Vector
+Vector = Sequence[torch.Tensor]
+Loss = Callable[[Vector], torch.Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,46 +58,25 @@ class Adjoint(NamedTuple):
     lengths: list[float]
 
 
-def local(target: Loss, params: Vector) -> list[torch.Tensor]:
-    """Gradient of the target at the parameters of now; one gradient."""
-    return hvp.gradient(target, params)
-
-
-def endpoint(target: Loss, end_params: Vector) -> list[torch.Tensor]:
-    """Gradient of the target at parameters that training reaches later; one gradient. As a direction for brackets of now it
-    leaves out how training in between changes what is done now."""
-    return hvp.gradient(target, end_params)
-
-
 def adjoint(
     target: Loss,
     end_params: Vector,
     window: Sequence[Step],
-    method: str = "exact",
     domains: Callable[[int], Sequence[Loss]] | None = None,
 ) -> Adjoint:
     """The target's gradient after `window`, pulled back to its start through every step.
 
     domains(t) -> K losses of step t as they entered its mixture: then effects[t, k] is the exact first variation of the
-    target with domain k's weight in that step, for K more gradients a step. Memory: the window's parameters and states,
-    and 4 vectors.
-    ValueError for an empty window or an unknown rule; FloatingPointError when the pull-back overflows.
+    target with domain k's weight in that step.
     """
-    if not window:
-        raise ValueError("the window has no steps: store at least one, or take direction `endpoint`")
-    pulled = hvp.gradient(target, end_params)
+    pulled = _gradient(target, end_params)
     memory = tuple([torch.zeros_like(p) for p in pulled] for _ in window[-1].state)
     effects, lengths = [], []
     for t in range(len(window) - 1, -1, -1):
-        pulled, memory, force = _back(window[t], pulled, memory, method)
+        pulled, memory, force = _back(window[t], pulled, memory)
         lengths.append(float(sum(p.double().square().sum() for p in pulled)) ** 0.5)
-        if not torch.isfinite(torch.tensor(lengths[-1])):
-            raise FloatingPointError(
-                f"the adjoint overflows {len(window) - t} steps before the end: store a shorter window, or lower the "
-                "learning rate"
-            )
         if domains is not None:
-            slopes = [hvp.gradient(loss, window[t].params) for loss in domains(t)]
+            slopes = [_gradient(loss, window[t].params) for loss in domains(t)]
             effects.append([_dot(force, slope) for slope in slopes])
     table = torch.tensor(effects[::-1], dtype=torch.float64) if domains is not None else None
     return Adjoint(pulled, table, lengths[::-1])
@@ -116,14 +90,12 @@ def stored(optimizer: torch.optim.Optimizer, params: Vector, loss: Loss) -> Step
     kinds = {"SGD": "sgd", "Adam": "adam", "AdamW": "adam"}
     name, groups = type(optimizer).__name__, optimizer.param_groups
     if name not in kinds:
-        raise ValueError(
-            f"direction `adjoint` knows SGD, Adam and AdamW, not {name}: choose `local` or `endpoint`"
-        )
+        raise ValueError(f"the adjoint knows SGD, Adam and AdamW, not {name}: train with one of them")
     settings = [{k: v for k, v in group.items() if k != "params"} for group in groups]
     asked = [k for k in ("nesterov", "dampening", "amsgrad", "maximize") if any(s.get(k) for s in settings)]
     if asked or any(s != settings[0] for s in settings):
         what = ", ".join(asked) or "parameter groups with different settings"
-        raise ValueError(f"direction `adjoint` does not cover {what}: choose `local` or `endpoint`")
+        raise ValueError(f"the adjoint does not cover {what}: train without")
     s, names = settings[0], ("momentum_buffer",) if kinds[name] == "sgd" else ("exp_avg", "exp_avg_sq")
     decoupled = name == "AdamW" or bool(s.get("decoupled_weight_decay"))
     rule = Rule(
@@ -148,12 +120,21 @@ def _dot(a: Vector, b: Vector) -> float:
     return float(sum((x.double() * y.double()).sum() for x, y in zip(a, b, strict=True)))
 
 
-def _back(step: Step, pulled, memory, method):
+def _gradient(loss: Loss, params: Vector) -> list[torch.Tensor]:
+    leaves = [p.detach().clone().requires_grad_(True) for p in params]
+    return list(torch.autograd.grad(loss(leaves), leaves))
+
+
+def _product(loss: Loss, params: Vector, v: Vector) -> list[torch.Tensor]:
+    leaves = [p.detach().clone().requires_grad_(True) for p in params]
+    slope = torch.autograd.grad(loss(leaves), leaves, create_graph=True)
+    return list(torch.autograd.grad(slope, leaves, list(v)))
+
+
+def _back(step: Step, pulled, memory):
     """(adjoint of params, of state, force) before the step from those after it; force: adjoint of the step's gradient."""
     rule = step.rule
-    if rule.kind not in ("sgd", "adam"):
-        raise ValueError(f"rule {rule.kind!r}: pass sgd or adam")
-    slope = hvp.gradient(step.loss, step.params)
+    slope = _gradient(step.loss, step.params)
     if rule.decay and not rule.decoupled:
         slope = [g + rule.decay * p for g, p in zip(slope, step.params, strict=True)]
     back = _sgd if rule.kind == "sgd" else _adam
@@ -162,7 +143,7 @@ def _back(step: Step, pulled, memory, method):
     own = rule.decay if not rule.decoupled else 0.0
     if not any(f.any() for f in force):
         return [kept * p for p in pulled], memory, force
-    product = hvp.hessian_vector_product(step.loss, step.params, force, method)
+    product = _product(step.loss, step.params, force)
     pulled = [kept * p + h + own * f for p, h, f in zip(pulled, product, force, strict=True)]
     return pulled, memory, force
 

@@ -141,7 +141,7 @@ def test_a_wave_on_a_straight_trend_finds_the_alternation():
     assert error == pytest.approx(0.0, abs=1e-12)
 
 
-@pytest.mark.parametrize("name", bilingual.STUDIES)
+@pytest.mark.parametrize("name", bilingual.MODULES)
 def test_a_study_goes_on_after_a_torn_line_and_redraws_from_records(settings, tmp_path, name, monkeypatch):
     monkeypatch.setattr(bilingual_paper, "QUICK", bilingual_paper.Size((2,), 2, 2, 2, (3,)))
     monkeypatch.setattr(bilingual_end_to_end, "QUICK", bilingual_end_to_end.Size(12, 2, 4, 2, 4, 1))

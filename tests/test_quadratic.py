@@ -135,7 +135,7 @@ def test_commute_keeps_every_budget_and_gains_most_of_what_a_search_gains(time, 
         assert found.weights.min() >= 0
         problem = quadratic_domains.quadratic(given["A"], given["b"])
         best = quadratic_search.search(
-            problem, given["theta0"], np.array(budgets), time, 16, given["target"], 1000
+            problem, given["theta0"], np.array(budgets), time, 16, given["target"]
         )[1]
         assert constant - found.loss > 0.8 * (constant - best) > 0
         again = quadratic.run(**given, schedule="commute")

@@ -25,7 +25,6 @@ from megatron_commute.experiments import bilingual_tables as tables
 from megatron_commute.experiments.bilingual_trainer import Settings
 
 MODULES = {"paper": paper, "signals": signals, "end-to-end": end_to_end}
-STUDIES = tuple(MODULES)
 
 
 @reduce.joined()

@@ -274,7 +274,7 @@ def quadratic(out_dir: str, seeds: int, as_json: bool) -> None:
 @click.option("--data", required=True, help="Folder of launch/prepare_data.py --by-package --vocab-size 512.")
 @click.option(
     "--study",
-    type=click.Choice(["paper", "signals", "end-to-end"]),
+    type=click.Choice(["paper", "end-to-end"]),
     default="paper",
     show_default=True,
     help="Which one.",
@@ -295,7 +295,7 @@ def quadratic(out_dir: str, seeds: int, as_json: bool) -> None:
 )
 @as_json
 def bilingual(out_dir, data, study, quick, processes, changes, estimate, tflops, as_json) -> None:
-    """Measure what the order of two languages does to a small GPT, and which signal foresees it; resumes.
+    """Measure what the order of two languages does to a small GPT; resumes.
 
     On 8 GPUs: torchrun --nproc-per-node 8 -m megatron_commute bilingual OUT_DIR ...
     """

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_commute import calibration, controller
+from megatron_commute import controller
 from megatron_commute.config import response_cost
-from megatron_commute.laws import CALIBRATED, NEEDS
+from megatron_commute.laws import NEEDS
 from megatron_commute.mixture_file import SHARE_TOLERANCE, by_domain, mixture_of, refuse_strangers, shares
 from megatron_commute.yaml_checks import ConfigError, Document, Refused, integer
 
@@ -166,16 +166,14 @@ def situation(config, plan, ahead, left, window, found, progress, control=None, 
     )
 
 
-def decisions(laws, seen, memories, signals):
-    """{law: controller.Decision} of every law on the same Situation, each with its own memory {law: dict} and the
-    calibration.Calibration of its signal {law: Calibration or None}.
+def decisions(laws, seen, memories):
+    """{law: controller.Decision} of every law on the same Situation, each with its own memory {law: dict}.
 
     A law that fails decides nothing and says so: a fault of ours never ends a run.
     """
     found = {}
     for law in laws:
-        scale, interval = calibration.for_law(signals.get(law))
-        own = dataclasses.replace(seen, memory=memories.get(law, {}), scale=scale, scale_interval=interval)
+        own = dataclasses.replace(seen, memory=memories.get(law, {}))
         try:
             found[law] = controller.decide(law, own)
         except Exception as fault:  # the same on every rank, since all look at the same numbers
@@ -184,17 +182,11 @@ def decisions(laws, seen, memories, signals):
     return found
 
 
-def permitted(config, decision, signal):
-    """The decision as far as the mode lets it act: measured laws other than `tilt`, whose user was warned, act only on
-    a signal (calibration.Calibration or None) that has earned trust.
-    """
-    law = config.controller.law
+def permitted(config, decision):
+    """The decision as far as the mode lets it act."""
     if config.mode != "act":
         return controller.Decision(None, f"mode {config.mode}: measured, weights not touched")
-    if decision.weights is None or law == "tilt" or law not in CALIBRATED or (signal and signal.trusted):
-        return decision
-    seen = f"{signal.hits} hits of {signal.n}" if signal else "not judged yet"
-    return controller.Decision(None, f"weights stay: the law's signal has not earned trust ({seen})")
+    return decision
 
 
 def facts(seen):
@@ -202,7 +194,7 @@ def facts(seen):
     found = {}
     for field in dataclasses.fields(seen):
         value = getattr(seen, field.name)
-        if field.name in ("quadratic", "memory", "scale", "scale_interval"):
+        if field.name == "memory":
             continue
         found[field.name] = (
             np.asarray(value).tolist() if isinstance(value, np.ndarray | np.generic) else value

@@ -5,12 +5,11 @@ weights of the coming window, so a decision never leaves more of a domain than t
 """
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 
 from megatron_commute.feasible import nearest
-from megatron_commute.laws import CALIBRATED, LAWS, MEASURED, Wish, remaining_shares, shares_of, significant
+from megatron_commute.laws import LAWS, MEASURED, Wish, remaining_shares, shares_of, significant
 
 __all__ = ["LAWS", "Decision", "Situation", "bounds", "decide", "remaining_shares", "significant"]
 DEAD_BAND = 1e-3  # smaller moves are not worth a change
@@ -30,9 +29,8 @@ class Situation:
     last decision, nats; effect, effect_se f64[K], effect_dof: measured change of the target loss, judged after a common
     tail, per unit of weight moved onto domain k now and given back later, relative to the mixture (negative: earlier
     helps); recency, recency_se f64[K], recency_dof: change of every domain's own loss, read without a tail, when weights
-    move by `order` f64[K] now and back in the next window; domain_losses f64[K]: held-out, nats; scale, scale_interval:
-    measured over predicted effect of the law's signal and its interval, None while uncalibrated; scheduled f64[K], the
-    schedule's weights for this window; quadratic: the receding.Model that law `receding` plans on; loss: target loss, nats;
+    move by `order` f64[K] now and back in the next window; domain_losses f64[K]: held-out, nats; scheduled f64[K], the
+    schedule's weights for this window; loss: target loss, nats;
     memory: what the law's last decision asked to keep.
 
     Guardrails: decisions_since_change: decisions since the last one that changed the weights (0: that was the last one);
@@ -67,10 +65,7 @@ class Situation:
     recency_se: np.ndarray | None = None
     recency_dof: int = 1
     domain_losses: np.ndarray | None = None
-    scale: float | None = None
-    scale_interval: tuple[float, float] | None = None
     scheduled: np.ndarray | None = None
-    quadratic: Any = None
     loss: float | None = None
     memory: dict = dataclasses.field(default_factory=dict)
     decisions_since_change: int = 2**31
@@ -214,18 +209,10 @@ def doubt(wish, situation):
     return None
 
 
-def trust(situation):
-    """Part of a law's step that its calibration grants, 0..1: 1 while uncalibrated, 0 when the interval holds no sign."""
-    if situation.scale_interval is None:
-        return 1.0
-    low, high = situation.scale_interval
-    return float(np.clip(low / high, 0.0, 1.0)) if low > 0 and np.isfinite(high) else 0.0
-
-
 def wished(law, situation):
-    """The Wish of `law`, with the gate, the trust region, the cool-down and the freeze applied."""
+    """The Wish of `law`, with the gate, the cool-down and the freeze applied."""
     s = situation
-    wish, shares = LAWS[law](s), shares_of(s)
+    wish, shares = (law if callable(law) else LAWS[law])(s), shares_of(s)
     if s.frozen:
         return wish._replace(weights=s.weights.copy(), active=False, why="the weights are frozen")
     if s.progress >= s.freeze:
@@ -237,14 +224,14 @@ def wished(law, situation):
     why = doubt(wish, s)
     if why is not None:
         return wish._replace(weights=shares, active=False, why=why)
-    part = trust(s) if law in CALIBRATED else 1.0
-    if part == 0:
-        return wish._replace(weights=shares, active=False, why="its calibration holds no sign")
-    return wish._replace(weights=shares + part * (wish.weights - shares)) if part < 1 else wish
+    return wish
 
 
 def decide(law, situation):
-    """The decision of `law` (a name in LAWS) in a Situation, guardrails applied; the same situation, the same decision."""
+    """The decision of `law` in a Situation, guardrails applied; the same situation, the same decision.
+
+    law: a name in LAWS, or a function Situation -> Wish, which does not rest after a change.
+    """
     if situation.samples_left <= 0:
         return Decision(
             None, "the run ends before new weights could take effect", memory=dict(situation.memory)

@@ -21,7 +21,7 @@ def of(line, names, budgets):
 
     names, budgets: of the K domains, budgets in samples or None. Missing and non-finite numbers are left out.
     """
-    found = {"loss": _loss, "probe": _probe, "calibration": _calibration}.get(line["event"], _nothing)
+    found = {"loss": _loss, "probe": _probe}.get(line["event"], _nothing)
     pairs = found(line, names, budgets)
     if "probe_seconds" in (line.get("timing") or {}) and line["event"] in ("probe", "skip"):
         pairs += [(key, line["timing"].get(key)) for key in ("probe_seconds", "overhead")]
@@ -67,21 +67,7 @@ def _loss(line, names, budgets):
 
 def _probe(line, names, budgets):
     pairs = [pair for kind in _PROBE for pair in _by_domain(kind, line.get(kind), names)]
-    pairs += [pair for kind in ("P", "P_se") for pair in _by_pair(kind, line.get(kind), names)]
-    for signal, found in (line.get("calibration") or {}).items():
-        pairs += [(f"calibration_{key}/{signal}", found.get(key)) for key in ("hits", "n", "rate", "scale")]
-    return pairs
-
-
-def _calibration(line, names, budgets):
-    pairs = [
-        pair for kind in ("effect", "effect_se") for pair in _by_domain(f"measured_{kind}", line[kind], names)
-    ]
-    return pairs + [
-        pair
-        for signal, told in line["signals"].items()
-        for pair in _by_domain(f"foretold/{signal}", told, names)
-    ]
+    return pairs + [pair for kind in ("P", "P_se") for pair in _by_pair(kind, line.get(kind), names)]
 
 
 def _by_domain(kind, values, names):

@@ -73,11 +73,9 @@ def laws(decisions):
     }
 
 
-def measured(known, worth):
-    """Measured effects and the worth of signals, as far as there are any: fields of a probe line."""
-    found = {key: known[key] for key in ("effect", "effect_se", "effect_dof") if key in known}
-    judged = {name: calibration._asdict() for name, calibration in worth.items()}
-    return found | ({"calibration": judged} if judged else {})
+def measured(known):
+    """Measured effects, as far as there are any: fields of a probe line."""
+    return {key: known[key] for key in ("effect", "effect_se", "effect_dof") if key in known}
 
 
 def sentence(step, names, found, weights, decision, effective):

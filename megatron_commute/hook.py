@@ -104,7 +104,7 @@ class Hook:
         if settings.mode == "act" and settings.controller.law in laws.MEASURED:
             self.say(
                 f"ACTING ON AN UNCALIBRATED SIGNAL: mode act lets the law `{settings.controller.law}` move the weights; "
-                "its signal has not been calibrated against measured order effects in this run"
+                "its signal was not compared with effects at the end of a run"
             )
 
     def begin(self, step):
@@ -222,10 +222,8 @@ class Hook:
                 f"skips this probe"
             ) from fault
         self.failures = 0
-        self.steering.judge(step, weights)
         decision, effective, told = self.steering.decide(found, weights)
-        responses, rate = self.steering.responses, self.learning_rate(step)
-        responses.foretell(self.mixture.index, found, weights, rate)
+        responses = self.steering.responses
         self._measured(step, begun, found, weights, decision, effective, told)
         if responses.kind == "rollout" and step % responses.cost.steps == 0:
             self.steering.excursion(step, self.account.mine)
@@ -246,7 +244,7 @@ class Hook:
     def _measured(self, step, begun, found, weights, decision, effective, told):
         rates = {"lr": self.learning_rate(step), "decay": self.decay, "windows": self._windows(step)}
         fields = events.probe(self.config, self.plan, found, weights, decision, effective)
-        fields |= events.measured(self.steering.responses.known(weights), self.steering.responses.worth())
+        fields |= events.measured(self.steering.responses.known(weights))
         fields |= told or {}
         self._write(
             "probe", step=step, sample=self.mixture.index, **rates, **fields, timing=self._timed(begun)

@@ -9,8 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron_commute.calibration import student
-from megatron_commute.receding import propose, segments
+from megatron_commute.intervals import student
 
 TRUST = 0.2  # deviation from the shares, relative, up to which effects measured at that amplitude stay linear
 SAVED = 0.5  # most of a weight that law finish saves for the last window; rollouts may rehearse more
@@ -132,8 +131,8 @@ def tilt(situation):
 def response(situation):
     """A step along the measured effects, short enough to be linear: w_k = shares_k (1 - TRUST z_k), |z| <= strength.
 
-    Effects inside their error bars count as zero. expected = scale * sum_k effect_k (w_k - shares_k), scale 1 while
-    uncalibrated: the window that was measured and no more. What the same step does in the windows after it was not measured,
+    Effects inside their error bars count as zero. expected = sum_k effect_k (w_k - shares_k): the window that was
+    measured and no more. What the same step does in the windows after it was not measured,
     so it is not claimed, and a gain below `gate` of the loss in one window does not begin anything.
     """
     s, shares = situation, shares_of(situation)
@@ -150,9 +149,8 @@ def response(situation):
     wish = shares * (1 - TRUST * min(s.strength, 1.0) * effect / largest)
     wish /= wish.sum()
     moved = wish - shares
-    scale = 1.0 if s.scale is None else s.scale
-    expected = float(scale * moved[counts] @ s.effect[counts])
-    error = float(abs(scale) * np.sqrt(moved[counts] ** 2 @ s.effect_se[counts] ** 2))
+    expected = float(moved[counts] @ s.effect[counts])
+    error = float(np.sqrt(moved[counts] ** 2 @ s.effect_se[counts] ** 2))
     why = f"{int(counts.sum())} of {len(counts)} measured effects outside their error bars"
     return Wish(wish, True, why, expected, error, s.effect_dof)
 
@@ -191,36 +189,6 @@ def _harmless(situation, moved):
     return float(min(1.0, (s.harm * s.domain_losses[at_risk] / worst[at_risk]).min(initial=1.0)))
 
 
-def receding(situation):
-    """The first window of the best plan for the rest of the run, made anew at every decision on the small quadratic model of
-    receding.py (RH-Nys); no more of it than is surer than its error. No oracle: the model knows only products and gradients.
-    """
-    s, shares = situation, shares_of(situation)
-    if s.quadratic is None:
-        return Wish(shares, False, "no quadratic model yet")
-    times, sizes = segments(s.samples_left, min(s.window, s.samples_left), s.quadratic.clock)
-    found = propose(
-        s.quadratic, times, sizes, shares * s.samples_left, _continued(s.memory, sizes, len(shares))
-    )
-    kept = {"plan": found.plan.round(9).tolist(), "sizes": sizes.tolist()}
-    if not found.active:
-        return Wish(shares, False, "no plan gains more than its error", memory=kept)
-    loss = None if s.loss is None else s.loss + float(found.constant)
-    told = float(found.expected), float(found.error), None, kept, loss
-    return Wish(found.wish, True, "the first window of the best plan for the rest of the run", *told)
-
-
-def _continued(memory, sizes, K):
-    """The last decision's plan over segments of `sizes` f64[M] that end where it ends, f64[M, K]; None without one."""
-    plan, before = (np.array(memory.get(key, []), dtype=np.float64) for key in ("plan", "sizes"))
-    if plan.ndim != 2 or plan.shape != (len(before), K) or before.sum() < sizes.sum():
-        return None
-    at = before.sum() - sizes.sum() + np.concatenate([[0.0], np.cumsum(sizes)])
-    ends = np.concatenate([[0.0], np.cumsum(before)])
-    spent = np.concatenate([np.zeros((1, K)), np.cumsum(plan * before[:, None], 0)])
-    return np.diff(np.stack([np.interp(at, ends, column) for column in spent.T], 1), axis=0) / sizes[:, None]
-
-
 def odm(situation):
     """Online Data Mixing (Albalak et al., arXiv 2312.02406): EXP3 with training losses as rewards; knows no budgets.
 
@@ -249,7 +217,6 @@ LAWS = {
     "proportional": proportional,
     "tau-tail": tau_tail,
     "tilt": tilt,
-    "receding": receding,
     "response": response,
     "finish": finish,
     "odm": odm,
@@ -260,14 +227,8 @@ NEEDS = {  # fields of a Situation without which a law does nothing but hold
     "proportional": (),
     "tau-tail": ("target",),
     "tilt": ("score", "score_se"),
-    "receding": ("quadratic", "loss"),
     "response": ("effect", "effect_se", "loss"),
     "finish": ("recency", "domain_losses", "order", "target"),
     "odm": ("losses",),
 }
-MEASURED = {"tilt", "receding", "response", "odm"}  # laws that rest after a change
-CALIBRATED = {
-    "tilt",
-    "receding",
-    "response",
-}  # laws whose signal is calibrated: the trust region holds for them
+MEASURED = {"tilt", "response", "odm"}  # laws that rest after a change

@@ -32,7 +32,7 @@ LIVE_DIRECTIONS = (
     "local",
 )  # the others need the run's end or its stored steps; direction.py offers them offline
 MEMORIES = ("auto", *memory.MODES)
-LAWS = ("hold", "schedule", "proportional", "tau-tail", "tilt", "receding", "response", "finish", "odm")
+LAWS = ("hold", "schedule", "proportional", "tau-tail", "tilt", "response", "finish", "odm")
 RESPONSES = ("off", "lock-in", "rollout")
 LARGEST_DELTA, LARGEST_ROLLOUT = 0.2, 0.9  # of the smallest weight; rollouts are put back and may go further
 SHARE_TOLERANCE = 1e-6

@@ -59,11 +59,7 @@ def pictures(run):
         drawn = [picture_run.weights(run), picture_run.budgets(run)]
         drawn += [picture_run.losses(run), picture_run.overhead(run)]
         drawn += [*picture_criterion.scores(run), *picture_criterion.brackets(run)]
-        drawn += [
-            picture_evidence.effects(run),
-            picture_evidence.foretold(run),
-            picture_evidence.calibrated(run),
-        ]
+        drawn.append(picture_evidence.effects(run))
     return [picture for picture in drawn if picture is not None]
 
 

@@ -9,7 +9,7 @@ import dataclasses
 
 import numpy as np
 
-from megatron_commute import calibration, control, record
+from megatron_commute import control, record
 from megatron_commute.laws import LAWS
 
 GUARDS = {
@@ -119,13 +119,10 @@ def replay(records, law=None, changed=None):
     law = law or start["controller"]["law"]
     if law not in LAWS:
         raise ValueError(f"--law {law}: write one of {', '.join(LAWS)}")
-    names = (start["probe"]["metric"], start["probe"]["direction"])
-    signal, memory, found = calibration.signal_of(law, names), {}, []
+    memory, found = {}, []
     for line in lines:
         seen = with_guards(control.from_facts(line["situation"]), changed or {})
-        worth = (line.get("calibration") or {}).get(signal)
-        worth = calibration.Calibration(**worth) if worth else None
-        decision = control.decisions([law], seen, {law: memory}, {law: worth})[law]
+        decision = control.decisions([law], seen, {law: memory})[law]
         memory = decision.memory
         found.append(_row(line, seen, decision, start))
     return found
@@ -147,23 +144,20 @@ def _row(line, seen, decision, start):
     return Replayed(
         *(line["step"], line["sample"], effective, weights, seen.weights.tolist(), line["weights_next"]),
         *(decision.reason, decision.expected, decision.expected_se),
-        *expected_effect(line, seen, decision.weights),
+        *expected_effect(seen, decision.weights),
     )
 
 
-def expected_effect(line, seen, weights):
+def expected_effect(seen, weights):
     """(change of the target loss in nats, its standard error) of moving to `weights` f64[K] now and giving it back
-    later, by the effects that were measured at a probe line and, where it is known, the scale at which they persist;
-    (None, None) where none were measured.
+    later, by the effects that were measured; (None, None) where none were.
     """
     if seen.effect is None:
         return None, None
     if weights is None:
         return 0.0, 0.0
-    worth = (line.get("calibration") or {}).get("persistence") or {}
-    scale = worth.get("scale") or 1.0
     moved = np.asarray(weights) - seen.weights
-    return float(scale * moved @ seen.effect), float(scale * np.sqrt(moved**2 @ seen.effect_se**2))
+    return float(moved @ seen.effect), float(np.sqrt(moved**2 @ seen.effect_se**2))
 
 
 def agreement(records):

@@ -10,7 +10,7 @@ import hashlib
 
 import numpy as np
 
-from megatron_commute import calibration, report_analysis, series, tables
+from megatron_commute import report_analysis, series
 from megatron_commute.markup import FIND, SCRIPT, STYLE, by_domain, named, section, table, text, unbroken
 from megatron_commute.memory import in_units
 
@@ -27,7 +27,6 @@ def page(run, pictures, torn=0):
         section(
             "Pictures", f'<div class="pictures">{"".join(map(figure, pictures))}</div>' if pictures else ""
         ),
-        section("Calibration of the signals", calibrated(run)),
         *(
             [section("Checkpoints", report_analysis.checkpoints(run))]
             if run.analysis
@@ -98,7 +97,7 @@ def loud(run):
         return ""
     return (
         '<p class="loud" role="note">Acting on an uncalibrated signal: the weights of this run follow a signal '
-        "whose predictions have not stood the comparison with measured effects.</p>\n"
+        "that was not compared with effects at the end of a run.</p>\n"
     )
 
 
@@ -168,43 +167,6 @@ def figure(picture):
     svg = picture.svg().replace("<svg ", f'<svg role="img" aria-label="{text(picture.title)}" ', 1)
     caption = f"<figcaption>{text(picture.caption)}</figcaption>"
     return f'<figure id="{text(picture.name)}"><h3>{text(picture.title)}</h3>{svg}{caption}</figure>\n'
-
-
-def calibrated(run):
-    """What every signal was worth when it was compared with effects measured later, judged after a common tail."""
-    kind = run.response_kind
-    if run.analysis or kind is None:
-        return ""
-    if not run.judgements:
-        done = f"{len(run.responses)} readings by {kind}; a comparison needs a probe before them"
-        why = "response.kind: off" if kind == "off" else text(done)
-        return f"<p>No signal was compared with a measured effect ({why}).</p>"
-    headers, rows = tables.calibrated(run)
-    note = (
-        "Compared: numbers of a signal, one for each domain but the heaviest, beside the effect measured after it. Hits: "
-        "right signs among those measured effects that differ from zero with 95 % confidence, with Wilson’s interval. "
-        "Measured / foretold: 1 is a faithful size, with Student’s interval. The last number compares with the constant "
-        "“the domain trained last gains”, which needs no measurement: half of hits minus misses beyond its own."
-    )
-    cells = [[text(cell).replace(" of ", "\u00a0of\u00a0") for cell in row] for row in rows]
-    return f'{_resolution(run)}{table(headers, cells, "calibrations")}\n<p class="soft">{text(note)}</p>'
-
-
-def _resolution(run):
-    """A sentence on how far measured effects stand out of their error, where none of them does."""
-    pairs = series.comparisons(run)
-    ratios = [
-        calibration.student(dof) * se / max(abs(value), 1e-300)
-        for *_, value, se, dof in pairs
-        if se is not None
-    ]
-    if not ratios or min(ratios) < 1:
-        return ""
-    return (
-        "<p>Nothing is proven for or against any signal yet: no effect that was measured differs from zero with 95 % "
-        f"confidence; in the median its interval is ± {np.median(ratios):.2g} times the effect itself. More cycles (a "
-        "larger measure_budget or a longer run), a wider wave (response.delta) and more response.sequences shrink it.</p>\n"
-    )
 
 
 def decisions(run):

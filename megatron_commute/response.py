@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from megatron_commute import calibration, lockin, reduce
+from megatron_commute import lockin, reduce
 from megatron_commute.config import response_cost
 from megatron_commute.mixture import Mixture
 from megatron_commute.probe import ProbeFailed
@@ -151,10 +151,10 @@ def evaluate(model, groups, draw, domains, sequences):
 
 
 class Responses:
-    """What one run measures of its own order effects, and what its signals are worth by that.
+    """What one run measures of its own order effects.
 
     config, plan, run, model, groups, draw as in hook.Hook; host: a Host, needed for kind rollout only. Losses are of all
-    domains, effects of the plan's targets. Kept: the wave under way, the last readings, predictions not judged yet.
+    domains, effects of the plan's targets. Kept: the wave under way, the last readings.
     """
 
     def __init__(self, config, plan, run, model, groups, draw, host=None):
@@ -162,13 +162,12 @@ class Responses:
         self.model, self.groups, self.draw = model, groups, draw
         self.cost = response_cost(config, run)
         self.kind = self.cost.kind
-        self.names = (config.probe.metric, config.probe.direction)
         # law finish measures one order, the one that it would use
         self.target = (
             plan.targets[0] if config.controller.law == "finish" and self.kind == "rollout" else None
         )
         self.waves, self.pairs = lockin.Waves(len(plan.names)), []
-        self.book, self.told, self.next = {}, None, -1
+        self.next = -1
 
     def losses(self):
         """Held-out losses f64[K] on the fixed sequences; collective, ProbeFailed as in `evaluate`."""
@@ -257,45 +256,6 @@ class Responses:
             return {}
         return {"order": order, **dict(zip(("recency", "recency_se", "recency_dof"), found, strict=True))}
 
-    def judge(self, weights):
-        """Compare what was foretold with what was measured since: the fields of a calibration line, or None."""
-        if self.told is None:
-            return None
-        since = self.told["sample"] + (
-            0 if self.kind == "rollout" else self.cost.steps * self.run.global_batch
-        )
-        measured = self.effect(weights, since=since)
-        if measured is None:
-            return None
-        told, self.told = self.told, None
-        signals = told["signals"]
-        self.book = calibration.update(self.book, signals, measured, weights)
-        return {
-            "foretold_at": told["sample"],
-            "signals": signals,
-            "weights": weights,
-            "effect": measured.value[0],
-            "effect_se": measured.se[0],
-            "effect_dof": measured.dof,
-        }
-
-    def foretell(self, sample, found, weights, rate):
-        """Keep what every signal says at `sample`, unless an older prediction waits for its judgement still."""
-        if self.kind == "off" or self.told is not None or len(self.plan.targets) > 1:
-            return
-        facts = (self.plan.targets[0], weights, rate, self.settings.window, self.names)
-        signals = calibration.foretold(found, *facts)
-        marks = {"persistence": "tail", "lock-in": "switch"} if self.kind == "lock-in" else {
-            "persistence": "tail", "switch": "switch", "tilt": "half"}  # fmt: skip
-        for name, mark in marks.items():
-            known = self.effect(weights, mark)
-            if known is not None:
-                sign = (
-                    -1 if mark == "half" else 1
-                )  # weight moved for good lowers the loss where it is best used last
-                signals[name] = (sign * known.value[0]).tolist()
-        self.told = {"sample": sample, "signals": signals}
-
     def known(self, weights):
         """effect, recency, domain_losses and loss of a controller.Situation, as far as they are measured."""
         measured = self.effect(weights) if len(self.plan.targets) == 1 else None
@@ -310,13 +270,9 @@ class Responses:
         return found if last is None else found | {
             "domain_losses": last, "loss": float(self.plan.targets[0] @ last)}  # fmt: skip
 
-    def worth(self):
-        """{signal: calibration.Calibration} of every signal judged so far."""
-        return {name: calibration.judged(entry) for name, entry in self.book.items()}
-
     def state_dict(self):
         pairs = [{k: np.asarray(v).tolist() for k, v in pair.items()} for pair in self.pairs]
-        return {"waves": self.waves.state_dict(), "pairs": pairs, "book": self.book, "told": self.told}
+        return {"waves": self.waves.state_dict(), "pairs": pairs}
 
     def load_state_dict(self, state, sample):
         self.waves.load_state_dict(state["waves"])
@@ -324,5 +280,4 @@ class Responses:
         self.pairs = [
             {k: np.array(v) if k in arrays else v for k, v in pair.items()} for pair in state["pairs"]
         ]
-        self.book, self.told = state["book"], state["told"]
         self.look_ahead(sample - 1)

@@ -11,7 +11,7 @@ import dataclasses
 
 import numpy as np
 
-from megatron_commute import calibration, controller
+from megatron_commute import controller
 from megatron_commute.laws import MEASURED
 
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -29,7 +29,6 @@ class Run:
     end: dict | None
     samples: int  # largest sample any line speaks of
     responses: list = dataclasses.field(default_factory=list)  # readings and rollouts that did not fail
-    judgements: list = dataclasses.field(default_factory=list)  # what was foretold, beside what was measured
     interventions: list = dataclasses.field(default_factory=list)  # versions of the control file
 
     @property
@@ -94,7 +93,6 @@ def by_event(records, source="the record"):
         end=groups["end"][-1] if groups["end"] else None,
         samples=max([0, *(line["sample"] for line in records if line.get("sample") is not None)]),
         responses=[line for line in groups.get("response", ()) if line.get("wave") is not None],
-        judgements=groups.get("calibration", []),
         interventions=groups.get("control", []),
     )
 
@@ -272,25 +270,9 @@ def effects(run):
 
 
 def uncalibrated(run):
-    """Whether the run acts on a signal that has not earned trust by measured effects."""
-    law, probe = (run.start.get("controller") or {}).get("law"), run.start.get("probe") or {}
-    if run.start.get("mode") != "act" or law not in MEASURED or run.analysis:
-        return False
-    signal = calibration.signal_of(law, (probe.get("metric"), probe.get("direction")))
-    entry = calibration.book_of(run.judgements).get(signal)
-    return entry is None or not calibration.judged(entry).trusted
-
-
-def comparisons(run):
-    """What signals foretold beside what was measured later, one row each: (sample i64, signal, domain k, foretold, measured,
-    standard error, degrees of freedom), in nats per unit of weight. Constants foretell a sign, not a size.
-    """
-    return [
-        (line["sample"], signal, k, told[k], line["effect"][k], line["effect_se"][k], line["effect_dof"])
-        for line in run.judgements
-        for signal, told in line["signals"].items()
-        for k in range(len(run.names))
-    ]
+    """Whether the weights of the run follow a measured signal: no signal here was ever compared with effects at the end."""
+    law = (run.start.get("controller") or {}).get("law")
+    return run.start.get("mode") == "act" and law in MEASURED and not run.analysis
 
 
 def improvable(run):

@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 
-from megatron_commute import calibration, control, controller, events, probe, reduce
+from megatron_commute import control, controller, events, probe, reduce
 from megatron_commute.response import Responses
 
 NEVER = 2**31  # decisions since a change that never was
@@ -53,16 +53,12 @@ class Steering:
         except Exception as fault:  # ours, and the same on every rank, since all look at the same numbers
             why = f"weights stay: the controller failed, please report it: {type(fault).__name__}: {fault}"
             return controller.Decision(None, why), effective, None
-        worth = self.responses.worth()
         asked = dict.fromkeys((settings.controller.law, *settings.controller.compare))
-        signals = {law: worth.get(calibration.signal_of(law, self.responses.names)) for law in asked}
-        told = control.decisions(asked, seen, self.memories, signals)
+        told = control.decisions(asked, seen, self.memories)
         self.memories = {law: decision.memory for law, decision in told.items()}
         self.losses[:] = 0.0
         self.since_change = min(self.since_change + 1, NEVER)
-        decision = control.permitted(
-            settings, told[settings.controller.law], signals[settings.controller.law]
-        )
+        decision = control.permitted(settings, told[settings.controller.law])
         told = {"situation": control.facts(seen), "laws": events.laws(told)}
         sent = decision.weights if decision.weights is not None else np.full(len(self.plan.names), np.nan)
         weights = reduce.broadcast_numbers(sent, self.groups)
@@ -162,12 +158,6 @@ class Steering:
             fields = {"kind": "rollout", "reason": f"{type(fault).__name__}: {fault}"}
             self.say(f"rollout at step {step} SKIPPED, the run goes on from where it was: {fault}")
         self.write("response", step=step, sample=sample, **fields, timing=self.timed(begun))
-
-    def judge(self, step, weights):
-        """Compare older predictions with what was measured since, where that is known by now."""
-        fields = self.responses.judge(weights)
-        if fields is not None:
-            self.write("calibration", step=step, sample=self.mixture.index, **fields)
 
     def look(self, step):
         """Follow a new version of the control file; rank 0 reads it."""

@@ -1,10 +1,10 @@
-"""Every series of a record as rows of numbers, unrounded, for CSV files; and what each signal was worth, in words."""
+"""Every series of a record as rows of numbers, unrounded, for CSV files."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from megatron_commute import calibration, series
+from megatron_commute import series
 
 
 def tables(run):
@@ -28,11 +28,6 @@ def tables(run):
     sample, value, error = series.effects(run)
     result["effects"] = (["sample", "domain", "value", "standard_error"],
                          [[sample[n], names[k], value[n, k], error[n, k]] for n, k in np.ndindex(value.shape)])  # fmt: skip
-    result["comparisons"] = (
-        ["sample", "signal", "domain", "foretold", "measured", "standard_error", "degrees_of_freedom"],
-        [[n, signal, names[k], *values] for n, signal, k, *values in series.comparisons(run)],
-    )
-    result["calibration"] = calibrated(run)
     result["summary"] = series.summary_rows(run)
     if run.analysis:
         of_a_run = (
@@ -41,8 +36,6 @@ def tables(run):
             "budget_left",
             "overhead",
             "effects",
-            "comparisons",
-            "calibration",
         )
         for name in (*of_a_run, *_told(run)):
             del result[name]
@@ -84,43 +77,3 @@ def _measured(run, key):
 
 def _joined(sample, *columns):
     return [[n, *row] for n, row in zip(sample.tolist(), np.column_stack(columns).tolist(), strict=True)]
-
-
-def calibrated(run):
-    """Headers and rows of text, one for each signal that was compared with measured effects, and for each that this kind of
-    response could have judged and did not.
-    """
-    book = calibration.book_of(run.judgements)
-    headers, rows = calibration.table(book)
-    found = [[row[0], str(_compared(run, row[0])), *row[1:], _verdict(book[row[0]])] for row in rows]
-    none = ["-"] * (len(headers) - 1)
-    found += [
-        [name, "0", *none, "no prediction was followed by a reading"]
-        for name in expected(run)
-        if name not in book
-    ]
-    return ["signal", "compared", *headers[1:], "verdict"], found
-
-
-def _compared(run, signal):
-    """Numbers of a signal that stand beside a measured one: relative to the mixture one domain follows from the others."""
-    return sum(len(run.names) - 1 for line in run.judgements if signal in line["signals"])
-
-
-def _verdict(entry):
-    found = calibration.judged(entry)
-    if not found.n:
-        return "not known: every measured effect is inside its error"
-    if found.n < calibration.ENOUGH:
-        return f"too few to say, {calibration.ENOUGH} are the least"
-    return "has earned trust" if found.trusted else "not shown to be better than chance"
-
-
-def expected(run):
-    """Names of the signals that a run with measured responses compares; () without any."""
-    kind, probe = run.response_kind, run.start.get("probe") or {}
-    if run.analysis or kind not in ("lock-in", "rollout") or not run.probes:
-        return ()
-    metric, direction = probe.get("metric"), probe.get("direction")
-    own = ("lock-in",) if kind == "lock-in" else ("switch", "tilt")
-    return (f"P {metric}/{direction}", f"recency {metric}", "persistence", *own, calibration.LAST)

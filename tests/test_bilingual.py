@@ -104,47 +104,18 @@ def test_both_orders_see_the_same_sequences(settings, tmp_path, monkeypatch):
     assert seen[1] == seen[2]
 
 
-def test_tables_against_hand_counts():
-    settings = Settings("x")
-    cell = {
-        "weights": [0.5, 0.5],
-        "12": [[0, dict.fromkeys(NAMES, 3.0)], [4, {**dict.fromkeys(NAMES, 3.0), "english": 3.4}]],
-    }
-    cell["21"] = [[0, dict.fromkeys(NAMES, 3.0)], [4, dict.fromkeys(NAMES, 3.2)]]
-    assert tables.half_difference(cell, "english", settings, -1) == pytest.approx(0.1)
-    assert tables.half_difference(cell, "mixture", settings, -1) == pytest.approx(0.0)
-    rows = [
-        {
-            "kind": "trained",
-            "run": "r",
-            "window": 8,
-            "step": step,
-            "truth": truth,
-            "truth_se": 0.1,
-            "seeds": 4,
-            "x": x,
-        }
-        for step, truth, x in ((1, 2.0, 1.0), (2, -4.0, -2.0), (3, 6.0, -3.0), (4, 0.1, 1.0))
-    ]
-    found = tables.judged(rows, "x", "trained")
-    assert (found["significant"], found["hits"]) == (3, 2)
-    assert found["error_dex"] == pytest.approx(0.0, abs=1e-12)  # one scale of 2 fits every magnitude
-
-
-def test_a_wave_on_a_straight_trend_finds_the_alternation():
-    """Losses of a line plus a zigzag: second differences leave the zigzag alone."""
-    signs = [1, -1, 1, -1, 1, -1]
-    read = [5.0] + [5.0 - 0.3 * (j + 1) + 0.07 * s for j, s in enumerate(signs)]
-    cell = {"weights": [0.5, 0.5], "signs": signs, "readings": [dict.fromkeys(NAMES, x) for x in read]}
-    effect, error = tables.wave_effect(cell, "english", Settings("x"))
-    assert effect == pytest.approx(0.07)
-    assert error == pytest.approx(0.0, abs=1e-12)
+def test_numbers_of_a_table_against_hand_counts():
+    losses, settings = {"english": 3.0, "russian": 4.0, "code": 5.0}, Settings("x")
+    assert tables.loss_of(losses, "code", settings, [0.75, 0.25]) == 5.0
+    assert tables.loss_of(losses, "mixture", settings, [0.75, 0.25]) == 3.25
+    assert tables.mean_and_error([1.0, 3.0, 5.0]) == pytest.approx((3.0, 2 / 3**0.5))
+    assert np.isnan(tables.mean_and_error([1.0])[1])
 
 
 @pytest.mark.parametrize("name", bilingual.MODULES)
 def test_a_study_goes_on_after_a_torn_line_and_redraws_from_records(settings, tmp_path, name, monkeypatch):
     monkeypatch.setattr(bilingual_paper, "QUICK", bilingual_paper.Size((2,), 2, 2, 2, (3,)))
-    monkeypatch.setattr(bilingual_end_to_end, "QUICK", bilingual_end_to_end.Size(12, 2, 4, 2, 4, 1))
+    monkeypatch.setattr(bilingual_end_to_end, "QUICK", bilingual_end_to_end.Size(12, 2, 4, 2))
     said = []
     first = bilingual.study(name, settings, tmp_path, quick=True, processes=1, say=said.append)
     assert said
@@ -164,7 +135,7 @@ def test_a_study_goes_on_after_a_torn_line_and_redraws_from_records(settings, tm
 
 
 def test_every_schedule_spends_its_budgets(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr(bilingual_end_to_end, "QUICK", bilingual_end_to_end.Size(20, 2, 4, 2, 4, 1))
+    monkeypatch.setattr(bilingual_end_to_end, "QUICK", bilingual_end_to_end.Size(20, 2, 4, 2))
     bilingual.study("end-to-end", settings, tmp_path, quick=True, processes=1, say=lambda line: None)
     for line in (tmp_path / "end-to-end" / "cells.jsonl").read_text().splitlines():
         assert json.loads(line)["served"] == [360, 60, 180]

@@ -208,8 +208,6 @@ def test_sizes_by_name(data, tmp_path):
     )
     assert (settings.others, settings.hidden) == ((), 768)
     assert size == bilingual_paper.Size(starts=(2000, 8000), window=4000)
-    _, size = bilingual.asked("signals", "d", ["stretch=10"])
-    assert [(w.steps, w.tail, w.states[0]) for w in size.windows][:2] == [(80, 640, 3000), (320, 640, 3000)]
     with pytest.raises(ValueError, match="--set stretch=2: write NAME=VALUE with one of"):
         bilingual.asked("paper", "d", ["stretch=2"])
     with pytest.raises(ValueError, match="--set starts=x: starts is of type int"):
@@ -238,7 +236,7 @@ def test_the_table_of_the_paper_size_is_what_the_command_counts():
     with open(folder / "estimate.csv", encoding="utf-8") as file:
         kept = [row for row in csv.DictReader(file) if row["run"] == "all"]
     lines = (folder / "README.md").read_text(encoding="utf-8").splitlines()
-    flags = [("paper", "seeds=1", "tail=0"), ("paper",), ("signals",)]
+    flags = [("paper", "seeds=1", "tail=0"), ("paper",)]
     for (name, *more), row in zip(flags, kept, strict=True):
         command = ["bash", folder / "study.sh", name, "out", *(word for m in more for word in ("--set", m))]
         said = subprocess.run(

@@ -1,4 +1,4 @@
-"""The control file, what decisions may look at, and trust: pure parts, then a run whose file is edited while it goes on."""
+"""The control file and what decisions may look at: pure parts, then a run whose file is edited while it goes on."""
 
 import dataclasses
 import json
@@ -10,7 +10,7 @@ import pytest
 import ranks
 from plain_loop import BATCH, NAMES, WEIGHTS, Loop, lines
 
-from megatron_commute import calibration, control, controller, reduce
+from megatron_commute import control, controller, reduce
 from megatron_commute.config import Config, ConfigError, Controller, Domain, Response, Run
 from megatron_commute.mixture import Mixture
 
@@ -89,24 +89,19 @@ def settings(law, mode="act", kind="off", compare=(), **more):
     return Config(domains, mode=mode, controller=law, response=Response(kind), measure_budget=0.5, **more)
 
 
-def test_measured_laws_act_on_signals_that_have_earned_trust_only():
+def test_weights_move_in_mode_act_only():
     moves = controller.Decision(np.ones(3) / 3, "moves")
-    good = calibration.judged({"hits": 20, "misses": 0, "silent": 0, "logs": [0.1, 0.2]})
-    coin = calibration.judged({"hits": 10, "misses": 10, "silent": 0, "logs": [0.1, 0.2]})
-    assert control.permitted(settings("response"), moves, good) is moves
-    for signal in (None, coin):
-        assert "not earned trust" in control.permitted(settings("response"), moves, signal).reason
-        assert control.permitted(settings("tilt"), moves, signal) is moves
-        assert control.permitted(settings("hold"), moves, signal) is moves
+    assert control.permitted(settings("tilt"), moves) is moves
     for mode in ("shadow", "fixed"):
-        assert "not touched" in control.permitted(settings("tilt", mode), moves, good).reason
+        found = control.permitted(settings("tilt", mode), moves)
+        assert found.weights is None and "not touched" in found.reason
 
 
 @pytest.mark.parametrize(
     ("config", "words"),
     [
         (settings("response"), "controller.law: response needs `effect`, which is not measured; write response.kind"),
-        (settings("tilt", compare=("receding",)), "controller.compare: receding needs `quadratic`"),
+        (settings("tilt", compare=("response",)), "controller.compare: response needs `effect`"),
         (settings("schedule"), "controller.law: schedule needs `scheduled`, which is not measured; write schedule: FILE"),
         (settings("tau-tail", mode="act", target="each"), "needs `target`"),
     ],
@@ -124,7 +119,7 @@ def test_a_law_that_fails_decides_nothing_and_says_so(monkeypatch):
     seen = controller.Situation(
         *[np.ones(2)] * 3, 1, 1, *[np.ones(2)] * 2, 3, *[np.ones(2)] * 4, 0.1, 0.9, 1.0
     )
-    found = control.decisions(["tilt"], seen, {"tilt": {"a": 1}}, {})
+    found = control.decisions(["tilt"], seen, {"tilt": {"a": 1}})
     assert found["tilt"].weights is None and "please report it: ZeroDivisionError" in found["tilt"].reason
     assert found["tilt"].memory == {"a": 1}
 

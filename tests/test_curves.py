@@ -3,7 +3,7 @@
 import pytest
 import records
 
-from megatron_commute import calibration, curves, series
+from megatron_commute import curves, series
 from megatron_commute.tables import tables
 
 # what the report shows in words, or once for the whole run, and TensorBoard therefore does not
@@ -20,18 +20,6 @@ def drawn(lines):
     }
 
 
-def judged(lines):
-    """The lines with the calibration that a live run writes into its probe lines."""
-    seen = []
-    for line in lines:
-        if line["event"] == "calibration":
-            seen.append(line)
-        if line["event"] == "probe" and seen:
-            book = calibration.book_of(seen)
-            line["calibration"] = {name: calibration.judged(entry)._asdict() for name, entry in book.items()}
-    return lines
-
-
 def expected(run, name, headers, row):
     """[(curve, sample, value)] that a row of a table stands for."""
     cells = dict(zip(headers, row, strict=True))
@@ -44,15 +32,6 @@ def expected(run, name, headers, row):
         return [(f"{kind}/{n}", at, cells[n]) for n in run.names] if sample else []
     if name == "overhead":
         return [(curve, sample, cells[key]) for key, curve in OVERHEAD.items()]
-    if name == "comparisons":
-        told = (f"foretold/{cells['signal']}/{cells['domain']}", sample, cells["foretold"])
-        of = cells["domain"]
-        measured = [(f"measured_effect/{of}", sample, cells["measured"])]
-        return [told, *measured, (f"measured_effect_se/{of}", sample, cells["standard_error"])]
-    if name == "calibration":
-        hits, _, n = cells["hits"].partition(" of ")
-        last, kind = run.probes[-1]["sample"], cells["signal"]
-        return [(f"calibration_hits/{kind}", last, int(hits)), (f"calibration_n/{kind}", last, int(n))]
     kind = {"effects": "effect"}.get(name, name)
     places = [cells[key] for key in ("first", "second", "domain") if key in cells]
     if name == "P" and run.names.index(places[0]) > run.names.index(places[1]):
@@ -70,7 +49,7 @@ def expected(run, name, headers, row):
 def test_every_series_of_the_report_is_a_curve_with_the_same_numbers(options):
     lines = records.lines(**options)
     if not options.get("each"):
-        lines = judged(records.responded(lines))
+        lines = records.responded(lines)
     run, found = series.by_event(lines), drawn(lines)
     seen = set()
     for name, (headers, rows) in tables(run).items():
@@ -81,7 +60,7 @@ def test_every_series_of_the_report_is_a_curve_with_the_same_numbers(options):
             for curve, sample, value in expected(run, name, headers, row):
                 if value == value:  # NaN: not recorded
                     assert found[curve, sample] == value, (curve, sample)
-    assert seen == {*KINDS, "weights", "overhead", "score", "s", "P", "effects", "comparisons", "calibration"}
+    assert seen == {*KINDS, "weights", "overhead", "score", "s", "P", "effects"}
 
 
 def test_a_wave_on_the_weights_is_not_in_their_curve_and_numbers_that_are_not_are_left_out():

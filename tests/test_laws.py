@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 from test_controller import situation
-from test_receding import learned
 
 from megatron_commute import laws
 from megatron_commute.controller import decide
@@ -14,14 +13,14 @@ from megatron_commute.laws import LAWS, NEEDS
 
 def test_every_law_says_what_it_needs_and_holds_without_it():
     assert set(LAWS) == set(NEEDS) == {
-        "hold", "schedule", "proportional", "tau-tail", "tilt", "receding", "response", "finish", "odm",
+        "hold", "schedule", "proportional", "tau-tail", "tilt", "response", "finish", "odm",
     }  # fmt: skip
     s = situation((0.5, 0.3, 0.2), score=(np.nan,) * 3, score_se=(np.nan,) * 3)
     for name, law in LAWS.items():
         wish = law(s)
         np.testing.assert_allclose(wish.weights, [0.5, 0.3, 0.2], err_msg=name)
         assert not wish.active and wish.expected is None, name
-    assert set(LAWS) >= laws.MEASURED and laws.CALIBRATED <= laws.MEASURED
+    assert set(LAWS) >= laws.MEASURED
 
 
 def test_schedule_follows_the_file():
@@ -65,13 +64,6 @@ def test_response_steps_along_effects_outside_their_error_and_says_what_it_expec
     assert wish.expected == pytest.approx(moved[0] * 0.04 - moved[1] * 0.06) and wish.expected < 0
     assert wish.expected_se == pytest.approx(0.001 * np.hypot(moved[0], moved[1]))
     assert np.abs(moved / s.weights).max() < 0.25, "no further than effects are linear"
-    half = LAWS["response"](situation(**{**vars_of(s), "scale": 0.5}))
-    assert half.expected == pytest.approx(wish.expected / 2)
-
-
-def vars_of(s):
-    names = ("weights", "effect", "effect_se", "effect_dof", "loss", "window")
-    return {name: tuple(v) if isinstance(v := getattr(s, name), np.ndarray) else v for name in names}
 
 
 RECENCY = {  # domain 2 is the target and gains from coming last, domain 0 loses a little by it
@@ -136,23 +128,6 @@ def test_odm_is_exp3_as_published():
     assert second.memory["turn"] == 2 and second.expected is None
 
 
-def test_receding_keeps_its_plan_as_json_and_goes_on_from_it():
-    _, _, recycled, gradients = learned(12)
-    model = recycled.model(gradients, np.full(3, 1 / 3), [0.0, 4.0])
-    given = {"score": (0, 0, 0), "quadratic": model, "loss": 5.0}
-    first = LAWS["receding"](situation((0.4, 0.3, 0.3), **given))
-    memory = json.loads(json.dumps(first.memory))
-    assert np.shape(memory["plan"]) == (10, 3) and sum(memory["sizes"]) == pytest.approx(1000)
-    assert first.active and first.expected < 0 and first.loss < 5.0
-    np.testing.assert_allclose(np.array(memory["plan"]).sum(0) * 100, [400, 300, 300], atol=1e-4)
-    later = laws._continued(memory, np.full(9, 100.0), 3)
-    np.testing.assert_allclose(later, memory["plan"][1:], atol=1e-9)
-    assert laws._continued({}, np.full(9, 100.0), 3) is None
-    assert laws._continued(memory, np.full(12, 100.0), 3) is None, (
-        "a plan for less than what is left is dropped"
-    )
-
-
 def test_a_law_that_predicts_acts_only_above_its_error_and_above_the_gate():
     """One effect of -1 nats per unit of weight: 0.1 of the weight moves, so 0.1 + 0.1 is expected of the one window."""
     given = {
@@ -173,19 +148,6 @@ def test_a_law_that_predicts_acts_only_above_its_error_and_above_the_gate():
     np.testing.assert_allclose(acting.weights, [0.6, 0.4], err_msg="what has begun is carried out")
     noisy = situation((0.5, 0.5), **given | {"effect_se": (0.3, 1e3)})
     assert decide("response", noisy).expected is None or decide("response", noisy).weights is not None
-
-
-@pytest.mark.parametrize(
-    ("interval", "part"), [(None, 1.0), ((0.5, 2.0), 0.25), ((-0.1, 2.0), 0.0), ((1.0, 1.0), 1.0)]
-)
-def test_calibration_grants_a_part_of_the_step(interval, part):
-    s = situation((0.5, 0.5), score=(2.0, -2.0), rate=1.0, scale_interval=interval)
-    full = np.exp([-1.0, 1.0]) / (np.exp(1.0) + np.exp(-1.0))
-    decision = decide("tilt", s)
-    if part == 0:
-        assert decision.weights is None and "holds no sign" in decision.reason
-    else:
-        np.testing.assert_allclose(decision.weights, 0.5 + part * (full - 0.5))
 
 
 def test_cooldown_freeze_and_frozen_weights():

@@ -14,8 +14,8 @@ PACKAGE = ROOT / "megatron_commute"
 # From the bottom up: a module may import from its own line and from those above it.
 LAYERS = [
     ["memory", "yaml_checks", "schedule", "mixture_file", "shares", "config"],
-    ["_mixture", "feasible", "mixture", "takeover", "sampler", "bracket", "record", "events"],
-    ["planning", "receding", "laws", "controller", "lockin", "calibration", "control", "replay"],
+    ["_mixture", "intervals", "feasible", "mixture", "takeover", "sampler", "bracket", "record", "events"],
+    ["laws", "controller", "lockin", "control", "replay"],
     ["series", "curves", "drawing", "tables", "markup", "report_analysis", "report"],
     ["picture_run", "picture_criterion", "picture_evidence", "plots"],
     ["_kernels", "reference", "ops", "reduce"],

@@ -8,37 +8,6 @@ import pytest
 import records
 
 from megatron_commute import plots, report, series
-from megatron_commute.tables import tables
-
-
-def test_effects_and_calibration_are_drawn_where_they_were_measured():
-    run = series.by_event(records.responded(records.lines()))
-    names = [picture.name for picture in plots.pictures(run)]
-    assert names[-3:] == ["effects", "foretold", "calibration"]
-    assert not {"effects", "foretold", "calibration"} & {picture.name for picture in plots.pictures(run_of())}
-    written = tables(run)
-    assert len(written["effects"][1]) == 3 * len(run.probes)
-    assert len(written["comparisons"][1]) == 5 * 3 * len(run.judgements)
-
-
-def test_what_was_foretold_stands_beside_what_was_measured_with_its_interval():
-    lines = records.responded(records.lines())
-    last = [line for line in lines if line["event"] == "calibration"][-1]
-    drawn = {picture.name: picture for picture in plots.pictures(series.by_event(lines))}
-    for k, axes in enumerate(drawn["foretold"].figure.get_axes()):
-        dots = [one for one in axes.lines if len(one.get_xdata()) == 1]
-        at = {int(one.get_xdata()[0]): one.get_ydata()[0] for one in dots}
-        unit = last["effect"][k] / at[0]
-        assert unit == pytest.approx(10.0 ** round(np.log10(unit)))
-        for x, (signal, told) in enumerate(last["signals"].items(), 1):
-            if signal == "last gains":  # a sign without a size
-                assert at[x] == pytest.approx(np.sign(told[k]) * abs(at[0]))
-            else:
-                assert at[x] * unit == pytest.approx(told[k])
-        low, high = axes.collections[0].get_segments()[0][:, 1]
-        assert [high - at[0], at[0] - low] == pytest.approx(
-            [2.4469 * 2e-3 / unit] * 2, rel=1e-4
-        )  # Student, six degrees
 
 
 def run_of(**options):

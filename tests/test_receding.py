@@ -1,13 +1,15 @@
 """The small model and its plans: exact where it must be, the same for any kind of vector, quiet where it knows nothing."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 import torch
+from test_controller import situation
 
-from megatron_commute import ops, planning, receding
-from megatron_commute.experiments import quadratic_domains
+from megatron_commute import ops
+from megatron_commute.experiments import quadratic_domains, receding, receding_law, receding_plan
 
 TARGET = np.full(3, 1 / 3)
 
@@ -31,7 +33,7 @@ def learned(columns, seed=0, n=12, noise=0.0, width=24, completed=12):
 
 
 def even(model, steps=8, rest=(2, 3, 3)):
-    return receding.propose(
+    return receding_law.propose(
         model, np.full(steps, model.clock[-1] / steps), np.ones(steps), np.array(rest, dtype=float)
     )
 
@@ -42,9 +44,9 @@ def test_with_a_full_basis_the_model_is_the_problem():
     assert recycled.direction(gradients, TARGET) is None
     model = recycled.model(gradients, TARGET, [0.0, 4.0])
     w, times = np.random.default_rng(1).dirichlet(np.ones(3), 5), np.full(5, 0.8)
-    exact = planning.Quadratic(problem.A, problem.gradients(theta), TARGET)
-    assert planning.loss_change(model.full, w, times) == pytest.approx(
-        planning.loss_change(exact, w, times), rel=1e-9
+    exact = receding_plan.Quadratic(problem.A, problem.gradients(theta), TARGET)
+    assert receding_plan.loss_change(model.full, w, times) == pytest.approx(
+        receding_plan.loss_change(exact, w, times), rel=1e-9
     )
     assert not model.noisy
 
@@ -65,11 +67,13 @@ def test_completion_foretells_a_product_better_than_the_basis_alone():
     for seed in range(6):
         problem, _, recycled, gradients = learned(8, seed, n=30)
         w, times = np.tile(TARGET, (4, 1)), np.full(4, 1.0)
-        exact = planning.loss_change(planning.Quadratic(problem.A, np.array(gradients), TARGET), w, times)
+        exact = receding_plan.loss_change(
+            receding_plan.Quadratic(problem.A, np.array(gradients), TARGET), w, times
+        )
         found = recycled.model(gradients, TARGET, [0.0, 4.0]).full
         recycled.completed = 0
         alone = recycled.model(gradients, TARGET, [0.0, 4.0]).full
-        errors.append([abs(planning.loss_change(m, w, times) - exact) for m in (found, alone)])
+        errors.append([abs(receding_plan.loss_change(m, w, times) - exact) for m in (found, alone)])
     ours, plain = np.median(errors, 0)
     assert ours < 0.5 * plain
 
@@ -92,7 +96,7 @@ def test_lists_of_tensors_give_the_same_model_as_rows():
         lists.add(direction, [split(row) for row in problem.A @ flat])
     w, times = np.tile(TARGET, (3, 1)), np.full(3, 0.5)
     found, expected = (
-        planning.loss_change(r.model(g, TARGET, [0, 1.5]).full, w, times)
+        receding_plan.loss_change(r.model(g, TARGET, [0, 1.5]).full, w, times)
         for r, g in ((lists, slopes), (rows, gradients))
     )
     assert found == pytest.approx(expected, rel=1e-8)
@@ -146,11 +150,13 @@ def test_a_plan_gains_what_it_expects_when_the_model_is_the_problem():
     problem, theta, recycled, gradients = learned(40)
     found = even(recycled.model(gradients, TARGET, [0.0, 4.0]))
     assert found.active and found.expected < 0 and found.error < 0.01 * -found.expected
-    exact = planning.Quadratic(problem.A, problem.gradients(theta), TARGET)
+    exact = receding_plan.Quadratic(problem.A, problem.gradients(theta), TARGET)
     times, constant = np.full(8, 0.5), np.tile([0.25, 0.375, 0.375], (8, 1))
-    gain = planning.loss_change(exact, found.plan, times) - planning.loss_change(exact, constant, times)
+    gain = receding_plan.loss_change(exact, found.plan, times) - receding_plan.loss_change(
+        exact, constant, times
+    )
     assert gain == pytest.approx(found.expected, rel=1e-6)
-    assert planning.loss_change(exact, constant, times) == pytest.approx(found.constant, rel=1e-9)
+    assert receding_plan.loss_change(exact, constant, times) == pytest.approx(found.constant, rel=1e-9)
     np.testing.assert_allclose(found.plan.sum(0), [2, 3, 3], atol=1e-9)
 
 
@@ -181,10 +187,10 @@ def test_with_little_noise_plans_are_chosen_freely_and_gain_in_truth():
         rest = np.full(3, 8 / 3)
         found = even(recycled.model(gradients, TARGET, [0.0, 4.0], size), rest=rest)
         if found.active:
-            exact = planning.Quadratic(problem.A, problem.gradients(theta), TARGET)
+            exact = receding_plan.Quadratic(problem.A, problem.gradients(theta), TARGET)
             base, times = np.tile(TARGET, (8, 1)), np.full(8, 0.5)
-            tried = planning.spread(np.vstack([found.wish, found.plan[1:]]) + 1e-9, np.ones(8), rest)
-            ends = [float(planning.loss_change(exact, w, times)) for w in (base, tried)]
+            tried = receding_plan.spread(np.vstack([found.wish, found.plan[1:]]) + 1e-9, np.ones(8), rest)
+            ends = [float(receding_plan.loss_change(exact, w, times)) for w in (base, tried)]
             gained.append(ends[0] - ends[1])
     assert len(gained) >= 5
     assert sum(g > 0 for g in gained) >= len(gained) - 1
@@ -192,13 +198,30 @@ def test_with_little_noise_plans_are_chosen_freely_and_gain_in_truth():
 
 
 def test_segments_begin_with_the_window_and_follow_the_clock():
-    times, sizes = receding.segments(1000, 100, [0.0, 3.0])
+    times, sizes = receding_law.segments(1000, 100, [0.0, 3.0])
     assert sizes.tolist() == [100.0] * 10 and times.sum() == pytest.approx(3)
-    times, sizes = receding.segments(950, 100, [0.0, 3.0])
+    times, sizes = receding_law.segments(950, 100, [0.0, 3.0])
     assert sizes[-1] == 50 and sizes.sum() == 950
-    times, sizes = receding.segments(1_000_000, 100, [0.0, 2.0, 3.0])
-    assert len(sizes) == receding.MOST_PIECES and sizes[0] == pytest.approx(100, rel=1e-6)
+    times, sizes = receding_law.segments(1_000_000, 100, [0.0, 2.0, 3.0])
+    assert len(sizes) == receding_law.MOST_PIECES and sizes[0] == pytest.approx(100, rel=1e-6)
     assert sizes.sum() == pytest.approx(1_000_000) and times.sum() == pytest.approx(3)
     assert times[0] == pytest.approx(2.0 * 100 / 500_000, rel=1e-6), (
         "the first half of the samples takes two thirds"
+    )
+
+
+def test_receding_keeps_its_plan_as_json_and_goes_on_from_it():
+    _, _, recycled, gradients = learned(12)
+    model = recycled.model(gradients, np.full(3, 1 / 3), [0.0, 4.0])
+    given = situation((0.4, 0.3, 0.3), score=(0, 0, 0), loss=5.0)
+    first = receding_law.receding(given, model)
+    memory = json.loads(json.dumps(first.memory))
+    assert np.shape(memory["plan"]) == (10, 3) and sum(memory["sizes"]) == pytest.approx(1000)
+    assert first.active and first.expected < 0 and first.loss < 5.0
+    np.testing.assert_allclose(np.array(memory["plan"]).sum(0) * 100, [400, 300, 300], atol=1e-4)
+    later = receding_law.continued(memory, np.full(9, 100.0), 3)
+    np.testing.assert_allclose(later, memory["plan"][1:], atol=1e-9)
+    assert receding_law.continued({}, np.full(9, 100.0), 3) is None
+    assert receding_law.continued(memory, np.full(12, 100.0), 3) is None, (
+        "a plan for less than what is left is dropped"
     )

@@ -59,12 +59,10 @@ def test_the_effect_of_a_decision_is_taken_from_what_was_measured(acted):
     first = next(line for line in lines if line["event"] == "probe")
     effect, se = [0.2, -0.4, -0.2667], [0.01, 0.02, 0.01]
     first["situation"] |= {"effect": effect, "effect_se": se, "effect_dof": 5}
-    first["calibration"] = {"persistence": dict.fromkeys(("hits", "n", "silent"), 9) | dict.fromkeys(
-        ("rate", "low", "high", "scale_low", "scale_high", "dex"), 0.9) | {"scale": 0.5}}  # fmt: skip
     row = replay.replay(lines)[0]
     moved = np.subtract(row.weights, row.before)
-    np.testing.assert_allclose(row.calibrated, 0.5 * moved @ effect)
-    np.testing.assert_allclose(row.calibrated_se, 0.5 * np.sqrt(moved**2 @ np.square(se)))
+    np.testing.assert_allclose(row.calibrated, moved @ effect)
+    np.testing.assert_allclose(row.calibrated_se, np.sqrt(moved**2 @ np.square(se)))
     assert replay.replay(acted[1])[0].calibrated is None
 
 

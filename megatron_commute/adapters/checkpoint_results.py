@@ -4,7 +4,7 @@ import csv
 
 import numpy as np
 
-from megatron_commute import bracket, calibration
+from megatron_commute import bracket, intervals
 
 
 def improvable(line, plan, splits, confidence):
@@ -13,7 +13,7 @@ def improvable(line, plan, splits, confidence):
     """
     score, gap_se = (np.array(line[key], dtype=np.float64) for key in ("score", "gap_se"))
     score, gap_se = np.atleast_2d(score), gap_se.reshape(-1, *gap_se.shape[-2:])
-    error = calibration.student(splits - 1, confidence) * np.where(np.isfinite(gap_se), gap_se, np.inf)
+    error = intervals.student(splits - 1, confidence) * np.where(np.isfinite(gap_se), gap_se, np.inf)
     found = [
         bracket.improvable(s, np.array(line["weights"]), e, plan.minimum, plan.maximum)
         for s, e in zip(score, error, strict=True)
@@ -23,7 +23,7 @@ def improvable(line, plan, splits, confidence):
 
 def summary(line, names, splits, confidence):
     """One checkpoint as a row: step, sample, scores by target and domain, brackets beyond their error, verdict."""
-    q = calibration.student(splits - 1, confidence)
+    q = intervals.student(splits - 1, confidence)
     one = np.ndim(line["s"]) == 1
     rows = []
     for t, target in enumerate(["the mixture"] if one else names):

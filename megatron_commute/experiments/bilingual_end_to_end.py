@@ -10,38 +10,33 @@ import math
 
 import numpy as np
 
-from megatron_commute import calibration, controller, lockin, probe, response
+from megatron_commute import controller, intervals, probe
 from megatron_commute.adapters import torch_loop
 from megatron_commute.experiments import bilingual_cells as cells
 from megatron_commute.experiments import bilingual_figures as figures
 from megatron_commute.experiments import bilingual_tables as tables
 from megatron_commute.experiments.bilingual_trainer import Text, Trainer, mean_loss, team
 from megatron_commute.mixture import Mixture
-from megatron_commute.mixture_file import Probe, Response
+from megatron_commute.mixture_file import Probe
 
 DOMAINS, SHARES = ("english", "russian", "code"), (0.6, 0.1, 0.3)
 LOW = int(np.argmin(SHARES))
-SCHEDULES = ("constant", "low-resource-last", "tau-tail", "odm", "tilt", "finish")
+SCHEDULES = ("constant", "low-resource-last", "tau-tail", "odm", "tilt")
 SETTINGS = {"constant rate": {}, "cosine": {"optimizer": "adamw", "decay": "cosine", "weight_decay": 0.1}}
-AMPLITUDE = 0.9  # of the rollouts, as a part of the weights
 TARGET = {"low-resource": np.eye(3)[LOW], "even": np.full(3, 1 / 3)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """steps of a run; every: steps between decisions; end: the last steps, of schedule low-resource-last and (two windows)
-    of law finish; pairs: its rollouts in a run are one fewer, each of two orders of twice `window` steps, and a longer run
-    needs no more of them."""
+    """steps of a run; every: steps between decisions; end: the last steps, of schedule low-resource-last; seeds: paired."""
 
     steps: int = 1000
     every: int = 50
     end: int = 200
     seeds: int = 5
-    pairs: int = 8
-    window: int = 5
 
 
-QUICK = Size(40, 4, 8, 2, 4, 1)
+QUICK = Size(40, 4, 8, 2)
 
 
 def study(settings, folder, quick, processes, say):
@@ -78,7 +73,7 @@ def study(settings, folder, quick, processes, say):
 
 
 def run(settings, folder, rate, schedule, seed, quick):
-    """One run: {"losses": final held-out loss by domain, "weights": [[step, w]], "served", "notes"}."""
+    """One run: {"losses": final held-out loss by domain, "weights": [[step, w]], "served"}."""
     size = QUICK if quick else Size()
     trainer = Trainer(settings, Text(settings), seed)
     samples = size.steps * settings.batch
@@ -93,7 +88,7 @@ def run(settings, folder, rate, schedule, seed, quick):
         domains, _ = mixture.take(settings.batch)
         trainer.step(None, np.bincount(domains, minlength=3))
     assert mixture.served.tolist() == budgets
-    return {"losses": trainer.losses(), "weights": told, "served": budgets, "notes": decide.notes}
+    return {"losses": trainer.losses(), "weights": told, "served": budgets}
 
 
 class Decider:
@@ -101,17 +96,15 @@ class Decider:
 
     def __init__(self, settings, size, schedule, trainer, mixture):
         self.settings, self.size, self.schedule = settings, size, schedule
-        self.trainer, self.mixture, self.memory, self.notes = trainer, mixture, {}, []
-        self.pairs = []
+        self.trainer, self.mixture, self.memory = trainer, mixture, {}
 
     def __call__(self, step):
         weights = {
             "constant": lambda: None,
             "low-resource-last": lambda: self._last(step),
-            "tau-tail": lambda: self._law("tau-tail", step, target=TARGET["even"]),
-            "odm": lambda: self._law("odm", step, losses=self._losses()),
-            "tilt": lambda: self._law("tilt", step, **self._scores()) if step else None,
-            "finish": lambda: self._finish(step),
+            "tau-tail": lambda: self._law("tau-tail", target=TARGET["even"]),
+            "odm": lambda: self._law("odm", losses=self._losses()),
+            "tilt": lambda: self._law("tilt", **self._scores()) if step else None,
         }[self.schedule]()
         if weights is not None:
             self.mixture.schedule(np.asarray(weights), self.mixture.index)
@@ -128,18 +121,18 @@ class Decider:
             share = (SHARES[LOW] * self.size.steps - spent) / self.size.end if left else 0.0
         return _with_low(share)
 
-    def _law(self, law, step, **signals):
+    def _law(self, law, **signals):
         """A law of controller.py with its guardrails, in the situation of this step."""
         budgets = np.array(self.mixture.budgets, dtype=np.float64)
         samples = self.size.steps * self.settings.batch
         K, left = len(SHARES), samples - self.mixture.index
         nothing = {"score": np.zeros(K), "score_se": np.full(K, np.inf), "dof": 3}
-        nothing |= {"window": self.size.every * self.settings.batch}
         situation = controller.Situation(
             weights=np.asarray(self.mixture.weights, dtype=np.float64),
             remaining=budgets - self.mixture.served,
             initial=np.array(SHARES),
             samples_left=left,
+            window=self.size.every * self.settings.batch,
             minimum=np.zeros(K),
             maximum=np.ones(K),
             floors=np.zeros(K),
@@ -153,9 +146,6 @@ class Decider:
         )
         decision = controller.decide(law, situation)
         self.memory = decision.memory
-        if law == "finish":
-            told = {"expected": decision.expected, "expected_se": decision.expected_se}
-            self.notes.append({"step": step, "reason": decision.reason, **told})
         return decision.weights
 
     def _scores(self):
@@ -181,39 +171,6 @@ class Decider:
         found = probe.measure(model, *team(wish.splits), draw, wish, target, weights, flow)
         return {"score": found.score[0], "score_se": found.score_se[0], "dof": 3}
 
-    def _finish(self, step):
-        """Law `finish` on rollouts before the end, everything put back after each."""
-        size, target = self.size, TARGET["low-resource"]
-        half, none, all_ = size.end // 2, np.zeros(3), np.ones(3)
-        if step and step % ((size.steps - size.end) // size.pairs) == 0 and step < size.steps - size.end:
-            v = lockin.towards(target, np.array(SHARES), AMPLITUDE, none, all_)
-            asked = Response(kind="rollout", window=size.window, tail=0)
-            place = (asked, self.settings.batch, np.asarray(self.mixture.served), self._losses)
-            last = size.steps - 2 * size.window  # a rehearsal of the end, at its learning rates
-            self.pairs.append(response.measure(_Excursion(self.trainer), last, np.array(SHARES), v, *place))
-        if step < size.steps - size.end or (size.steps - step) % half:
-            return None
-        order = lockin.towards(target, np.array(SHARES), 1.0, none, all_)
-        found = lockin.along(
-            order, [p.wave for p in self.pairs], [p.difference("switch") for p in self.pairs]
-        )
-        known = dict(zip(("recency", "recency_se", "recency_dof"), found, strict=True)) if found else {}
-        losses = self._losses()
-        known |= {"order": order, "domain_losses": losses, "loss": float(losses[LOW]), "target": target}
-        self.notes.append({key: np.asarray(value).tolist() for key, value in known.items()})
-        return self._law("finish", step, window=half * self.settings.batch, **known)
-
-
-class _Excursion:
-    """The Host of response.py that a Trainer is."""
-
-    def __init__(self, trainer):
-        self.trainer, self.save, self.restore = trainer, trainer.state, trainer.load
-
-    def train(self, step, domains, positions):
-        self.trainer.done = step  # which sets the learning rate
-        self.trainer.step(None, np.bincount(domains, minlength=len(SHARES)))
-
 
 def _with_low(share):
     """Weights with `share` for the low-resource domain and the others in proportion to their budgets."""
@@ -223,7 +180,7 @@ def _with_low(share):
 
 def summary(found, size):
     """One row for each rate, schedule and loss: change against the constant mixture, 95 % interval over paired seeds."""
-    rows, spread = [], calibration.student(size.seeds - 1) / math.sqrt(size.seeds)
+    rows, spread = [], intervals.student(size.seeds - 1) / math.sqrt(size.seeds)
     for rate in SETTINGS:
         for schedule in SCHEDULES:
             pairs = [

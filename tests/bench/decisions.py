@@ -15,6 +15,7 @@ the only thing a law is told about it. products: Hessian-vector products a decis
 
 import argparse
 import csv
+import functools
 import itertools
 import multiprocessing
 import sys
@@ -29,8 +30,9 @@ from decisions_optima import AXES, BUDGETS, SEEDS, TIMES, WINDOWS, cached, probl
 
 from megatron_commute import bracket
 from megatron_commute.controller import Situation, decide
+from megatron_commute.experiments.receding import Recycled
+from megatron_commute.experiments.receding_law import receding
 from megatron_commute.feasible import nearest
-from megatron_commute.receding import Recycled
 
 HERE = Path(__file__).resolve().parent
 LAWS = ("proportional", "tau-tail", "tilt", "odm", "response", "receding")
@@ -60,7 +62,7 @@ class Run:
         self.K, self.n = self.domains.b.shape
         self.target = np.full(self.K, 1 / self.K)
         self.rng = np.random.default_rng([seed, int(100 * noise), int(time), BUDGETS.index(budgets)])
-        self.recycled, self.memory, self.products = Recycled(self.K), {}, 0
+        self.recycled, self.model, self.memory, self.products = Recycled(self.K), None, {}, 0
 
     def noisy(self, vectors, factor=1.0):
         """Rows [m, n] as measured, and the standard error [m] of one entry, both from two halves."""
@@ -69,7 +71,7 @@ class Run:
         return halves.mean(0), np.sqrt(((halves[0] - halves[1]) ** 2).mean(1)) / 2
 
     def signals(self, law, w, left):
-        """The fields of a Situation that `law` needs."""
+        """The fields of a Situation that `law` needs; for `receding` its model is learned as well."""
         gradients = self.domains.gradients(self.theta)
         losses = self.domains.losses(self.theta)
         if law == "odm":
@@ -90,8 +92,8 @@ class Run:
                 if direction is not None:
                     self.recycled.add(direction, list(self.noisy(self.domains.A @ direction)[0]))
                     self.products += self.K
-            model = self.recycled.model(list(seen), self.target, [0.0, left * self.h], error)
-            return {"quadratic": model, "loss": float(self.target @ losses)}
+            self.model = self.recycled.model(list(seen), self.target, [0.0, left * self.h], error)
+            return {"loss": float(self.target @ losses)}
         return {}
 
     def _scores(self, gradients, w):
@@ -145,7 +147,8 @@ class Run:
             minimum=np.zeros(K), maximum=np.ones(K), floors=np.zeros(K), caps=np.ones(K), rate=1.0, confidence=0.95,
             strength=0.5 if law == "tilt" else 1.0, cooldown=0, memory=self.memory, **given,
         )  # fmt: skip
-        found = decide(law, situation)
+        chosen = functools.partial(receding, model=self.model) if law == "receding" else law
+        found = decide(chosen, situation)
         self.memory = found.memory
         return nearest(w if found.weights is None else found.weights, np.zeros(K), np.minimum(rest, 1.0))
 

@@ -262,14 +262,19 @@ def gpt_from_megatron(states, heads, gelu="none"):
     return model
 
 
-def sequences(part, domain, numbers, vocabulary, length):
-    """i64[n, length + 1] of a domain: what follows a token is a fixed permutation of its own, most of the time."""
+def text(domain, numbers, salt, vocabulary, length, likely):
+    """i64[n, length + 1] of a domain: what follows a token is a fixed permutation of its own, `likely` so."""
     rows = []
     for number in numbers:
-        rng = np.random.default_rng([domain, int(number), part == "direction"])
-        follows = np.random.default_rng(domain).permutation(vocabulary)
+        rng = np.random.default_rng([int(domain), int(number), salt])
+        follows = np.random.default_rng(int(domain)).permutation(vocabulary)
         row = rng.integers(vocabulary, size=length + 1)
         for i in range(length):
-            row[i + 1] = follows[row[i]] if rng.random() < 0.7 else row[i + 1]
+            row[i + 1] = follows[row[i]] if rng.random() < likely else row[i + 1]
         rows.append(row)
     return torch.from_numpy(np.array(rows))
+
+
+def sequences(part, domain, numbers, vocabulary, length):
+    """Held-out `text` of a part of a probe."""
+    return text(domain, numbers, part == "direction", vocabulary, length, 0.7)

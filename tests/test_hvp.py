@@ -203,6 +203,19 @@ def test_parameters_are_left_alone_even_by_a_failing_loss(method):
     assert all(torch.equal(a, b) and a.grad is None for a, b in zip(leaves, before, strict=True))
 
 
+class Opaque(torch.autograd.Function):
+    """A kernel with a backward of its own, as fused kernels have."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    def backward(ctx, slope):
+        return slope * 2 * ctx.saved_tensors[0].detach()
+
+
 def test_symmetry_holds_for_a_hessian_and_fails_for_what_is_none():
     loss, params, a = case("llama")
     b = case("llama", seed=5)[2]
@@ -210,13 +223,8 @@ def test_symmetry_holds_for_a_hessian_and_fails_for_what_is_none():
         products = [hvp.hessian_vector_product(loss, params, v, method) for v in (a, b)]
         assert oracles.asymmetry(a, b, *products) < bound
 
-    class Halved(torch.autograd.Function):  # its backward is not the derivative of its forward
+    class Halved(Opaque):  # its backward is not the derivative of its forward
         twice_differentiable = True
-
-        @staticmethod
-        def forward(ctx, x):
-            ctx.save_for_backward(x)
-            return x.square()
 
         @staticmethod
         def backward(ctx, slope):
@@ -259,19 +267,6 @@ def test_unused_parameters_and_vanishing_curvature_give_zeros():
     assert torch.equal(
         hvp.hessian_vector_product(lambda p: p[0].sum(), [x], v[:1], "exact")[0], torch.zeros(3)
     )
-
-
-class Opaque(torch.autograd.Function):
-    """A kernel with a backward of its own, as fused kernels have."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x.square()
-
-    @staticmethod
-    def backward(ctx, slope):
-        return slope * 2 * ctx.saved_tensors[0].detach()
 
 
 def test_unknown_kernels_are_refused_by_name_in_exact_only():

@@ -5,7 +5,7 @@ data set of n_d items. Budgets, weights and the run's length never enter the per
 make a sample repeat within an epoch.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -88,12 +88,6 @@ def item(position: int, size: int, seed: int, domain: int) -> int:
     return x
 
 
-def share(values: np.ndarray, micro_batch: int, rank: int, size: int) -> np.ndarray:
-    """Rank's part [micro-batches, micro_batch] of consecutive samples' values [n], sliced as Megatron
-    slices."""
-    return np.asarray(values).reshape(-1, size, micro_batch)[:, rank]
-
-
 class MixtureSampler:
     """Batch sampler for a torch DataLoader: each item is this rank's micro-batch, a list of (domain,
     position).
@@ -102,9 +96,8 @@ class MixtureSampler:
     micro_batch, (r + 1) * micro_batch) of it, so global batches are the same at every data-parallel size. It
     runs ahead of training, as far as the loader prefetches, on its own copy of `mixture` (`frontier`), which
     stands at the consumed samples when the sampler is made. Iterating again goes on from the frontier: after
-    a loader with prefetched batches is thrown away, make a new sampler. global_batch: samples a step, an int
-    or a callable of the sample a step begins at (batch-size ramp-up); stop_sample: the run's end, an
-    incomplete last chunk is dropped.
+    a loader with prefetched batches is thrown away, make a new sampler. global_batch: samples a step;
+    stop_sample: the run's end, an incomplete last chunk is dropped.
     """
 
     def __init__(
@@ -113,7 +106,7 @@ class MixtureSampler:
         micro_batch: int,
         data_parallel_rank: int,
         data_parallel_size: int,
-        global_batch: int | Callable[[int], int],
+        global_batch: int,
         stop_sample: int,
     ):
         if not 0 <= data_parallel_rank < data_parallel_size or micro_batch < 1:
@@ -121,20 +114,23 @@ class MixtureSampler:
                 f"rank {data_parallel_rank} of {data_parallel_size}, micro-batch {micro_batch}: "
                 "give a rank below the data-parallel size and a micro-batch of at least 1"
             )
+        chunk = micro_batch * data_parallel_size
+        if global_batch < 1 or global_batch % chunk:
+            raise ValueError(
+                f"global batch {global_batch} is not a multiple of micro-batch x data-parallel size = {chunk}: "
+                "change one of the three"
+            )
         if mixture.samples is not None and stop_sample > mixture.samples:
             raise ValueError(
                 f"stop_sample {stop_sample} is past the mixture's {mixture.samples} samples: lower it"
             )
         self.frontier = mixture.copy()
         self.micro_batch, self.rank, self.size = micro_batch, data_parallel_rank, data_parallel_size
-        self.global_batch = global_batch if callable(global_batch) else lambda sample: global_batch
         self.stop_sample = stop_sample
-        self._step_ends = self.frontier.index
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         chunk = self.micro_batch * self.size
         while self.frontier.index + chunk <= self.stop_sample:
-            self._check_step(chunk)
             domain, position = self.frontier.take(chunk)
             mine = slice(self.rank * self.micro_batch, (self.rank + 1) * self.micro_batch)
             yield list(zip(domain[mine].tolist(), position[mine].tolist(), strict=True))
@@ -142,18 +138,6 @@ class MixtureSampler:
     def __len__(self) -> int:
         """Micro-batches still to come for this rank."""
         return max(self.stop_sample - self.frontier.index, 0) // (self.micro_batch * self.size)
-
-    def _check_step(self, chunk: int) -> None:
-        """At the beginning of a step: its global batch must be a whole number of chunks."""
-        if self.frontier.index < self._step_ends:
-            return
-        batch = self.global_batch(self.frontier.index)
-        if batch < 1 or batch % chunk:
-            raise ValueError(
-                f"global batch {batch} at sample {self.frontier.index} is not a multiple of micro-batch x "
-                f"data-parallel size = {chunk}: change one of the three"
-            )
-        self._step_ends = self.frontier.index + batch
 
     def schedule(self, weights, at_sample: int) -> None:
         """Change the weights at the frontier; ValueError when prefetching has passed `at_sample` already."""

@@ -6,14 +6,11 @@ its position, a new one begins at 0, one that left is remembered, so that it goe
 comes back.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
 from megatron_commute.mixture import Mixture
-
-REPLAY_CHUNK = 10_000_000
 
 
 class Ledger(NamedTuple):
@@ -109,24 +106,19 @@ def stock_weights(shares) -> np.ndarray:
     return weights / np.sum(weights)
 
 
-def attached(
-    stock, consumed: int, weights, budgets=None, *, say: Callable[[int, int], None] | None = None, **limits
-) -> Mixture:
+def attached(stock, consumed: int, weights, budgets=None, **limits) -> Mixture:
     """The mixture of a run whose first `consumed` samples came from the stock blend with weights `stock`
     f64[K].
 
-    What each domain has served is replayed by the stock rule; say(done, consumed) hears of the progress. From
-    then on weights, budgets and limits (samples, minimum, maximum) hold. The stock blend shuffled each domain
-    in another order, so positions go on in a new permutation: samples of the epoch that is under way may come
-    twice or not at all, and the caller must say so.
+    What each domain has served is replayed by the stock rule. From then on weights, budgets and limits
+    (samples, minimum, maximum) hold. The stock blend shuffled each domain in another order, so positions go
+    on in a new permutation: samples of the epoch that is under way may come twice or not at all, and the
+    caller must say so.
     """
     if len(stock) != len(weights):
         raise ValueError(
             f"{len(stock)} stock domains, {len(weights)} in the mixture file: name the same domains"
         )
     past = Mixture(stock)
-    for done in range(0, consumed, REPLAY_CHUNK):
-        past.skip(min(REPLAY_CHUNK, consumed - done))
-        if say is not None:
-            say(past.index, consumed)
+    past.skip(consumed)
     return Mixture(weights, budgets, served=past.served, credit=past.credit, **limits)

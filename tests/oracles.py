@@ -163,6 +163,25 @@ def product(loss, params, v):
     return list(torch.autograd.grad(inner, leaves))
 
 
+def inner(a, b):
+    """a.b of two lists of tensors, in float64."""
+    return sum(float((x.double() * y.double()).sum()) for x, y in zip(a, b, strict=True))
+
+
+def length(vector):
+    return math.sqrt(inner(vector, vector))
+
+
+def gap(a, b):
+    """|a - b| / |b|."""
+    return length([x.double() - y.double() for x, y in zip(a, b, strict=True)]) / length(b)
+
+
+def asymmetry(a, b, ha, hb):
+    """|a.H b - b.H a| over the geometric mean of |a| |H b| and |b| |H a|."""
+    return abs(inner(a, hb) - inner(b, ha)) / math.sqrt(math.prod(map(length, (a, b, ha, hb))))
+
+
 def train(model, vocabulary=32, samples=16, length=8, steps=80, rate=3e-3):
     """Train the model in place with Adam, each step on a new batch; a model that has left its
     initialisation."""
@@ -243,14 +262,19 @@ def gpt_from_megatron(states, heads, gelu="none"):
     return model
 
 
-def sequences(part, domain, numbers, vocabulary, length):
-    """i64[n, length + 1] of a domain: what follows a token is a fixed permutation of its own, most of the time."""
+def text(domain, numbers, salt, vocabulary, length, likely):
+    """i64[n, length + 1] of a domain: what follows a token is a fixed permutation of its own, `likely` so."""
     rows = []
     for number in numbers:
-        rng = np.random.default_rng([domain, int(number), part == "direction"])
-        follows = np.random.default_rng(domain).permutation(vocabulary)
+        rng = np.random.default_rng([int(domain), int(number), salt])
+        follows = np.random.default_rng(int(domain)).permutation(vocabulary)
         row = rng.integers(vocabulary, size=length + 1)
         for i in range(length):
-            row[i + 1] = follows[row[i]] if rng.random() < 0.7 else row[i + 1]
+            row[i + 1] = follows[row[i]] if rng.random() < likely else row[i + 1]
         rows.append(row)
     return torch.from_numpy(np.array(rows))
+
+
+def sequences(part, domain, numbers, vocabulary, length):
+    """Held-out `text` of a part of a probe."""
+    return text(domain, numbers, part == "direction", vocabulary, length, 0.7)

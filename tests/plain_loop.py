@@ -19,15 +19,7 @@ VOCABULARY, LENGTH = 16, 6
 
 
 def text(domain, numbers, salt):
-    rows = []
-    for number in numbers:
-        rng = np.random.default_rng([int(domain), int(number), salt])
-        follows = np.random.default_rng(int(domain)).permutation(VOCABULARY)
-        row = rng.integers(VOCABULARY, size=LENGTH + 1)
-        for i in range(LENGTH):
-            row[i + 1] = follows[row[i]] if rng.random() < 0.8 else row[i + 1]
-        rows.append(row)
-    return torch.from_numpy(np.array(rows))
+    return oracles.text(domain, numbers, salt, VOCABULARY, LENGTH, 0.8)
 
 
 def held_out(part, domain, numbers):

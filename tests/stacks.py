@@ -171,6 +171,11 @@ def zero3_engine(ranks, bf16=False):
     return deepspeed.initialize(model=module, optimizer=optimizer(module), config=made)[0]
 
 
+def same(one, two):
+    """Whether two states of an engine, (tensors, the rest), are the same to the last bit."""
+    return one[1] == two[1] and all(torch.equal(a, b) for a, b in zip(one[0], two[0], strict=True))
+
+
 def faulty(kind, rank, calls):
     """Block.forward with a fault of `kind` on rank 1 at the sixth of its `calls` (an itertools.count)."""
     forward = Block.forward

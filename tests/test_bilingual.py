@@ -112,7 +112,7 @@ def test_numbers_of_a_table_against_hand_counts():
     assert np.isnan(tables.mean_and_error([1.0])[1])
 
 
-@pytest.mark.parametrize("name", bilingual.STUDIES)
+@pytest.mark.parametrize("name", bilingual.MODULES)
 def test_a_study_goes_on_after_a_torn_line_and_redraws_from_records(settings, tmp_path, name, monkeypatch):
     monkeypatch.setattr(bilingual_paper, "QUICK", bilingual_paper.Size((2,), 2, 2, 2, (3,)))
     monkeypatch.setattr(bilingual_end_to_end, "QUICK", bilingual_end_to_end.Size(12, 2, 4, 2))

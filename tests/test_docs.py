@@ -109,11 +109,14 @@ def test_readme_shows_a_picture_of_the_report():
     assert re.search(r"!\[[^\]]+\]\([^)]+\.(png|svg)\)", README.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+EXPERIMENTS = [f"megatron_commute/experiments/{name}.md" for name in ("README", "bilingual")]
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *EXPERIMENTS])
 def test_links_lead_to_files(document):
-    text = (ROOT / document).read_text(encoding="utf-8")
-    for target in re.findall(r"\]\(([^)#\s]+)", text):
-        assert target.startswith(("https://", "http://")) or (ROOT / target).exists(), target
+    page = ROOT / document
+    for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
+        assert target.startswith(("https://", "http://")) or (page.parent / target).exists(), target
 
 
 def test_named_files_exist():

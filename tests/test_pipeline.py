@@ -63,10 +63,6 @@ def state(engine):
     return [t.detach().clone() for t in (*tensors, torch.get_rng_state())], (counters, flags, buffers)
 
 
-def same(one, two):
-    return one[1] == two[1] and all(torch.equal(a, b) for a, b in zip(one[0], two[0], strict=True))
-
-
 def everything(rank):
     """On 4 ranks: two replicas of two stages, one of four, half precision, training with and without probes, faults."""
     stacks.start()
@@ -97,7 +93,7 @@ def half(rank):
     before = trained(engine, 1)
     found, after = probed(engine), state(engine)
     probed(engine)
-    told = {"P": found.P, "M": found.M, "kept": same(after, state(engine)), "losses": before}
+    told = {"P": found.P, "M": found.M, "kept": stacks.same(after, state(engine)), "losses": before}
     told["weights"] = {n: p.detach().float() for n, p in engine.module.named_parameters()}
     try:
         probed(engine, stacks.settings("exact"))
@@ -133,7 +129,7 @@ def faults(rank, engine):
             found = probed(engine, draw=draw, limit=limit)
             told[kind] = ["measured", bool(np.isfinite(found.P).all())]
         except probe.ProbeFailed as fault:
-            told[kind] = [str(fault), same(before, state(engine))]
+            told[kind] = [str(fault), stacks.same(before, state(engine))]
         stacks.Block.forward, pipeline._Run.send_forward = forward, send
     return told
 

@@ -19,7 +19,7 @@ from megatron_commute.experiments import (
     quadratic_tables,
 )
 
-RESULTS = Path(quadratic.__file__).parent / "results" / "quadratic"
+RESULTS = Path(__file__).parent / "bench" / "results" / "quadratic"
 
 
 def flow_by_expm(problem, theta, weights, time, decay=0.0):
@@ -98,13 +98,17 @@ def test_run_follows_a_schedule_step_by_step():
     assert found.loss != quadratic.run(**given, schedule=order[::-1]).loss
 
 
+def keeps(budgets, weights):
+    np.testing.assert_allclose(weights.sum(1), 1)
+    np.testing.assert_allclose(weights.sum(0), np.multiply(budgets, len(weights)), atol=1e-9)
+    assert weights.min() >= 0
+
+
 @pytest.mark.parametrize("budgets", [(0.5, 0.3, 0.2), (0.9, 0.05, 0.05), (1.0, 0.0, 0.0)])
 def test_tilt_keeps_every_budget_and_leans_against_the_scores(budgets):
     given = arguments(domains=3, steps=20, time=1.0) | {"budgets": budgets}
     found = quadratic.run(**given, schedule="tilt")
-    np.testing.assert_allclose(found.weights.sum(1), 1)
-    np.testing.assert_allclose(found.weights.sum(0), np.multiply(budgets, 20), atol=1e-9)
-    assert found.weights.min() >= 0
+    keeps(budgets, found.weights)
     problem = quadratic_domains.quadratic(given["A"], given["b"])
     u = problem.gradients(given["theta0"]).mean(0)
     s = bracket.scores(bracket.pairwise(problem.measure(given["theta0"], u)[0]), budgets)
@@ -130,12 +134,10 @@ def test_commute_keeps_every_budget_and_gains_most_of_what_a_search_gains(time, 
         given = arguments(seed, domains=3, n=12, steps=16, time=time) | {"budgets": budgets}
         constant = quadratic.run(**given, schedule="constant").loss
         found = quadratic.run(**given, schedule="commute")
-        np.testing.assert_allclose(found.weights.sum(1), 1)
-        np.testing.assert_allclose(found.weights.sum(0), np.multiply(budgets, 16), atol=1e-9)
-        assert found.weights.min() >= 0
+        keeps(budgets, found.weights)
         problem = quadratic_domains.quadratic(given["A"], given["b"])
         best = quadratic_search.search(
-            problem, given["theta0"], np.array(budgets), time, 16, given["target"], 1000
+            problem, given["theta0"], np.array(budgets), time, 16, given["target"]
         )[1]
         assert constant - found.loss > 0.8 * (constant - best) > 0
         again = quadratic.run(**given, schedule="commute")

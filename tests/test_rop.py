@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
+from oracles import asymmetry, gap, inner
 from rop_cases import (
     CASES,
     GPT2,
@@ -34,16 +35,6 @@ def truth(function, params, u):
     gradient = torch.autograd.grad(value, leaves, create_graph=True, materialize_grads=True)
     product = torch.autograd.grad(gradient, leaves, [t.double() for t in u], materialize_grads=True)
     return value.item(), [g.detach() for g in gradient], list(product)
-
-
-def inner(a, b):
-    return sum(float((x.double() * y.double()).sum()) for x, y in zip(a, b, strict=True))
-
-
-def gap(a, b):
-    """|a - b| / |b|."""
-    away = [x.double() - y.double() for x, y in zip(a, b, strict=True)]
-    return math.sqrt(inner(away, away) / inner(b, b))
 
 
 def case_of(name, dtype=torch.float64, samples=3):
@@ -140,10 +131,6 @@ def test_bfloat16_errs_no_more_than_twice_as_plain_pytorch(case):
         assert all(t.dtype is torch.float32 for t in (*found.gradient, *found.product))
         assert gap(found.gradient, gradient) < 2 * gap(plain.gradient, gradient)
         assert gap(found.product, product) < 2 * gap(plain.product, product)
-
-
-def asymmetry(a, b, ha, hb):
-    return abs(inner(a, hb) - inner(b, ha)) / math.sqrt(inner(ha, ha) * inner(hb, hb))
 
 
 # eps |v| of a central difference: hvp's rule for float32, scaled to bfloat16, and three that swallow less and bend more

@@ -11,7 +11,7 @@ import pytest
 from torch.utils.data import DataLoader
 
 from megatron_commute.mixture import Mixture
-from megatron_commute.sampler import MixedDataset, MixtureSampler, item, items, permuted, share
+from megatron_commute.sampler import MixedDataset, MixtureSampler, item, items, permuted
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -49,8 +49,6 @@ def test_slices_are_megatrons_on_every_rank(micro_batch, size):
         assert len(sampler) == len(want)
         assert list(sampler) == want
         assert len(sampler) == 0
-        domains = np.array([d for d, _ in samples[: 100 // (micro_batch * size) * micro_batch * size]])
-        assert share(domains, micro_batch, rank, size).tolist() == [[d for d, _ in batch] for batch in want]
 
 
 def global_batches(stream, sizes, steps, global_batch=16, micro_batch=2):
@@ -144,23 +142,12 @@ def test_sampler_runs_on_its_own_copy_from_where_the_mixture_stands():
     assert stream.index == 24 and sampler.frontier.index == 48
 
 
-def test_ramp_up_of_the_global_batch_moves_no_sample():
-    def ramp(sample):
-        return 4 if sample < 12 else 8
-
-    assert list(MixtureSampler(stream_of(), 1, 1, 2, ramp, 60)) == list(
-        MixtureSampler(stream_of(), 1, 1, 2, 4, 60)
-    )
-    grown = MixtureSampler(stream_of(), 4, 0, 2, lambda sample: 8 if sample < 24 else 12, 48)
-    with pytest.raises(
-        ValueError, match=r"global batch 12 at sample 24 is not a multiple of .* = 8: change one"
-    ):
-        list(grown)
-
-
 def test_wrong_layouts_name_the_cure():
     with pytest.raises(ValueError, match="give a rank below the data-parallel size"):
         MixtureSampler(stream_of(), 2, 2, 2, 8, 100)
+    for batch in (0, 6, 12):
+        with pytest.raises(ValueError, match=f"global batch {batch} is not a multiple of .* = 8: change one"):
+            MixtureSampler(stream_of(), 4, 0, 2, batch, 48)
     with pytest.raises(ValueError, match="lower it"):
         MixtureSampler(stream_of(budgets=[5, 5, 5]), 1, 0, 1, 1, 16)
     with pytest.raises(ValueError, match="give it data"):

@@ -57,10 +57,6 @@ def state(engine):
     return [t.detach().clone() for t in (*tensors, torch.get_rng_state())], told
 
 
-def same(one, two):
-    return one[1] == two[1] and all(torch.equal(a, b) for a, b in zip(one[0], two[0], strict=True))
-
-
 def everything(rank):
     """On 2 ranks: what is measured before and after training, training with and without probes, faults."""
     stacks.start()
@@ -114,7 +110,7 @@ def half(rank):
     trained(engine, rank, 1)
     weights = {n: p.float() for n, p in _gathered(engine).items()}
     before = state(engine)
-    return probed(engine), weights, same(before, state(engine))
+    return probed(engine), weights, stacks.same(before, state(engine))
 
 
 def _gathered(engine):
@@ -163,7 +159,7 @@ def faults(rank, engine):
             found = probed(engine, draw=draw, loss=loss, limit=limit)
             told[kind] = ["measured", bool(np.isfinite(found.P).all())]
         except probe.ProbeFailed as fault:
-            told[kind] = [str(fault), same(before, state(engine))]
+            told[kind] = [str(fault), stacks.same(before, state(engine))]
         stacks.Block.forward = forward
     return told
 

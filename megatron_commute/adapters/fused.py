@@ -22,22 +22,19 @@ __all__ = ["fused", "refuse", "verify", "with_fused"]
 _LOSS, _OWN, _WHOLE = 1e-5, 1e-4, 1e-6
 
 
-def fused(module, tensor_parallel_group=None, *, dtype=None, gradient=True):
+def fused(module, tensor_parallel_group=None):
     """The fused pass of a GPTModel of megatron-core (local layers) or of Megatron-DeepSpeed.
 
     Returns (parameters, u, tokens i64[b, s + 1]) -> rop.Dual with .loss, .gradient, .product; parameters and u: float32
     (float64) tensors in the order of module.named_parameters(), the module's own or copies. tensor_parallel_group: of the
-    ranks that share a layer, or None. dtype: of matrix products and activations, see rop.gradient_and_product. gradient:
-    False leaves .gradient None, at 8/9 of the cost. Raises ValueError where refuse does.
+    ranks that share a layer, or None. Raises ValueError where refuse does.
     """
     refuse(module)
     stack = fused_stacks.stack(module)
 
     def run(parameters, u, tokens):
         tokens = tokens.to(parameters[0].device)
-        return rop.gradient_and_product(
-            stack, parameters, u, tokens, tensor_parallel_group, gradient=gradient, dtype=dtype
-        )
+        return rop.gradient_and_product(stack, parameters, u, tokens, tensor_parallel_group)
 
     return run
 

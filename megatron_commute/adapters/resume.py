@@ -36,7 +36,7 @@ def fingerprint(paths, size):
     return f"{code:08x}-{size}"
 
 
-def stream(config, plan, fresh, state, consumed=0, stock=None, *, accept=False, attach=False, say=None):
+def stream(config, plan, fresh, state, consumed=0, stock=None, *, accept=False, attach=False):
     """The Stream of a run that has consumed `consumed` samples.
 
     fresh: the Mixture of a run that begins; state: Hook.state_dict of the checkpoint, None where it has none; stock: the
@@ -47,7 +47,7 @@ def stream(config, plan, fresh, state, consumed=0, stock=None, *, accept=False, 
     prints = [fingerprint(d.path, n) for d, n in zip(config.domains, plan.sizes, strict=True)]
     limits = {"samples": fresh.samples, "minimum": list(plan.minimum), "maximum": list(plan.maximum)}
     if state is None:
-        return _without_state(config, plan, fresh, prints, limits, consumed, stock, attach, say)
+        return _without_state(config, plan, fresh, prints, limits, consumed, stock, attach)
     if consumed and consumed != state["mixture"]["index"]:
         raise ConfigError(
             f"--global-batch-size: the checkpoint stands at sample {state['mixture']['index']}, its iterations times this "
@@ -81,7 +81,7 @@ def stream(config, plan, fresh, state, consumed=0, stock=None, *, accept=False, 
     return Stream(*both, found)
 
 
-def _without_state(config, plan, fresh, prints, limits, consumed, stock, attach, say):
+def _without_state(config, plan, fresh, prints, limits, consumed, stock, attach):
     book = takeover.ledger(plan.names, prints)
     if consumed == 0:
         return Stream(fresh, book, [])
@@ -98,7 +98,7 @@ def _without_state(config, plan, fresh, prints, limits, consumed, stock, attach,
         fresh.skip(consumed)
         return Stream(fresh, book, [f"taken over at sample {consumed} from a run without the plug-in"])
     try:
-        mixture = takeover.attached(stock, consumed, plan.weights, list(plan.budgets), say=say, **limits)
+        mixture = takeover.attached(stock, consumed, plan.weights, list(plan.budgets), **limits)
     except ValueError as error:
         raise ConfigError(
             f"{config.file}: cannot take the run over: {error}; budgets count what was served before"

@@ -24,7 +24,6 @@ from megatron_commute.experiments import bilingual_tables as tables
 from megatron_commute.experiments.bilingual_trainer import Settings
 
 MODULES = {"paper": paper, "end-to-end": end_to_end}
-STUDIES = tuple(MODULES)
 
 
 @reduce.joined()

@@ -181,9 +181,9 @@ class Trainer:
     per domain instead, as a mixture does.
     """
 
-    def __init__(self, settings, text, seed=None, device=None):
+    def __init__(self, settings, text, seed=None):
         self.settings, self.text = settings, text
-        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.seed = settings.seed if seed is None else seed
         torch.manual_seed(self.seed)
         self.model = GPT(settings).to(self.device)

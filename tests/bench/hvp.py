@@ -26,6 +26,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (1, 2)]
 
 import hvp_methods  # noqa: E402
 import oracles  # noqa: E402
+from oracles import length  # noqa: E402
 
 from megatron_commute import hvp, rop  # noqa: E402
 
@@ -56,10 +57,6 @@ def cpu_seconds(function, *args):
     start = time.process_time()
     function(*args)
     return time.process_time() - start
-
-
-def length(vector):
-    return sum(float(t.double().square().sum()) for t in vector) ** 0.5
 
 
 def ratios(functions, base, rounds):

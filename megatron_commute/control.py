@@ -3,7 +3,7 @@ run.
 
 RUN/commute.control.yaml may be written, changed and removed while the run goes on:
 
-    freeze: true                        # the weights stay, nothing is modulated
+    freeze: true                        # the weights stay
     weights: {en: 0.5, ru: 0.5}         # these instead, budgets permitting ...
     from: 128000                        # ... from this sample on; default: as soon as the data loaders allow
     caps: {en: 0.6}                     # upper bounds of what a law may ask, one number for all or NAME: share

@@ -1,4 +1,4 @@
-"""Pictures of what a run did: its weights, losses, budgets, and what its probes cost."""
+"""Pictures of what a run did: its weights, losses, budgets, what its probes cost, and a replay beside it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from megatron_commute.drawing import (
     GREY,
     MANY,
     MARKERS,
+    STYLE,
     Picture,
     canvas,
+    label,
     legend,
     line,
     percent,
@@ -127,3 +129,23 @@ def overhead(run):
         axes.set_ylabel(words)
     caption = "Time spent in probes since the start as a share of training time, and the time of each probe."
     return Picture("overhead", "Cost of the probes", caption, figure)
+
+
+def replayed(run, found):
+    """A replay.Told beside what happened."""
+    figure, panels = canvas(run, len(run.names), height=1.35)
+    unit, (sample, value) = sample_unit(run)[0], series.weights(run)
+    rows = [row for row in found.decisions if row.weights is not None]
+    at = np.array([row.effective_sample for row in rows]) / unit
+    for k, axes in enumerate(panels):
+        colour = COLOURS[k % len(COLOURS)]
+        steps = np.append(sample, run.span) / unit, np.append(value[:, k], value[-1, k])
+        axes.step(*steps, where="post", color=GREY)
+        before, after = (np.array([getattr(row, key)[k] for row in rows]) for key in ("before", "weights"))
+        axes.vlines(at, before, after, color=colour, linewidth=1.2)
+        axes.plot(at, after, "o", color=colour)
+        axes.yaxis.set_major_formatter(percent)
+        axes.set_title(label(run.names[k]))
+    figure.supylabel("weight (% of samples)", fontsize=STYLE["font.size"])
+    words = f"Grey: what happened. Dots: where law {found.law} would have gone from there."
+    return Picture("replay", f"Replay of law {found.law}", words, figure)

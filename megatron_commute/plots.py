@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import pathlib
 
-from megatron_commute import picture_criterion, picture_evidence, picture_run, record, series
+from megatron_commute import picture_criterion, picture_run, record, series
 from megatron_commute.drawing import house_style
 from megatron_commute.report import page
 from megatron_commute.series import summary_rows
@@ -68,7 +68,7 @@ def replayed(run, found, out):
     if out.suffix not in (".png", ".svg"):
         raise ValueError(f"--out {out}: write a name that ends in .png or .svg")
     with house_style():
-        picture = picture_evidence.replayed(events, found)
+        picture = picture_run.replayed(events, found)
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".svg":
         out.write_text(picture.svg(), encoding="utf-8")

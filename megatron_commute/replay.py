@@ -10,8 +10,8 @@ import dataclasses
 import numpy as np
 
 from megatron_commute import control, record
+from megatron_commute.cut_keys import CUT_LAWS, CUT_SINCE
 from megatron_commute.laws import LAWS
-from megatron_commute.mixture_file import CUT_LAWS, CUT_SINCE
 
 GUARDS = {
     "rate": float,

@@ -5,7 +5,7 @@ import dataclasses
 
 import pytest
 
-from megatron_commute import mixture_file
+from megatron_commute import cut_keys, mixture_file
 from megatron_commute.config import ConfigError, load
 
 TWO = "domains:\n  en: {path: en}\n  ru: {path: ru}\n"
@@ -200,7 +200,7 @@ CUT = [
     ("controller: {end: {share: 0.1}}", "4: controller.end: was cut in 0.2.0; write the end of the run into a schedule: FILE, mode: fixed, and remove the key here"),
     ("probe: {direction: local}", "4: probe.direction: was cut in 0.2.0; remove the key, probes of a run are local; code that measures offline hands a direction over"),
     ("controller: {law: finish}", "4: controller.law: finish was cut in 0.2.0 (it gained 0.3 % at best); write hold or tilt"),
-    ("controller: {law: response}", "4: controller.law: response was cut in 0.2.0 (its signal had 5 of 14 signs); write hold or tilt"),
+    ("controller: {law: response}", "4: controller.law: response was cut in 0.2.0 (lock-in, which it needs, had 5 of 14 signs right); write hold or tilt"),
     ("controller: {law: receding}", "4: controller.law: receding was cut in 0.2.0 (it plans on a model that no running job keeps); write hold or tilt"),
     ("controller: {compare: [hold, finish]}", "4: controller.compare: finish was cut in 0.2.0 (it gained 0.3 % at best); leave it out"),
 ]  # fmt: skip
@@ -212,9 +212,9 @@ def test_what_was_cut_is_named_with_the_version_and_what_to_write_instead(tmp_pa
 
 
 def test_every_cut_has_its_message():
-    assert {message.split(": ")[1] for _, message in CUT} >= set(mixture_file.CUT)
-    assert {law for law in mixture_file.CUT_LAWS if f"controller: {{law: {law}}}" in dict(CUT)} == set(
-        mixture_file.CUT_LAWS
+    assert {message.split(": ")[1] for _, message in CUT} >= set(cut_keys.CUT)
+    assert {law for law in cut_keys.CUT_LAWS if f"controller: {{law: {law}}}" in dict(CUT)} == set(
+        cut_keys.CUT_LAWS
     )
 
 

@@ -13,11 +13,11 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "megatron_commute"
 # From the bottom up: a module may import from its own line and from those above it.
 LAYERS = [
-    ["memory", "yaml_checks", "schedule", "mixture_file", "shares", "config"],
+    ["memory", "yaml_checks", "cut_keys", "schedule", "mixture_file", "shares", "config"],
     ["_mixture", "intervals", "feasible", "mixture", "takeover", "sampler", "bracket", "record", "events"],
     ["laws", "controller", "control", "replay"],
     ["series", "curves", "drawing", "tables", "markup", "report_analysis", "report"],
-    ["picture_run", "picture_criterion", "picture_evidence", "plots"],
+    ["picture_run", "picture_criterion", "plots"],
     ["_kernels", "reference", "ops", "reduce"],
     ["hvp", "rop_layers", "rop", "account"],
     ["replicate", "replicate_ways", "probe"],

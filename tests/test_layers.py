@@ -13,9 +13,11 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "megatron_commute"
 # From the bottom up: a module may import from its own line and from those above it.
 LAYERS = [
+    ["settings.*"],
     ["memory", "yaml_checks", "schedule", "mixture_file", "shares", "config"],
     ["_mixture", "feasible", "mixture", "takeover", "sampler", "bracket", "record", "events"],
     ["planning", "receding", "laws", "controller", "lockin", "calibration", "control", "replay"],
+    ["decide.*"],
     ["series", "curves", "drawing", "tables", "markup", "report_analysis", "report"],
     ["picture_run", "picture_criterion", "picture_evidence", "plots"],
     ["_kernels", "reference", "ops", "reduce"],
@@ -27,7 +29,7 @@ LAYERS = [
     ["experiments.*"],
     ["patch", "cli", "doctor", "__main__"],
 ]
-PURE = LAYERS[0] + LAYERS[1][1:] + LAYERS[2] + LAYERS[3] + LAYERS[4]
+PURE = [*LAYERS[1], *LAYERS[2][1:], *LAYERS[3], *LAYERS[5], *LAYERS[6], "settings.rates", "decide.flow"]
 HEAVY = [
     "matplotlib",
     "scipy",

@@ -7,6 +7,8 @@ import os
 import sys
 from pathlib import Path
 
+from megatron_commute.settings import rates
+
 
 def parse(argv):
     parser = argparse.ArgumentParser(
@@ -17,15 +19,19 @@ def parse(argv):
         ("num-query-groups", int, 1), ("seq-length", int, 256), ("max-position-embeddings", int, None),
         ("vocab-size", int, 4096), ("make-vocab-size-divisible-by", int, 128), ("init-method-std", float, 0.02),
         ("hidden-dropout", float, 0.1), ("attention-dropout", float, 0.1), ("tensor-model-parallel-size", int, 1),
-        ("micro-batch-size", int, 4), ("global-batch-size", int, 16), ("train-iters", int, 100), ("lr", float, 1e-3),
-        ("min-lr", float, 0.0), ("lr-warmup-iters", int, 0), ("weight-decay", float, 0.01), ("adam-beta1", float, 0.9),
-        ("adam-beta2", float, 0.999), ("adam-eps", float, 1e-8), ("seed", int, 1234), ("num-workers", int, 2),
+        ("micro-batch-size", int, 4), ("global-batch-size", int, 16), ("train-iters", int, 100),
+        ("weight-decay", float, 0.01), ("adam-beta1", float, 0.9), ("adam-beta2", float, 0.999),
+        ("adam-eps", float, 1e-8), ("seed", int, 1234), ("num-workers", int, 2),
         ("log-interval", int, 10), ("eval-interval", int, 100), ("eval-iters", int, 4), ("save-interval", int, 0),
         ("save", str, None), ("load", str, None), ("tensorboard-dir", str, None), ("data-cache-path", str, None),
         ("deepspeed_config", str, str(Path(__file__).with_name("ds_zero1.json"))), ("commute", str, None),
         ("local_rank", int, 0), ("distributed-timeout-minutes", float, 10.0),
     ):  # fmt: skip
         parser.add_argument(f"--{flag}", type=kind, default=default)
+    for flag in rates.FLAGS:
+        kind = {"type": flag.kind, "choices": flag.choices or None, "help": flag.help}
+        parser.add_argument(f"--{flag.name}", default=flag.default, **kind)
+    parser.set_defaults(lr=1e-3)
     parser.add_argument("--normalization", choices=("LayerNorm", "RMSNorm"), default="LayerNorm")
     parser.add_argument(
         "--position-embedding-type", choices=("learned_absolute", "rope"), default="learned_absolute"
@@ -106,6 +112,10 @@ def refuse(args, world):
                  "log_interval", "eval_interval", "eval_iters"):  # fmt: skip
         if getattr(args, flag) < 1:
             raise ConfigError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: write a positive number")
+    try:
+        rates.from_flags(vars(args))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     if not args.distributed_timeout_minutes > 0:
         raise ConfigError("--distributed-timeout-minutes: write a positive number")
     try:

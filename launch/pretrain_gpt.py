@@ -8,7 +8,6 @@ import contextlib
 import datetime
 import json
 import logging
-import math
 import os
 import shutil
 import sys
@@ -17,13 +16,14 @@ from pathlib import Path
 import numpy as np
 from arguments import checkpoint_of, parse, prepare
 
+from megatron_commute.settings import rates
+
+KEPT_WORDS = ("normalization", "position_embedding_type", "lr_decay_style", "lr_wsd_decay_style")
+
 
 def learning_rate(args, step):
-    """Rate of step `step`: linear warm-up, then a cosine from --lr to --min-lr at --train-iters."""
-    if step < args.lr_warmup_iters:
-        return args.lr * (step + 1) / args.lr_warmup_iters
-    progress = (step - args.lr_warmup_iters) / max(1, args.train_iters - args.lr_warmup_iters)
-    return args.min_lr + (args.lr - args.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    """Rate of step `step` (0-based), Megatron's: the first step of a warm-up has the rate --lr-warmup-init."""
+    return rates.rate(rates.from_flags(vars(args)), step)
 
 
 def engine_config(args, data_parallel, universal=False):
@@ -163,7 +163,7 @@ def save(engine, args, iteration, hook):
     state = {"iteration": iteration, "commute": json.dumps(hook.state_dict()) if hook is not None else None}
     # what `megatron-commute analyze` must know of the model and its schedule; paths are left out
     kept = {name: value for name, value in vars(args).items() if isinstance(value, bool | int | float)}
-    kept |= {name: getattr(args, name) for name in ("normalization", "position_embedding_type")}
+    kept |= {name: getattr(args, name) for name in KEPT_WORDS}
     state["arguments"] = json.dumps(kept)
     engine.save_checkpoint(args.save, tag=f"global_step{iteration}", client_state=state)
 

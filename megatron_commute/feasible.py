@@ -5,6 +5,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+ROUNDS = 500  # of the search for a schedule; ten do unless bounds leave hardly any room
+RIDGE = 1e-3  # at most, of its curvature: a domain at its bounds everywhere has none of its own
+LONGEST = 4.0  # step of a logarithm in one round
+
 
 def normalised(weights, count=None) -> np.ndarray:
     """Weights f64[K] that sum to one; untouched when they do already (to 1e-12), as Megatron's table needs
@@ -193,3 +197,82 @@ def check(low, high, owed, samples, index) -> None:
                 f"{name}: {need} of the {left} samples left is outside the weight bounds "
                 f"[{floor:g}, {ceiling:g}] to the end: change the budget or the bounds"
             )
+
+
+def nearest_schedule(wish, sizes, budgets, low, high) -> np.ndarray:
+    """The weights f64[M, K] of a whole schedule nearest to `wish` f64[M, K] > 0 in KL divergence, by samples.
+
+    sizes f64[M]: samples of each segment; budgets f64[K]: samples of each domain, in sum those of the
+    segments. Rows sum to one, columns serve their budgets, and w_mk = clip(a_m b_k wish_mk, low_k, high_k).
+    ValueError when a budget is outside its bounds on average; else the constant weights show that some exist.
+    """
+    wish, sizes, budgets = (np.asarray(x, dtype=np.float64) for x in (wish, sizes, budgets))
+    if not (np.isfinite(wish).all() and (wish > 0).all() and (sizes > 0).all()):
+        raise ValueError("wishes and segments of a schedule: give finite numbers above 0")
+    total = math.fsum(sizes)
+    if abs(math.fsum(budgets) - total) > 1e-9 * total:
+        raise ValueError(f"budgets of {math.fsum(budgets):g} samples in {total:g}: give equal sums")
+    share = budgets / total
+    for k in np.flatnonzero((share < low - 1e-9) | (share > high + 1e-9)):
+        raise ValueError(
+            f"domain {k}: {budgets[k]:g} of the {total:g} samples left is outside the weight bounds "
+            f"[{low[k]:g}, {high[k]:g}] to the end: change the budget or the bounds"
+        )
+    result = np.tile(share, (len(sizes), 1))
+    free = (share > low + 1e-12) & (share < high - 1e-12)  # others stand at their bound all along
+    if len(sizes) > 1 and free.sum() > 1:
+        q, bounds = wish[:, free], (low[free], high[free])
+        result[:, free] = _projected(q, sizes / total, share[free], *np.broadcast_arrays(*bounds, q)[:2])
+    return result
+
+
+def _projected(q, sizes, share, low, high) -> np.ndarray:
+    """clip(a_m b_k q_mk, low, high) f64[M, K] with equal row sums and sizes f64[M] @ columns = share f64[K].
+
+    Newton's method on log b for the concave dual, whose slope is what the columns lack, every row with the a
+    that it needs; a step that goes too far, so that the slope along it turns round, is shortened.
+    """
+    mass = np.full(len(q), math.fsum(share))
+
+    def rows(log_b):
+        tilted = q * np.exp(log_b - log_b.max())
+        w = np.clip(_scales(tilted, low, high, mass)[:, None] * tilted, low, high)
+        return log_b, w, share - sizes @ w
+
+    log_b, w, off = rows(np.zeros(len(share)))
+    for _ in range(ROUNDS):
+        inner = np.where((w > low) & (w < high), w, 0.0)
+        part = inner / np.maximum(inner.sum(1, keepdims=True), np.finfo(float).tiny)
+        curvature = np.diag(sizes @ inner) - (sizes[:, None] * inner).T @ part
+        error = np.abs(off).max()
+        step = np.linalg.solve(curvature + np.diag(share * min(error, RIDGE) + 1e-15), off)
+        if error <= 1e-12:  # one linear step takes the rest to rounding
+            return np.clip(w + inner * (step - (part @ step)[:, None]), low, high)
+        step *= min(1.0, LONGEST / np.abs(step).max())
+        gain = slope = off @ step
+        while True:
+            ahead = rows(log_b + step)
+            slope = ahead[2] @ step
+            if slope >= -0.5 * gain:
+                break
+            shorter = min(max(gain / (gain - slope), 0.1), 0.6)
+            step, gain = shorter * step, shorter * gain
+        log_b, w, off = ahead
+    raise ValueError("budgets and bounds of a schedule leave hardly any room: widen the bounds")
+
+
+def _scales(q, low, high, mass) -> np.ndarray:
+    """`_scale` of every row: the a f64[M] with sum_k clip(a_m q_mk, low_mk, high_mk) = mass_m."""
+    every, steps = np.arange(len(q)), np.sort(np.concatenate([low / q, high / q], axis=1), axis=1)
+    left, right = np.zeros(len(q), dtype=int), np.full(len(q), steps.shape[1] - 1)
+    while (right - left > 1).any():
+        middle = (left + right) // 2
+        below = np.clip(steps[every, middle][:, None] * q, low, high).sum(1) <= mass
+        left, right = np.where(below, middle, left), np.where(below, right, middle)
+    start, end = steps[every, left], steps[every, right]
+    inside = 0.5 * (start + end)[:, None] * q
+    free = (inside > low) & (inside < high)
+    fixed = np.where(free, 0.0, np.clip(inside, low, high)).sum(1)
+    slope = np.where(free, q, 0.0).sum(1)
+    exact = (mass - fixed) / np.where(slope > 0, slope, 1.0)
+    return np.where(slope > 0, exact.clip(start, end), start)

@@ -144,9 +144,10 @@ def test_a_checkpoint_that_would_run_code_is_refused_and_runs_none(tmp_path):
 def test_the_learning_rate_is_the_trainers():
     trainer = jobs.trainer()
     kept = {"lr": 3e-3, "min_lr": 1e-4, "lr_warmup_iters": 4, "train_iters": 40}
-    args = types.SimpleNamespace(**kept)
-    for step in range(45):
-        assert checkpoint_model.learning_rate(args, step) == pytest.approx(trainer.learning_rate(args, step))
+    for way in ({}, {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 10, "lr_wsd_decay_style": "linear"}):
+        args = types.SimpleNamespace(**kept, **way)
+        for step in range(45):
+            assert checkpoint_model.learning_rate(args, step) == trainer.learning_rate(args, step)
     assert checkpoint_model.learning_rate(types.SimpleNamespace(train_iters=40), 3) is None
 
 

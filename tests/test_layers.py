@@ -27,7 +27,7 @@ LAYERS = [
     ["experiments.*"],
     ["patch", "cli", "doctor", "__main__"],
 ]
-PURE = LAYERS[0] + LAYERS[1][1:] + LAYERS[2] + LAYERS[3] + LAYERS[4]
+PURE = [*LAYERS[1], *LAYERS[2][1:], *LAYERS[3], *LAYERS[5], *LAYERS[6], "settings.rates", "decide.flow"]
 HEAVY = [
     "matplotlib",
     "scipy",

@@ -142,6 +142,11 @@ def test_files_of_two_tokenizers_for_one_domain(trainer, data, capsys):
         (("--tensor-model-parallel-size", 0), "--tensor-model-parallel-size 0: write a positive number"),
         (("--micro-batch-size", 0), "--micro-batch-size 0: write a positive number"),
         (("--train-iters", -1), "--train-iters -1: write a positive number"),
+        (
+            ("--lr-warmup-iters", 20),
+            "a warm-up of 20 steps leaves nothing of --train-iters 20; shorten the warm-up",
+        ),
+        (("--lr-decay-style", "WSD"), "--lr-decay-style WSD: write --lr-wsd-decay-iters"),
         (("--num-workers", -1), "--num-workers and --save-interval: write 0 or a positive number"),
         (("--train-iters", 21), "the run has 168"),
         (("--valid-data-path", "en", "ru"), "--valid-data-path: en ru: write WEIGHT PREFIX pairs"),
@@ -236,7 +241,7 @@ def test_unknown_flags_and_abbreviations_end_with_status_2(trainer, data, capsys
 def test_learning_rate_warms_up_and_falls_along_a_cosine(trainer):
     args = types.SimpleNamespace(lr=2.0, min_lr=0.5, lr_warmup_iters=4, train_iters=24)
     rates = [trainer.learning_rate(args, step) for step in range(30)]
-    assert rates[:4] == [0.5, 1.0, 1.5, 2.0] and rates[4] == 2.0
+    assert rates[:5] == [0.0, 0.5, 1.0, 1.5, 2.0]
     assert rates[14] == pytest.approx(0.5 + 1.5 * 0.5 * (1 + math.cos(math.pi / 2)))
     assert rates[24:] == [0.5] * 6 and (np.diff(rates[4:25]) < 0).all()
 

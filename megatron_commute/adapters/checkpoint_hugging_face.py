@@ -66,7 +66,7 @@ def _arguments(folder, config, step, extra):
             '{"seq_length": 1024, "global_batch_size": 64}; the global batch is per_device_train_batch_size'
             f"{f' ({batch} here)' if batch else ''} x gradient_accumulation_steps x processes"
         )
-    found = {"vocab_size": config["vocab_size"], "lr_decay_style": "linear", "warms_from_zero": True, **extra}
+    found = {"vocab_size": config["vocab_size"], "lr_decay_style": "linear", **extra}
     found |= {
         flag: state[name]
         for flag, name in (("train_iters", "max_steps"), ("micro_batch_size", "train_batch_size"))

@@ -118,7 +118,6 @@ def _arguments(flags, folder):
         position_embedding_type="rope" if rope else "learned_absolute",
         untie_embeddings_and_output_weights=bool(flags.get("untie_embeddings_and_output_weights")),
         disable_bias_linear=not flags.get("add_bias_linear", True),
-        warms_from_zero=True,
     )
 
 

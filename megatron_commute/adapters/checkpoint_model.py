@@ -3,7 +3,6 @@
 import contextlib
 import json
 import logging
-import math
 import os
 import tempfile
 import types
@@ -14,6 +13,7 @@ import torch
 from megatron_commute.adapters import checkpoint_zero, megatron_core, torch_loop
 from megatron_commute.adapters.checkpoint_files import CheckpointError, files, hugging_face
 from megatron_commute.adapters.checkpoint_parallel import merged
+from megatron_commute.settings import rates
 
 # what gpt_model asks of its flags
 _ARCHITECTURE = (
@@ -191,24 +191,12 @@ def openai_gelu(x):
 
 
 def learning_rate(arguments, step):
-    """Rate of step `step` (0-based) by the schedule of the flags: warm-up, then cosine, linear or constant; None where the
-    flags say none."""
-    peak, last = getattr(arguments, "lr", None), getattr(arguments, "min_lr", 0.0) or 0.0
-    if not peak:
+    """Rate of step `step` (0-based) by the schedule of the flags; None where they say none."""
+    values = vars(arguments)
+    steps = values.get("train_iters") or values.get("lr_decay_iters")
+    if not values.get("lr") or not steps:
         return None
-    total = getattr(arguments, "lr_decay_iters", None) or getattr(arguments, "train_iters", None) or 1
-    warm = getattr(arguments, "lr_warmup_iters", 0) or 0
-    if getattr(arguments, "lr_warmup_fraction", None):
-        warm = arguments.lr_warmup_fraction * total
-    first = 0 if getattr(arguments, "warms_from_zero", False) else 1  # Megatron's own scheduler begins at 0
-    if step < warm:
-        return peak * (step + first) / warm
-    progress = min(1.0, (step - warm) / max(1, total - warm))
-    way = getattr(arguments, "lr_decay_style", None) or "cosine"
-    if way == "constant":
-        return peak
-    share = 1 - progress if way == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
-    return last + (peak - last) * share
+    return rates.rate(rates.from_flags({**values, "train_iters": steps}), step)
 
 
 @contextlib.contextmanager

@@ -16,9 +16,9 @@ import pytest
 LAUNCH = Path(__file__).parents[1] / "launch"
 sys.path.insert(0, str(LAUNCH))
 
-import parallel_text  # noqa: E402
-import prepare_data  # noqa: E402
-import text_sources  # noqa: E402
+import parallel_text
+import prepare_data
+import text_sources
 
 PAGE = """<!DOCTYPE html><html><head><title>no</title><style>p {{}}</style></head><body>
 <header><p>menu</p></header><div><h1 id="a">{0}</h1><p>{1} &amp; <b>more</b>

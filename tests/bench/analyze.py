@@ -24,11 +24,11 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (1, 2)]
 
-import jobs  # noqa: E402
-import ranks  # noqa: E402
+import jobs
+import ranks
 
-from megatron_commute import checkpoints, config, hvp  # noqa: E402
-from megatron_commute.adapters import checkpoint_model, megatron_core  # noqa: E402
+from megatron_commute import checkpoints, config, hvp
+from megatron_commute.adapters import checkpoint_model, megatron_core
 
 CHECKPOINTS, EVERY, BATCH, MICRO, SEQUENCE = 12, 2, 8, 4, 256
 METHODS = ("difference", "exact", "fused")

@@ -24,11 +24,11 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (1, 2)]
 
-import hvp_methods  # noqa: E402
-import oracles  # noqa: E402
-from oracles import length  # noqa: E402
+import hvp_methods
+import oracles
+from oracles import length
 
-from megatron_commute import hvp, rop  # noqa: E402
+from megatron_commute import hvp, rop
 
 HERE = Path(__file__).resolve().parent
 # vocabulary, width, heads, blocks, length, samples; rounds

@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (1, 2)]
 
-import rop_cases  # noqa: E402
+import rop_cases
 
-from megatron_commute import hvp, ops, reference, rop  # noqa: E402
+from megatron_commute import hvp, ops, reference, rop
 
 
 class Case:

@@ -28,7 +28,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1])]
 
-from megatron_commute import ops, reference  # noqa: E402
+from megatron_commute import ops, reference
 
 ROUNDS, VECTORS = 7, 8
 TOKENS, HIDDEN, INNER, WORDS = 512, 1024, 4096, 16384

@@ -24,10 +24,10 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (1, 2)]
 
-import oracles  # noqa: E402
+import oracles
 
-from megatron_commute import probe, reduce, replicate  # noqa: E402
-from megatron_commute.adapters import torch_loop  # noqa: E402
+from megatron_commute import probe, reduce, replicate
+from megatron_commute.adapters import torch_loop
 
 VOCABULARY, LENGTH, MICRO, BATCH, ROUNDS = 128, 64, 8, 32, 5
 EVERY, PAPER_BATCH, PAPER_SAMPLES = 1000, 512, 600

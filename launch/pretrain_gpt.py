@@ -134,10 +134,10 @@ def validate(engine, datasets, args, groups):
 
 
 def scalars(directory, plan):
-    """A listener of the record that writes the curves of its lines (megatron_commute/curves.py) to TensorBoard."""
+    """A listener of the record that writes the curves of its lines (megatron_commute/report/curves.py) to TensorBoard."""
     from torch.utils.tensorboard import SummaryWriter
 
-    from megatron_commute import curves
+    from megatron_commute.report import curves
 
     writer = SummaryWriter(directory)
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import click
 
-from megatron_commute import __version__, memory
+from megatron_commute import __version__
 from megatron_commute.config import Config, ConfigError, Plan, Run, load, probe_cost, resolve
-from megatron_commute.schedule import drawing
+from megatron_commute.settings import memory
+from megatron_commute.settings.schedule import drawing
 
 PREFETCH_FACTOR = 2  # micro-batches that each worker of a torch DataLoader holds ready
 
@@ -72,8 +73,8 @@ def plan(
     as_json: bool,
 ) -> None:
     """Check a mixture file against run and data; show what would happen. Nothing is written."""
-    from megatron_commute.adapters.indexed_data import inspect_data
-    from megatron_commute.control import refuse_blind
+    from megatron_commute.data.indexed import inspect_data
+    from megatron_commute.decide.control_file import refuse_blind
 
     try:
         if world_size < 1 or tensor_model_parallel_size < 1 or world_size % tensor_model_parallel_size:
@@ -201,7 +202,7 @@ def _shown(value: Any) -> str:
 @as_json
 def report(run: str, out: str | None, export_dir: str | None, as_json: bool) -> None:
     """Draw the report of a run from its record (a file or the folder that holds it)."""
-    from megatron_commute import plots
+    from megatron_commute.report import plots
 
     try:
         path = Path(plots.report(run, out))
@@ -229,8 +230,8 @@ def report(run: str, out: str | None, export_dir: str | None, as_json: bool) -> 
 @as_json
 def replay(record: str, law: str | None, guards: tuple[str, ...], out: str | None, as_json: bool) -> None:
     """What a law would have decided on the measurements of a record (a file or the folder that holds it)."""
-    from megatron_commute import plots
-    from megatron_commute import replay as replays
+    from megatron_commute.decide import replay as replays
+    from megatron_commute.report import plots
 
     try:
         found = replays.told(record, law, guards)
@@ -332,7 +333,7 @@ def analyze(checkpoints, data, out, as_json, **asked) -> None:
     """Measure the criterion along checkpoints (global_stepN, checkpoint-N, or a folder of many); resumes."""
     from tqdm import tqdm
 
-    from megatron_commute import checkpoints as analysis
+    from megatron_commute.checkpoints import analysis as analysis
 
     def bar(total, unit):
         return tqdm(total=total, unit=unit, dynamic_ncols=True, disable=as_json)

@@ -6,16 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron_commute.mixture_file import (
-    Budget,
-    Config,
-    Controller,
-    Domain,
-    Probe,
-    load,
-)
-from megatron_commute.schedule import planned_counts
-from megatron_commute.shares import (
+from megatron_commute.settings.mixture_file import Budget, Config, Controller, Domain, Probe, load
+from megatron_commute.settings.schedule import planned_counts
+from megatron_commute.settings.shares import (
     Run,
     check_changes,
     exact_budgets,
@@ -24,7 +17,7 @@ from megatron_commute.shares import (
     planned_shares,
     share_bounds,
 )
-from megatron_commute.yaml_checks import ConfigError
+from megatron_commute.settings.yaml_checks import ConfigError
 
 __all__ = [
     "Budget",

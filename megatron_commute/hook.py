@@ -11,10 +11,14 @@ import time
 
 import numpy as np
 
-from megatron_commute import control, events, laws, probe, reduce
-from megatron_commute.account import Account
+from megatron_commute import reduce
 from megatron_commute.config import direction_samples
-from megatron_commute.steering import Steering
+from megatron_commute.decide import control_file as control
+from megatron_commute.decide import laws
+from megatron_commute.decide.steering import Steering
+from megatron_commute.measure import probe
+from megatron_commute.record import lines as events
+from megatron_commute.record.tally import Account
 
 STATE_VERSION = 3
 WRITTEN_BY = {2: "0.1.0"}  # versions of megatron_commute whose state this one cannot go on from

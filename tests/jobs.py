@@ -136,13 +136,13 @@ class _watched:
         self.module, self.seen, self.kill_at = module, seen, kill_at
 
     def __enter__(self):
-        from megatron_commute import probe
+        from megatron_commute.measure import probe
 
         self.step, self.measure = self.module.train_step, probe.measure
         self.module.train_step, probe.measure = self._train_step, self._measure
 
     def __exit__(self, *_):
-        from megatron_commute import probe
+        from megatron_commute.measure import probe
 
         self.module.train_step, probe.measure = self.step, self.measure
 

@@ -8,11 +8,13 @@ import numpy as np
 import oracles
 import torch
 
-from megatron_commute import record, reduce, takeover
+from megatron_commute import reduce
 from megatron_commute.adapters import torch_loop
 from megatron_commute.config import Config, Controller, Domain, Plan, Probe, Run
+from megatron_commute.data import takeover
 from megatron_commute.hook import Hook
 from megatron_commute.mixture import Mixture
+from megatron_commute.record import log as record
 
 NAMES, WEIGHTS, BATCH, EVERY = ("en", "ru", "code"), (0.6, 0.1, 0.3), 4, 4
 VOCABULARY, LENGTH = 16, 6

@@ -5,7 +5,7 @@ import math
 import torch
 from torch.nn import functional as F
 
-from megatron_commute import rop
+from megatron_commute.measure import rop
 
 # the smallest that still tells every size apart
 VOCABULARY, WIDTH, HEADS, LENGTH, BLOCKS, INNER = 19, 24, 4, 7, 2, 10

@@ -7,7 +7,7 @@ import pytest
 import ranks
 
 from megatron_commute import reduce
-from megatron_commute.account import Account, sample_hash
+from megatron_commute.record.tally import Account, sample_hash
 
 K, BATCH, MICRO, STEPS, LENGTH = 3, 8, 2, 5, 7
 

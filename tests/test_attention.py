@@ -70,7 +70,7 @@ def errors(found, true, floor=1e-12):
 @pytest.fixture(params=["portable", "avx2", "avx512"])
 def machine(request):
     """The tiles of each instruction set; on a machine that lacks it, those of the widest it has."""
-    from megatron_commute import _kernels
+    from megatron_commute.kernels import compiled as _kernels
 
     _kernels._cpu.limit_machine(["portable", "avx2", "avx512"].index(request.param))
     yield request.param

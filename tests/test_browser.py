@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import records
 
-from megatron_commute import plots, record
+from megatron_commute.record import log as record
+from megatron_commute.report import plots
 
 ROOT = Path(__file__).resolve().parent.parent
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -16,10 +16,12 @@ import ranks
 import torch
 from test_analyze import call, digests, probes
 
-from megatron_commute import checkpoints
-from megatron_commute.adapters import checkpoint_files, checkpoint_model, megatron_core
-from megatron_commute.adapters import checkpoint_hugging_face as hugging_face
-from megatron_commute.adapters.checkpoint_files import CheckpointError
+from megatron_commute.adapters import megatron_core
+from megatron_commute.checkpoints import analysis as checkpoints
+from megatron_commute.checkpoints import files as checkpoint_files
+from megatron_commute.checkpoints import hugging_face as hugging_face
+from megatron_commute.checkpoints import model as checkpoint_model
+from megatron_commute.checkpoints.files import CheckpointError
 
 GPT2 = {"vocab_size": 256, "n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 2}
 LLAMA = {

@@ -14,9 +14,11 @@ import pytest
 import ranks
 import torch
 
-from megatron_commute import checkpoints
-from megatron_commute.adapters import checkpoint_files, checkpoint_model, checkpoint_parallel
-from megatron_commute.adapters.checkpoint_files import CheckpointError
+from megatron_commute.checkpoints import analysis as checkpoints
+from megatron_commute.checkpoints import files as checkpoint_files
+from megatron_commute.checkpoints import model as checkpoint_model
+from megatron_commute.checkpoints import parallel as checkpoint_parallel
+from megatron_commute.checkpoints.files import CheckpointError
 
 ITERS, EVERY = 10, 4
 RICH = [

@@ -271,5 +271,5 @@ def test_as_a_module():
 
 
 def test_the_version_is_that_of_the_package():
-    assert config.ConfigError.__module__ == "megatron_commute.yaml_checks"
+    assert config.ConfigError.__module__ == "megatron_commute.settings.yaml_checks"
     assert invoke("--version").output.endswith("0.1.0\n")

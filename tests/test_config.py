@@ -5,8 +5,8 @@ import dataclasses
 
 import pytest
 
-from megatron_commute import cut_keys, mixture_file
 from megatron_commute.config import ConfigError, load
+from megatron_commute.settings import cut_keys, mixture_file
 
 TWO = "domains:\n  en: {path: en}\n  ru: {path: ru}\n"
 

@@ -10,8 +10,10 @@ import pytest
 import ranks
 from plain_loop import BATCH, NAMES, WEIGHTS, Loop, lines
 
-from megatron_commute import control, controller, reduce
+from megatron_commute import reduce
 from megatron_commute.config import Config, ConfigError, Controller, Domain
+from megatron_commute.decide import control_file as control
+from megatron_commute.decide import controller
 from megatron_commute.mixture import Mixture
 
 GOOD = "freeze: true\nweights: {en: 0.5, ru: 0.5}\nfrom: 64\ncaps: {en: 0.6}\n"
@@ -73,7 +75,7 @@ def test_situations_survive_the_record():
         np.array([0.5, 0.5]), np.array([10.0, math.nan]), np.array([0.5, 0.5]), 40, 8, np.array([1e-3, -2.0 / 3]),
         np.ones(2), 3, np.zeros(2), np.ones(2), np.zeros(2), np.ones(2), 0.1, 0.95, 1.0, losses=np.array([math.nan, 2.0]),
     )  # fmt: skip
-    from megatron_commute.record import _plain
+    from megatron_commute.record.log import _plain
 
     again = control.from_facts(json.loads(json.dumps(_plain(control.facts(seen)))))
     for field in dataclasses.fields(seen):

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_commute import controller
-from megatron_commute.controller import Situation, decide, remaining_shares, significant
+from megatron_commute.decide import controller
+from megatron_commute.decide.controller import Situation, decide, remaining_shares, significant
 from megatron_commute.experiments import receding, receding_law, receding_plan
 from megatron_commute.mixture import Mixture
 

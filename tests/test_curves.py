@@ -3,8 +3,8 @@
 import pytest
 import records
 
-from megatron_commute import curves, series
-from megatron_commute.tables import tables
+from megatron_commute.report import curves, series
+from megatron_commute.report.tables import tables
 
 # what the report shows in words, or once for the whole run, and TensorBoard therefore does not
 WORDS = {"decisions", "skips", "interventions", "summary"}

@@ -10,8 +10,8 @@ import pytest
 import ranks
 import torch
 
-from megatron_commute import record
 from megatron_commute.adapters import restart
+from megatron_commute.record import log as record
 
 ITERS, SAVED, BATCH, MICRO = 20, 10, 8, 2
 STAGES = (0, 1, 2, 3)

@@ -9,8 +9,11 @@ import ranks
 import torch
 from plain_loop import BATCH, NAMES, WEIGHTS, Loop, fails_at, held_out, lines
 
-from megatron_commute import controller, probe, record, reduce
+from megatron_commute import reduce
+from megatron_commute.decide import controller
+from megatron_commute.measure import probe
 from megatron_commute.mixture import Mixture
+from megatron_commute.record import log as record
 
 
 def test_training_losses_with_and_without_probes_are_bit_identical(tmp_path):

@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 from plain_loop import BATCH, Loop, fails_at, held_out, lines, mean_loss
 
-from megatron_commute import controller, probe, record, reduce
+from megatron_commute import reduce
 from megatron_commute.adapters import torch_loop
 from megatron_commute.config import Config, Probe
+from megatron_commute.decide import controller
+from megatron_commute.measure import probe
+from megatron_commute.record import log as record
 
 
 def test_three_failures_in_a_row_switch_probing_off_and_a_success_starts_the_count_anew(tmp_path):

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from megatron_commute.adapters.indexed_data import (
+from megatron_commute.config import ConfigError, Run, load, resolve
+from megatron_commute.data.indexed import (
     DataError,
     TokenSequences,
     data_summary,
     domain_datasets,
     inspect_data,
 )
-from megatron_commute.config import ConfigError, Run, load, resolve
 
 SEQ = 8
 

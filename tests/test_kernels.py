@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_commute import _kernels, ops, reference
+from megatron_commute import ops
+from megatron_commute.kernels import compiled as _kernels
+from megatron_commute.kernels import reference
 
 pytestmark = pytest.mark.skipif(
     _kernels._cpu is None, reason="the CPU kernels were not built: no C++ compiler"

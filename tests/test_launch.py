@@ -9,7 +9,7 @@ import jobs
 import pytest
 import ranks
 
-from megatron_commute import record
+from megatron_commute.record import log as record
 
 TRAINER = Path(jobs.__file__).resolve().parent.parent / "launch" / "pretrain_gpt.py"
 

@@ -5,9 +5,9 @@ import json
 import numpy as np
 from test_controller import situation
 
-from megatron_commute import laws
-from megatron_commute.controller import decide
-from megatron_commute.laws import LAWS, NEEDS
+from megatron_commute.decide import laws
+from megatron_commute.decide.controller import decide
+from megatron_commute.decide.laws import LAWS, NEEDS
 
 
 def test_every_law_says_what_it_needs_and_holds_without_it():

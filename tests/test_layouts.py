@@ -7,8 +7,10 @@ import ranks
 import stacks
 import torch
 
-from megatron_commute import probe, record, reduce
+from megatron_commute import reduce
 from megatron_commute.adapters import torch_loop
+from megatron_commute.measure import probe
+from megatron_commute.record import log as record
 
 PROBE = "probe: {samples: 8, splits: 2, method: %s, metric: adam}"
 

@@ -28,8 +28,9 @@ def _draw(part, domain, numbers):
 def _measured(rank, tensor_parallel):
     """{case: (M, P, score, score_se)} of a GPT after two steps of AdamW, and the names of what is counted once."""
     warnings.simplefilter("ignore")
-    from megatron_commute import probe, reduce
+    from megatron_commute import reduce
     from megatron_commute.adapters import megatron_core
+    from megatron_commute.measure import probe
 
     args = jobs.trainer().parse(jobs.flags("unused", "--hidden-dropout", 0, "--attention-dropout", 0))
     args.tensor_model_parallel_size = tensor_parallel

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import ranks
 
-from megatron_commute import record
+from megatron_commute.record import log as record
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "launch" / "multi_node.sh"

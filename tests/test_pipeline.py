@@ -8,8 +8,10 @@ import ranks
 import stacks
 import torch
 
-from megatron_commute import memory, probe, reduce
+from megatron_commute import reduce
 from megatron_commute.adapters import pipeline, torch_loop
+from megatron_commute.measure import probe
+from megatron_commute.settings import memory
 
 
 def probed(engine, how=None, draw=stacks.draw, model=None, limit=None):

@@ -8,15 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_commute.config import (
-    ConfigError,
-    Run,
-    holdout_parts,
-    load,
-    probe_cost,
-    probe_steps,
-    resolve,
-)
+from megatron_commute.config import ConfigError, Run, holdout_parts, load, probe_cost, probe_steps, resolve
 
 TWO = "domains:\n  en: {path: en}\n  ru: {path: ru}\n"
 EQUAL = "domains:\n  en: {path: en, weight: 0.5}\n  ru: {path: ru, weight: 0.5}\n"

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import records
 
-from megatron_commute import plots, report, series
+from megatron_commute.report import page as report
+from megatron_commute.report import plots, series
 
 
 def run_of(**options):

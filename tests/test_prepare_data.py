@@ -183,7 +183,7 @@ def test_own_text_reads_back_exactly(tmp_path):
 
 
 def test_the_trainer_counts_the_files_alike(tmp_path):
-    from megatron_commute.adapters.indexed_data import data_summary
+    from megatron_commute.data.indexed import data_summary
 
     arguments, _, _ = own(tmp_path)
     assert prepare_data.main(["--out", str(tmp_path / "out"), "--vocab-size", "512", *arguments]) == 0

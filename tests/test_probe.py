@@ -25,8 +25,9 @@ from support.probing import (
     truth,
 )
 
-from megatron_commute import hvp, probe, reduce, replicate
+from megatron_commute import hvp, reduce
 from megatron_commute.adapters import torch_loop
+from megatron_commute.measure import probe, replicate
 
 CASES = list(itertools.product(("difference", "exact"), ("identity", "adam"), (MIXED, EACH)))
 

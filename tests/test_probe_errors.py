@@ -6,8 +6,9 @@ import pytest
 import torch
 from support.probing import EACH, FLOW, LENGTH, MIXED, VOCABULARY, WEIGHTS, K, measured, settings, small_gpt
 
-from megatron_commute import hvp, probe, reduce
+from megatron_commute import hvp, reduce
 from megatron_commute.adapters import torch_loop
+from megatron_commute.measure import probe
 
 
 class Noisy(torch.nn.Module):

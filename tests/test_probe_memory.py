@@ -14,8 +14,12 @@ import ranks
 import records
 import torch
 
-from megatron_commute import cli, config, events, memory, plots, probe, reduce, series
+from megatron_commute import cli, config, reduce
 from megatron_commute.adapters import torch_loop
+from megatron_commute.measure import probe
+from megatron_commute.record import lines as events
+from megatron_commute.report import plots, series
+from megatron_commute.settings import memory
 
 K, WIDTH = 3, 5
 WEIGHTS, FLOW = np.array([0.5, 0.2, 0.3]), (0.1, (0.02, 0.01))
@@ -224,7 +228,8 @@ def test_vectors_by_hand():
 PROBE_OF_A_WIDE_MODEL = """
 import json, sys, threading, types
 import numpy as np, torch
-from megatron_commute import probe, reduce
+from megatron_commute import reduce
+from megatron_commute.measure import probe
 from megatron_commute.adapters import torch_loop
 
 mode, K, width = sys.argv[1], int(sys.argv[2]), 3200

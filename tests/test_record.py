@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_commute import record
-from megatron_commute.record import Record
+from megatron_commute.record import log as record
+from megatron_commute.record.log import Record
 
 
 @pytest.fixture

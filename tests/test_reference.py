@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from megatron_commute import reference
+from megatron_commute.kernels import reference
 
 NORMS = {
     "layer": lambda x, w, b: F.layer_norm(x, x.shape[1:], w, b, 1e-5),

@@ -8,8 +8,9 @@ import pytest
 from click.testing import CliRunner
 from plain_loop import Loop
 
-from megatron_commute import record, replay
 from megatron_commute.cli import main
+from megatron_commute.decide import replay
+from megatron_commute.record import log as record
 
 
 @pytest.fixture(scope="module")

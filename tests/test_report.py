@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import records
 
-from megatron_commute import plots, report, series
+from megatron_commute.report import page as report
+from megatron_commute.report import plots, series
 
 ANALYSIS_OF_0_1 = Path(__file__).parents[1] / "launch" / "results" / "quickstart_analysis.jsonl"
 

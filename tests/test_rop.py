@@ -21,7 +21,8 @@ from rop_cases import (
     random_vector,
 )
 
-from megatron_commute import hvp, rop
+from megatron_commute import hvp
+from megatron_commute.measure import rop
 
 sys.path.append(str(Path(__file__).resolve().parent / "bench"))
 

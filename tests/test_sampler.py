@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
+from megatron_commute.data.sampler import MixedDataset, MixtureSampler, item, items, permuted
 from megatron_commute.mixture import Mixture
-from megatron_commute.sampler import MixedDataset, MixtureSampler, item, items, permuted
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -226,7 +226,7 @@ def test_keys_keep_the_order_of_a_domain_that_moved_in_the_file():
 CHILD = """
 import json, os, sys
 from megatron_commute.mixture import Mixture
-from megatron_commute.sampler import MixtureSampler
+from megatron_commute.data.sampler import MixtureSampler
 checkpoint, log = sys.argv[1:]
 if os.path.exists(checkpoint):
     state = json.load(open(checkpoint))

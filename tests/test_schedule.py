@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from megatron_commute import schedule
 from megatron_commute.mixture import Mixture
+from megatron_commute.settings import schedule
 
 NAMES = ["en", "de"]
 

@@ -6,9 +6,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from megatron_commute import takeover
+from megatron_commute.data import takeover
+from megatron_commute.data.sampler import items
 from megatron_commute.mixture import Mixture
-from megatron_commute.sampler import items
 
 NAMES, PRINTS = ["en", "de", "code"], ["a", "b", "c"]
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from megatron_commute import hvp, record, reduce
+from megatron_commute import hvp, reduce
 from megatron_commute.adapters import torch_loop
 from megatron_commute.config import ConfigError, Run, holdout_parts
-from megatron_commute.probe import ProbeFailed
+from megatron_commute.measure.probe import ProbeFailed
+from megatron_commute.record import log as record
 
 VOCABULARY, LENGTH = 32, 8
 
@@ -366,7 +367,7 @@ def test_one_prefix_is_a_blend():
 
 
 def test_a_probe_of_a_model_that_fails_tells_why():
-    from megatron_commute import probe
+    from megatron_commute.measure import probe
 
     model = torch_loop.probe_model(Checkpointing(True), lambda m, x: m(x), 2)
     settings = type(

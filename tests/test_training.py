@@ -11,12 +11,12 @@ import pytest
 import ranks
 import torch
 
-from megatron_commute import record
-from megatron_commute.account import sample_hash
-from megatron_commute.adapters.indexed_data import domain_datasets
 from megatron_commute.config import Run, load, resolve
+from megatron_commute.data.indexed import domain_datasets
+from megatron_commute.data.sampler import MixedDataset
 from megatron_commute.mixture import Mixture
-from megatron_commute.sampler import MixedDataset
+from megatron_commute.record import log as record
+from megatron_commute.record.tally import sample_hash
 
 PROBE = "probe: {samples: 16, splits: 4, method: %s, metric: %s}"
 

@@ -8,8 +8,9 @@ import ranks
 import stacks
 import torch
 
-from megatron_commute import probe, reduce
+from megatron_commute import reduce
 from megatron_commute.adapters import torch_loop, zero3
+from megatron_commute.measure import probe
 
 
 def everyone():

@@ -11,9 +11,10 @@ import math
 
 import torch
 
-from megatron_commute import hvp, rop
+from megatron_commute import hvp
 from megatron_commute.adapters import fused_stacks
 from megatron_commute.adapters.fused_stacks import refuse
+from megatron_commute.measure import rop
 
 __all__ = ["fused", "refuse", "verify", "with_fused"]
 

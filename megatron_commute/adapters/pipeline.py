@@ -13,7 +13,7 @@ import torch
 
 from megatron_commute import reduce
 from megatron_commute.adapters import torch_loop
-from megatron_commute.probe import Model
+from megatron_commute.measure.probe import Model
 
 WORK = {
     "LoadMicroBatch": "load",

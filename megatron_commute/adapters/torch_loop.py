@@ -11,13 +11,15 @@ import numpy as np
 import torch
 
 from megatron_commute import config as mixture_file
-from megatron_commute import control, record, reduce, takeover
-from megatron_commute.adapters import resume
-from megatron_commute.adapters.indexed_data import domain_datasets, inspect_data
+from megatron_commute import reduce
+from megatron_commute.data import resume, takeover
+from megatron_commute.data.indexed import domain_datasets, inspect_data
+from megatron_commute.data.sampler import MixedDataset, MixtureSampler
+from megatron_commute.decide import control_file as control
 from megatron_commute.hook import Hook
+from megatron_commute.measure.probe import Model
 from megatron_commute.mixture import Mixture
-from megatron_commute.probe import Model
-from megatron_commute.sampler import MixedDataset, MixtureSampler
+from megatron_commute.record import log as record
 
 # D = 1/(sqrt(v) + floor): rows that are hardly ever visited have tiny v and would dominate every inner product;
 # a floor of a tenth of the mean sqrt(v) bounds D at ten times its usual size.
@@ -265,7 +267,7 @@ class Plugin:
         """Write the report of the run and return its closing table as text."""
         from tabulate import tabulate
 
-        from megatron_commute import plots, series
+        from megatron_commute.report import plots, series
 
         lines = record.read(run_dir)
         headers, rows = series.summary_rows(lines)

@@ -15,7 +15,7 @@ import torch
 
 from megatron_commute import reduce
 from megatron_commute.adapters import torch_loop
-from megatron_commute.probe import Model
+from megatron_commute.measure.probe import Model
 
 
 def probe_model(engine, loss, micro_batch, owned=None, groups=None, quiet=None):

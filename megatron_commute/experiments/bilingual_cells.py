@@ -16,10 +16,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_commute import probe, reduce
+from megatron_commute import reduce
 from megatron_commute.adapters import torch_loop
 from megatron_commute.experiments.bilingual_trainer import Text, Trainer, mean_loss, team
-from megatron_commute.mixture_file import Probe
+from megatron_commute.measure import probe
+from megatron_commute.settings.mixture_file import Probe
 
 CELLS = "cells.jsonl"
 SPLITS = 4  # replicates of a measurement of P

@@ -10,14 +10,16 @@ import math
 
 import numpy as np
 
-from megatron_commute import controller, intervals, probe
+from megatron_commute import intervals
 from megatron_commute.adapters import torch_loop
+from megatron_commute.decide import controller
 from megatron_commute.experiments import bilingual_cells as cells
 from megatron_commute.experiments import bilingual_figures as figures
 from megatron_commute.experiments import bilingual_tables as tables
 from megatron_commute.experiments.bilingual_trainer import Text, Trainer, mean_loss, team
+from megatron_commute.measure import probe
 from megatron_commute.mixture import Mixture
-from megatron_commute.mixture_file import Probe
+from megatron_commute.settings.mixture_file import Probe
 
 DOMAINS, SHARES = ("english", "russian", "code"), (0.6, 0.1, 0.3)
 LOW = int(np.argmin(SHARES))

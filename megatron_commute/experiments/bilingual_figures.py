@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from megatron_commute.drawing import COLOURS, GREY, MARKERS, house_style
 from megatron_commute.experiments import bilingual_paper as paper
+from megatron_commute.report.drawing import COLOURS, GREY, MARKERS, house_style
 
 
 def signed_log(panel, axis, threshold):

@@ -15,8 +15,8 @@ from torch import nn
 from torch.nn import functional
 
 from megatron_commute import reduce
-from megatron_commute.adapters.indexed_data import TokenSequences
-from megatron_commute.sampler import items
+from megatron_commute.data.indexed import TokenSequences
+from megatron_commute.data.sampler import items
 
 WORDS = {"optimizer": ("adam", "adamw"), "decay": ("constant", "cosine"), "dtype": ("float32", "bfloat16")}
 

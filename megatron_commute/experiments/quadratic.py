@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from megatron_commute import bracket
-from megatron_commute.controller import Situation, decide
+from megatron_commute.decide.controller import Situation, decide
+from megatron_commute.decide.laws import tilted
 from megatron_commute.experiments import (
     quadratic_errata,
     quadratic_figures,
@@ -27,7 +28,6 @@ from megatron_commute.experiments.quadratic_domains import quadratic
 from megatron_commute.experiments.receding import Recycled
 from megatron_commute.experiments.receding_law import receding
 from megatron_commute.feasible import nearest
-from megatron_commute.laws import tilted
 
 TILT_STRENGTH = 0.5  # of the law `tilt`; larger is worse over long horizons
 START, GRAIN = 12, 1000  # directions multiplied at the first decision; samples that one step stands for

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from megatron_commute.decide.laws import Wish, shares_of
 from megatron_commute.experiments import receding_plan
-from megatron_commute.laws import Wish, shares_of
 
 MOST_PIECES = 32  # of a plan: windows of equal length while they are few, then growing
 ROUNDS = 240, 20  # of descent: of the first plan, and of one that goes on from the last

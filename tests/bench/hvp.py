@@ -28,7 +28,8 @@ import hvp_methods
 import oracles
 from oracles import length
 
-from megatron_commute import hvp, rop
+from megatron_commute import hvp
+from megatron_commute.measure import rop
 
 HERE = Path(__file__).resolve().parent
 # vocabulary, width, heads, blocks, length, samples; rounds

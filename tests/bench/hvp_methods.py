@@ -17,7 +17,9 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (1, 2)]
 
 import rop_cases
 
-from megatron_commute import hvp, ops, reference, rop
+from megatron_commute import hvp, ops
+from megatron_commute.kernels import reference
+from megatron_commute.measure import rop
 
 
 class Case:

@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from megatron_commute import mixture
+from megatron_commute.data.sampler import MixtureSampler, item
 from megatron_commute.mixture import Mixture
-from megatron_commute.sampler import MixtureSampler, item
 
 HERE = Path(__file__).resolve().parent
 DOMAINS = 100

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import oracles
 
 from megatron_commute import bracket
-from megatron_commute.adapters.indexed_data import TokenSequences
+from megatron_commute.data.indexed import TokenSequences
 
 SPLITS, SAMPLES, DIRECTION, HELD_OUT = 8, 8, 4, 256
 FLOORS = (None, 0.01, 0.1, 0.3)

@@ -9,8 +9,8 @@ import ranks
 import torch
 
 from megatron_commute import reduce
-from megatron_commute.account import Account, sample_hash
-from megatron_commute.adapters.megatron_deepspeed_sight import Sight
+from megatron_commute.adapters.megatron_deepspeed.sight import Sight
+from megatron_commute.record.tally import Account, sample_hash
 
 TEXT = torch.arange(12).reshape(2, 6)
 LOSSES = torch.tensor([[1.0, 2.0, 3.0], [5.0, 7.0, 9.0]])

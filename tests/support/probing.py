@@ -6,8 +6,9 @@ import numpy as np
 import oracles
 import torch
 
-from megatron_commute import probe, reduce
+from megatron_commute import reduce
 from megatron_commute.adapters import torch_loop
+from megatron_commute.measure import probe
 
 K, VOCABULARY, LENGTH = 3, 16, 6
 WEIGHTS = np.array([0.5, 0.2, 0.3])

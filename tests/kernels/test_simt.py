@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).resolve().parent / "simt"
+HERE = Path(__file__).resolve().parents[1] / "simt"
 FLAGS = ["-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 FLAGS += [f"-I{HERE}", f"-I{HERE / 'headers'}", f"-I{HERE.parent.parent / 'csrc'}"]
 KINDS = {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-GATE = Path(__file__).resolve().parent / "bench" / "ptx_gate.py"
+GATE = Path(__file__).resolve().parents[1] / "bench" / "ptx_gate.py"
 
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not on PATH: the CUDA kernels are not compiled")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-BENCH = Path(__file__).parent / "bench" / "decisions.py"
+BENCH = Path(__file__).parents[1] / "bench" / "decisions.py"
 HARMLESS = {"receding"}
 QUIET = {"proportional", "tau-tail"}  # with budgets equal to the target they are the constant mixture
 

@@ -205,7 +205,7 @@ def test_flags_that_name_another_model_are_told_from_the_weights(folder, copied,
 @pytest.mark.skipif("MEGATRON_DEEPSPEED" not in os.environ, reason="MEGATRON_DEEPSPEED names no checkout")
 def test_megatron_deepspeed_in_every_layout(tmp_path):
     """Learning rate 0, so that all layouts hold the same weights; P equals the single run's and each run's own probe."""
-    sys.path.insert(0, str(Path(__file__).parent / "megatron_deepspeed"))
+    sys.path.insert(0, str(Path(__file__).parents[1] / "megatron_deepspeed"))
     import agreement
     import layouts
     import matrix

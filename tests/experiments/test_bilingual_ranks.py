@@ -19,7 +19,7 @@ import torch
 from megatron_commute.experiments import bilingual, bilingual_cells, bilingual_cost, bilingual_paper
 from megatron_commute.experiments.bilingual_trainer import Settings, Text, Trainer, team
 
-ROOT = Path(jobs.__file__).resolve().parent.parent
+ROOT = Path(jobs.__file__).resolve().parents[2]
 SMALL = {
     "domains": ("english", "russian"),
     "others": ("code",),

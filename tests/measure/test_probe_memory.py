@@ -269,7 +269,7 @@ def peak_in_vectors(mode, domains):
         "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, "-c", PROBE_OF_A_WIDE_MODEL, mode, str(domains)]
-    env = {**os.environ, **limits, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+    env = {**os.environ, **limits, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

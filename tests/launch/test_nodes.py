@@ -13,14 +13,14 @@ import ranks
 
 from megatron_commute.record import log as record
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "launch" / "multi_node.sh"
 ITERS, DIES = 20, 13  # the second node dies before this step; checkpoints are written every 5 steps
 
 # the trainer, and on the second node's first life a death of all its processes at once, as of a machine that loses power
 TRAINER = f"""
 import os, signal, sys
-sys.path[:0] = [{str(ROOT / "tests")!r}, {str(ROOT)!r}]
+sys.path[:0] = [{str(ROOT / "tests" / "support")!r}, {str(ROOT)!r}]
 import jobs
 trainer = jobs.trainer()
 step_of = trainer.train_step

@@ -70,7 +70,7 @@ def flags(folder, *more, iters=40, batch=8):
 
 def trainer():
     """launch/pretrain_gpt.py as a module."""
-    path = Path(__file__).resolve().parent.parent / "launch" / "pretrain_gpt.py"
+    path = Path(__file__).resolve().parents[2] / "launch" / "pretrain_gpt.py"
     if str(path.parent) not in sys.path:
         sys.path.insert(0, str(path.parent))  # as python does for a script
     spec = importlib.util.spec_from_file_location("pretrain_gpt", path)

@@ -4,7 +4,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from support.probing import EACH, FLOW, LENGTH, MIXED, VOCABULARY, WEIGHTS, K, measured, settings, small_gpt
+from probing import EACH, FLOW, LENGTH, MIXED, VOCABULARY, WEIGHTS, K, measured, settings, small_gpt
 
 from megatron_commute import hvp, reduce
 from megatron_commute.adapters import torch_loop

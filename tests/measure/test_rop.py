@@ -24,7 +24,7 @@ from rop_cases import (
 from megatron_commute import hvp
 from megatron_commute.measure import rop
 
-sys.path.append(str(Path(__file__).resolve().parent / "bench"))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
 
 import hvp_methods
 

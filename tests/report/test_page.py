@@ -12,7 +12,7 @@ import records
 from megatron_commute.report import page as report
 from megatron_commute.report import plots, series
 
-ANALYSIS_OF_0_1 = Path(__file__).parents[1] / "launch" / "results" / "quickstart_analysis.jsonl"
+ANALYSIS_OF_0_1 = Path(__file__).parents[2] / "launch" / "results" / "quickstart_analysis.jsonl"
 
 
 class Page(HTMLParser):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import ranks
 import torch
-from support.probing import (
+from probing import (
     EACH,
     FLOW,
     LENGTH,

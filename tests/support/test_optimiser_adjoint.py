@@ -3,9 +3,9 @@
 import copy
 import itertools
 
+import optimiser_adjoint
 import pytest
 import torch
-from support import optimiser_adjoint
 
 OPTIMISERS = {
     "sgd": (torch.optim.SGD, {"lr": 0.1, "weight_decay": 0.02}),

@@ -243,7 +243,7 @@ def test_nan_stays_in_its_row(dtype):
         assert not any(t[[0, 2]].isnan().any() for t in rows), name
 
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="g++ is not on PATH")
 
 

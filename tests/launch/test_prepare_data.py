@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-LAUNCH = Path(__file__).parents[1] / "launch"
+LAUNCH = Path(__file__).parents[2] / "launch"
 sys.path.insert(0, str(LAUNCH))
 
 import parallel_text

@@ -11,7 +11,7 @@ import ranks
 
 from megatron_commute.record import log as record
 
-TRAINER = Path(jobs.__file__).resolve().parent.parent / "launch" / "pretrain_gpt.py"
+TRAINER = Path(jobs.__file__).resolve().parents[2] / "launch" / "pretrain_gpt.py"
 
 
 @pytest.fixture(scope="module")

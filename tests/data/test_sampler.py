@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from megatron_commute.data.sampler import MixedDataset, MixtureSampler, item, items, permuted
 from megatron_commute.mixture import Mixture
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def stream_of(weights=(5, 3, 2), **limits):

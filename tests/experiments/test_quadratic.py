@@ -19,7 +19,7 @@ from megatron_commute.experiments import (
     quadratic_tables,
 )
 
-RESULTS = Path(__file__).parent / "bench" / "results" / "quadratic"
+RESULTS = Path(__file__).parents[1] / "bench" / "results" / "quadratic"
 
 
 def flow_by_expm(problem, theta, weights, time, decay=0.0):

@@ -74,7 +74,7 @@ def plan(
 ) -> None:
     """Check a mixture file against run and data; show what would happen. Nothing is written."""
     from megatron_commute.data.indexed import inspect_data
-    from megatron_commute.decide.control_file import refuse_blind
+    from megatron_commute.decide import laws
 
     try:
         if world_size < 1 or tensor_model_parallel_size < 1 or world_size % tensor_model_parallel_size:
@@ -92,7 +92,7 @@ def plan(
             prefetched=PREFETCH_FACTOR * max(0, num_workers),
         )
         planned = resolve(config, run, *inspect_data(config, seq_length))
-        refuse_blind(config)
+        laws.check(config)
     except ConfigError as error:
         raise _Refusal(str(error)) from error
     cost = probe_cost(config, run)

@@ -111,7 +111,7 @@ def test_a_loader_that_has_read_too_far_keeps_its_weights_and_ends_nothing(tmp_p
     loop = Loop(tmp_path)
     ahead = loop.mixture.copy()
     ahead.skip(loop.plan.samples)
-    loop.hook.steering.sampler = types.SimpleNamespace(frontier=ahead, schedule=ahead.schedule)
+    loop.hook.stream.sampler = types.SimpleNamespace(frontier=ahead, schedule=ahead.schedule)
     loop.until()
     assert all(line["effective_sample"] is None for line in lines(tmp_path, "probe"))
     assert "read past sample 24 already; write a longer `lead`" in lines(tmp_path, "probe")[0]["reason"]

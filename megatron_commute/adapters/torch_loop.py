@@ -10,16 +10,17 @@ import pathlib
 import numpy as np
 import torch
 
-from megatron_commute import config as mixture_file
+from megatron_commute import config as front_door
 from megatron_commute import reduce
 from megatron_commute.data import resume, takeover
 from megatron_commute.data.indexed import domain_datasets, inspect_data
 from megatron_commute.data.sampler import MixedDataset, MixtureSampler
-from megatron_commute.decide import control_file as control
+from megatron_commute.data.stream import Stream
+from megatron_commute.decide import laws
 from megatron_commute.hook import Hook
 from megatron_commute.measure.probe import Model
 from megatron_commute.mixture import Mixture
-from megatron_commute.record import log as record
+from megatron_commute.record import log
 
 # D = 1/(sqrt(v) + floor): rows that are hardly ever visited have tiny v and would dominate every inner product;
 # a floor of a tenth of the mean sqrt(v) bounds D at ten times its usual size.
@@ -184,7 +185,7 @@ def drawer(config, plan, seq_length, vocab_size=None):
     _, held_out = domain_datasets(config, plan, seq_length)
 
     def draw(part, domain, numbers):
-        parts = mixture_file.holdout_parts(len(held_out[domain]))
+        parts = front_door.holdout_parts(len(held_out[domain]))
         inside = getattr(parts, PARTS[part])
         tokens = torch.stack([held_out[domain][inside[int(n) % len(inside)]]["tokens"] for n in numbers])
         if vocab_size is not None and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
@@ -206,10 +207,10 @@ class Plugin:
 
     def __init__(self, file, run, host_blend=()):
         self.run = run
-        self.config = mixture_file.load(file)
+        self.config = front_door.load(file)
         counted = inspect_data(self.config, run.seq_length)
-        self.plan = mixture_file.resolve(self.config, run, *counted)
-        control.refuse_blind(self.config)
+        self.plan = front_door.resolve(self.config, run, *counted)
+        laws.check(self.config)
         self.feeds = self.config.mode != "shadow"
         self.host_blend = tuple(host_blend)
         if not self.feeds and host_blend:
@@ -229,35 +230,50 @@ class Plugin:
 
     def attach(
         self, model, groups, run_dir, learning_rate, decay, *, vocab_size=None, state=None, consumed=0, accept=False,
-        take_over=False, listener=None, say=print,
+        take_over=False, listeners=(), say=print,
     ):  # fmt: skip
         """Build hook and, in the modes that feed training, dataset and sampler; start or rewind the record.
 
         model: probe.Model; groups: reduce.Groups; run_dir: folder of the record; learning_rate: step -> rate; state: of
-        Hook.state_dict, from a checkpoint after `consumed` samples, or None; accept, take_over: see resume.stream; listener:
-        of record.Record. Raises ConfigError where the state does not fit the mixture file.
+        Hook.state_dict, from a checkpoint after `consumed` samples, or None; accept, take_over: see data.resume; listeners:
+        of hook.Hook, those of this rank. Raises ConfigError where the state does not fit the mixture file.
         """
         stock = None
         if take_over and self.host_blend:
             stock = takeover.stock_weights(blend_of(self.host_blend)[1])
-        mixture, ledger, news = resume.stream(
+        mixture, ledger, news = resume.resumed(
             self.config, self.plan, self.mixture(), state, consumed, stock, accept=accept, attach=take_over
         )
         if self.feeds:
             training, _ = domain_datasets(self.config, self.plan, self.run.seq_length)
             self.dataset = MixedDataset(training, self.config.seed, ledger.keys)
-            place = (reduce.rank_in(groups.data), reduce.size(groups.data))
-            sizes = (self.run.global_batch, self.plan.samples)
-            self.sampler = MixtureSampler(mixture.copy(), self.run.micro_batch, *place, *sizes)
-        log = record.Record(pathlib.Path(run_dir) / record.NAME, listener)
-        draw = drawer(self.config, self.plan, self.run.seq_length, vocab_size)
+            self.sampler = MixtureSampler(
+                mixture=mixture.copy(),
+                micro_batch=self.run.micro_batch,
+                data_parallel_rank=reduce.rank_in(groups.data),
+                data_parallel_size=reduce.size(groups.data),
+                global_batch=self.run.global_batch,
+                stop_sample=self.plan.samples,
+            )
         self.hook = Hook(
-            *(self.config, self.plan, self.run, mixture, ledger, model, groups, draw, log),
-            *(learning_rate, decay, self.sampler, say),
+            config=self.config,
+            plan=self.plan,
+            run=self.run,
+            stream=Stream(
+                consumed=mixture, sampler=self.sampler, groups=groups, global_batch=self.run.global_batch
+            ),
+            ledger=ledger,
+            model=model,
+            groups=groups,
+            draw=drawer(self.config, self.plan, self.run.seq_length, vocab_size),
+            record=log.Record(pathlib.Path(run_dir) / log.NAME),
+            learning_rate=learning_rate,
+            decay=decay,
+            say=say,
+            listeners=listeners,
         )
-        if (
-            state is not None
-        ):  # refused, where it is refused, before a new record takes the place of the old one
+        # what is refused is refused before a new record takes the place of the old one
+        if state is not None:
             self.hook.load_state_dict(state, rewind=not news)
         if state is None or news:
             self.hook.start(news)
@@ -269,7 +285,7 @@ class Plugin:
 
         from megatron_commute.report import plots, series
 
-        lines = record.read(run_dir)
+        lines = log.read(run_dir)
         headers, rows = series.summary_rows(lines)
         table = tabulate(rows, headers, floatfmt=".4g")
         end = next(line for line in reversed(lines) if line["event"] in ("end", "loss"))
@@ -309,7 +325,7 @@ def blend_of(paths, flag="--train-data-path"):
     except ValueError:
         weights = []
     if len(paths) % 2 or not all(0 <= w < float("inf") for w in weights) or not sum(weights) > 0:
-        raise mixture_file.ConfigError(
+        raise front_door.ConfigError(
             f"{flag}: {' '.join(paths)}: write WEIGHT PREFIX pairs, one for each domain, weights not negative"
         )
     return list(paths[1::2]), weights

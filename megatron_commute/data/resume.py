@@ -11,12 +11,15 @@ from megatron_commute.mixture import Mixture
 _EDGE = 1 << 20  # bytes of either end of a .bin file that enter its fingerprint
 
 
-class Stream(NamedTuple):
-    """mixture: at the consumed samples; ledger: takeover.Ledger; news: what changed by consent, one sentence each."""
+class Resumed(NamedTuple):
+    """Where a run goes on, or begins."""
 
     mixture: Mixture
+    """at the consumed samples"""
     ledger: takeover.Ledger
+    """which domain is which over the life of the run"""
     news: list
+    """what changed by consent, one sentence each"""
 
 
 def fingerprint(paths, size):
@@ -36,8 +39,8 @@ def fingerprint(paths, size):
     return f"{code:08x}-{size}"
 
 
-def stream(config, plan, fresh, state, consumed=0, stock=None, *, accept=False, attach=False):
-    """The Stream of a run that has consumed `consumed` samples.
+def resumed(config, plan, fresh, state, consumed=0, stock=None, *, accept=False, attach=False):
+    """The Resumed of a run that has consumed `consumed` samples.
 
     fresh: the Mixture of a run that begins; state: Hook.state_dict of the checkpoint, None where it has none; stock: the
     stock blend's weights f64[K] that a checkpoint without state was trained with. accept (--commute-accept): a mixture file
@@ -66,7 +69,7 @@ def stream(config, plan, fresh, state, consumed=0, stock=None, *, accept=False, 
     if plan.schedule and coming != state["mixture"]["pending"]:
         found.append("the schedule's coming changes are others")
     if not found:
-        return Stream(Mixture.from_state(state["mixture"]), book, [])
+        return Resumed(Mixture.from_state(state["mixture"]), book, [])
     if not accept:
         raise ConfigError(
             f"{config.file}: it differs from the checkpoint: {'; '.join(found)}; put it back, or start with "
@@ -78,13 +81,13 @@ def stream(config, plan, fresh, state, consumed=0, stock=None, *, accept=False, 
         raise ConfigError(f"{config.file}: the changed mixture cannot go on: {error}") from error
     for at, weights in coming:
         both[0].schedule(weights, int(at))
-    return Stream(*both, found)
+    return Resumed(*both, found)
 
 
 def _without_state(config, plan, fresh, prints, limits, consumed, stock, attach):
     book = takeover.ledger(plan.names, prints)
     if consumed == 0:
-        return Stream(fresh, book, [])
+        return Resumed(fresh, book, [])
     if not attach:
         raise ConfigError(
             f"{config.file}: the checkpoint was written without --commute after {consumed} samples; add --commute-attach to "
@@ -96,7 +99,7 @@ def _without_state(config, plan, fresh, prints, limits, consumed, stock, attach)
         )
     if fresh.samples is None:
         fresh.skip(consumed)
-        return Stream(fresh, book, [f"taken over at sample {consumed} from a run without the plug-in"])
+        return Resumed(fresh, book, [f"taken over at sample {consumed} from a run without the plug-in"])
     try:
         mixture = takeover.attached(stock, consumed, plan.weights, list(plan.budgets), **limits)
     except ValueError as error:
@@ -105,4 +108,4 @@ def _without_state(config, plan, fresh, prints, limits, consumed, stock, attach)
         ) from error
     served = ", ".join(f"{n} {int(c)}" for n, c in zip(plan.names, mixture.served, strict=True))
     told = f"taken over at sample {consumed} from the stock blend, which had served {served}"
-    return Stream(mixture, book, [f"{told}; every domain goes on in a NEW order"])
+    return Resumed(mixture, book, [f"{told}; every domain goes on in a NEW order"])

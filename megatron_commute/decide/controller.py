@@ -8,83 +8,27 @@ import dataclasses
 
 import numpy as np
 
-from megatron_commute.decide.laws import LAWS, MEASURED, Wish, remaining_shares, shares_of, significant
+from megatron_commute.decide.laws import LAWS, Wish, shares_of
 from megatron_commute.feasible import nearest
 
-__all__ = ["LAWS", "Decision", "Situation", "bounds", "decide", "remaining_shares", "significant"]
 DEAD_BAND = 1e-3  # smaller moves are not worth a change
 GATE = 5e-4  # of the loss: less than that, a predicted gain does not begin anything
 
 
 @dataclasses.dataclass(frozen=True)
-class Situation:
-    """What a decision may look at, as it will be when it takes effect. K domains."""
-
-    weights: np.ndarray
-    """f64[K] in force"""
-    remaining: np.ndarray
-    """f64[K] samples left of each budget, NaN for endless domains"""
-    initial: np.ndarray
-    """f64[K] planned weights, which share out what the budgets leave to endless domains"""
-    samples_left: int
-    """to the end of the run"""
-    window: int
-    """samples until the next decision"""
-    score: np.ndarray
-    """f64[K]; above zero: delay"""
-    score_se: np.ndarray
-    """f64[K] standard error"""
-    dof: int
-    """of score_se: replicates - 1"""
-    minimum: np.ndarray
-    """f64[K], the domains' own bound, kept to the end"""
-    maximum: np.ndarray
-    """f64[K], the same from above"""
-    floors: np.ndarray
-    """f64[K], least that a law may ask"""
-    caps: np.ndarray
-    """f64[K], most that a law may ask"""
-    rate: float
-    """largest change of one weight"""
-    confidence: float
-    """of the two-sided interval outside which a score counts"""
-    strength: float
-    """of the law"""
-    target: np.ndarray | None = None
-    """f64[K] shares of the target"""
-    losses: np.ndarray | None = None
-    """f64[K] mean training loss of each domain since the last decision, nats"""
-    scheduled: np.ndarray | None = None
-    """f64[K], the schedule's weights for this window"""
-    loss: float | None = None
-    """target loss, nats"""
-    memory: dict = dataclasses.field(default_factory=dict)
-    """what the law's last decision asked to keep"""
-    decisions_since_change: int = 2**31
-    """decisions since the last one that changed the weights; 0: that was the last one"""
-    cooldown: int = 1
-    """decisions to rest after a change"""
-    progress: float = 0.0
-    """samples used / samples in all"""
-    freeze: float = 1.0
-    """part of the run at whose end the law stops"""
-    frozen: bool = False
-    """the weights stay, whatever the law says"""
-
-
-@dataclasses.dataclass(frozen=True)
 class Decision:
-    """weights f64[K] for the coming window, or None where the weights stay as they are; reason: one sentence.
-
-    expected, expected_se: predicted change of the final target loss, nats, negative: better; None where the law does not
-    predict. memory: a JSON-able dict that the law wants in the next Situation.
-    """
+    """What is done with the weights of the coming window."""
 
     weights: np.ndarray | None
+    """f64[K], or None where they stay as they are"""
     reason: str
+    """one sentence"""
     expected: float | None = None
+    """change of the final target loss that the law predicts, nats, negative: better; None where it predicts none"""
     expected_se: float | None = None
+    """its standard error"""
     memory: dict = dataclasses.field(default_factory=dict)
+    """JSON values that the law wants in the next Situation"""
 
 
 def guardrails(situation):
@@ -171,12 +115,13 @@ def doubt(wish, situation):
 def wished(law, situation):
     """The Wish of `law`, with the gate, the cool-down and the freeze applied."""
     s = situation
-    wish, shares = (law if callable(law) else LAWS[law])(s), shares_of(s)
+    function, measured = (law, False) if callable(law) else (LAWS[law].function, LAWS[law].measured)
+    wish, shares = function(s), shares_of(s)
     if s.frozen:
         return wish._replace(weights=s.weights.copy(), active=False, why="the weights are frozen")
     if s.progress >= s.freeze:
         return wish._replace(weights=shares, active=False, why=f"the law stops at {s.freeze:g} of the run")
-    if law in MEASURED and s.decisions_since_change < s.cooldown:
+    if measured and s.decisions_since_change < s.cooldown:
         return wish._replace(weights=s.weights.copy(), active=False, why="cool-down after the last change")
     if not wish.active:
         return wish
@@ -218,3 +163,24 @@ def decide(law, situation):
 
 def _quiet(wish: Wish) -> str:
     return "every score is inside its error bar" if wish.why == "no score outside its error bar" else wish.why
+
+
+def decisions(laws, situation, memories):
+    """{law: Decision} of every law on the same Situation, each with its own memory {law: dict}.
+
+    A law that fails decides nothing and says so: a fault of ours never ends a run.
+    """
+    made = {}
+    for law in laws:
+        own = dataclasses.replace(situation, memory=memories.get(law, {}))
+        try:
+            made[law] = decide(law, own)
+        except Exception as fault:  # the same on every rank, since all look at the same numbers
+            made[law] = failed(fault, dict(own.memory))
+    return made
+
+
+def failed(fault, memory=None):
+    """The Decision that stands for one that ended with an exception: nothing moves, and the record says why."""
+    why = f"weights stay: the controller failed, please report it: {type(fault).__name__}: {fault}"
+    return Decision(None, why, memory=memory or {})

@@ -5,11 +5,13 @@ common to all and decide how much of a wish is granted. What a law does without 
 remaining-budget shares, under which every budget runs out exactly at the end.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
 from megatron_commute.intervals import student
+from megatron_commute.settings.yaml_checks import did_you_mean
 
 ODM_SMOOTHING = 0.9  # of the moving average of rewards, as published
 
@@ -148,20 +150,41 @@ def odm(situation):
     return Wish(weights / weights.sum(), True, "the bandit's mixture of training losses", memory=memory)
 
 
+class Law(NamedTuple):
+    """One law: its function, and what a run must have for it."""
+
+    function: Callable
+    """Situation -> Wish"""
+    needs: tuple = ()
+    """fields of a Situation without which it only holds"""
+    measured: bool = False
+    """acts on a measured signal: rests after a change, and is loud while nothing calibrates it"""
+
+
 LAWS = {
-    "hold": hold,
-    "schedule": schedule,
-    "proportional": proportional,
-    "tau-tail": tau_tail,
-    "tilt": tilt,
-    "odm": odm,
+    "hold": Law(hold),
+    "schedule": Law(schedule, needs=("scheduled",)),
+    "proportional": Law(proportional),
+    "tau-tail": Law(tau_tail, needs=("target",)),
+    "tilt": Law(tilt, needs=("score", "score_se"), measured=True),
+    "odm": Law(odm, needs=("losses",), measured=True),
 }
-NEEDS = {  # fields of a Situation without which a law does nothing but hold
-    "hold": (),
-    "schedule": ("scheduled",),
-    "proportional": (),
-    "tau-tail": ("target",),
-    "tilt": ("score", "score_se"),
-    "odm": ("losses",),
-}
-MEASURED = {"tilt", "odm"}  # laws that rest after a change
+CURES = {"scheduled": "write schedule: FILE and mode: fixed", "target": "write the target as shares"}
+
+
+def check(config):
+    """Raises ConfigError for a law, or one to compare with, that is unknown or whose signal this run does not have."""
+    chosen = config.controller
+    missing = {
+        "scheduled": config.schedule is None,
+        "target": config.target == "each" and config.mode == "act",
+    }
+    for key, names in (("law", (chosen.law,)), ("compare", chosen.compare)):
+        for name in names:
+            if name not in LAWS:
+                cure = f"write one of {', '.join(LAWS)}{did_you_mean(name, LAWS)}"
+                raise config.error(f"controller.{key}", f"got {name!r}", cure)
+            for need in LAWS[name].needs:
+                if missing.get(need):
+                    problem = f"{name} needs `{need}`, which this run does not have"
+                    raise config.error(f"controller.{key}", problem, CURES[need])

@@ -13,6 +13,7 @@ import numpy as np
 from megatron_commute import intervals
 from megatron_commute.adapters import torch_loop
 from megatron_commute.decide import controller
+from megatron_commute.decide.situation import Situation
 from megatron_commute.experiments import bilingual_cells as cells
 from megatron_commute.experiments import bilingual_figures as figures
 from megatron_commute.experiments import bilingual_tables as tables
@@ -129,7 +130,7 @@ class Decider:
         samples = self.size.steps * self.settings.batch
         K, left = len(SHARES), samples - self.mixture.index
         nothing = {"score": np.zeros(K), "score_se": np.full(K, np.inf), "dof": 3}
-        situation = controller.Situation(
+        situation = Situation(
             weights=np.asarray(self.mixture.weights, dtype=np.float64),
             remaining=budgets - self.mixture.served,
             initial=np.array(SHARES),

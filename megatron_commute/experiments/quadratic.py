@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from megatron_commute import bracket
-from megatron_commute.decide.controller import Situation, decide
+from megatron_commute.decide.controller import decide
 from megatron_commute.decide.laws import tilted
+from megatron_commute.decide.situation import Situation
 from megatron_commute.experiments import (
     quadratic_errata,
     quadratic_figures,

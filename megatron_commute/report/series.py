@@ -11,8 +11,7 @@ import dataclasses
 
 import numpy as np
 
-from megatron_commute.decide import controller
-from megatron_commute.decide.laws import MEASURED
+from megatron_commute.decide.laws import LAWS, significant
 
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -167,7 +166,7 @@ def mean_with_error(value, error):
 
 def certain(run, value, error, probes=1):
     """Where zero lies outside the interval of a value (mean over `probes`), by the rule of the decisions."""
-    return controller.significant(value, error, max(1, probes * (run.splits - 1)), run.confidence)
+    return significant(value, error, max(1, probes * (run.splits - 1)), run.confidence)
 
 
 def power_of_ten(*arrays):
@@ -254,7 +253,7 @@ def overhead(run):
 def uncalibrated(run):
     """Whether the weights of the run follow a measured signal: no signal here was ever compared with effects at the end."""
     law = (run.start.get("controller") or {}).get("law")
-    return run.start.get("mode") == "act" and law in MEASURED and not run.analysis
+    return run.start.get("mode") == "act" and law in LAWS and LAWS[law].measured and not run.analysis
 
 
 def improvable(run):

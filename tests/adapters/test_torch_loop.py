@@ -253,7 +253,7 @@ def test_a_loop_of_ones_own_with_workers_and_the_shortest_lead(data):
     lines = record.read(data / "run")
     assert [line["event"] for line in lines].count("probe") == 5
     assert any(line.get("effective_sample") for line in lines), [line.get("reason") for line in lines]
-    assert hook.mixture.served.tolist() == [72, 24] and not any("OTHER SAMPLES" in line for line in said)
+    assert hook.stream.served.tolist() == [72, 24] and not any("OTHER SAMPLES" in line for line in said)
     assert len(set(brought)) == 96, "no sample twice"
     with pytest.raises(ConfigError, match=r"lead.*9 samples, is less than the 10 samples"):
         torch_loop.Plugin(mixture_file(data, more="lead: 9"), Run(LENGTH, 4, 2, 1, 24, 4))
@@ -272,7 +272,7 @@ def test_planned_weights_are_followed_and_resumed(data):
     (data / "plan.csv").write_text("at,then,en,ru\n0,linear,1,0\n50%,hold,0.5,0.5\n")
     file = mixture_file(data, mode="fixed", more="schedule: plan.csv", budgets=(60, 36))
     hook, _, brought, _ = own_loop(data, file)
-    assert hook.mixture.served.tolist() == [60, 36]
+    assert hook.stream.served.tolist() == [60, 36]
     late = [domain for domain, _ in brought[48:]]
     assert late.count(1) == 24 and [domain for domain, _ in brought[:12]].count(1) <= 2
     _, _, one, kept = own_loop(data, file, stop=10, folder="parted")

@@ -29,7 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from decisions_optima import AXES, BUDGETS, SEEDS, TIMES, WINDOWS, cached, problem, shares
 
 from megatron_commute import bracket
-from megatron_commute.decide.controller import Situation, decide
+from megatron_commute.decide.controller import decide
+from megatron_commute.decide.situation import Situation
 from megatron_commute.experiments.receding import Recycled
 from megatron_commute.experiments.receding_law import receding
 from megatron_commute.feasible import nearest

@@ -29,6 +29,17 @@ def wanted(n, changes=(), **limits):
     return list(zip(domain.tolist(), position.tolist(), strict=True))
 
 
+def sampler_of(mixture, micro_batch, rank, size, global_batch, stop_sample):
+    return MixtureSampler(
+        mixture=mixture,
+        micro_batch=micro_batch,
+        data_parallel_rank=rank,
+        data_parallel_size=size,
+        global_batch=global_batch,
+        stop_sample=stop_sample,
+    )
+
+
 def megatron_slices(samples, micro_batch, rank, size):
     """Megatron's MegatronPretrainingSampler.__iter__, over any list."""
     batch, found = [], []
@@ -44,7 +55,7 @@ def megatron_slices(samples, micro_batch, rank, size):
 def test_slices_are_megatrons_on_every_rank(micro_batch, size):
     samples = wanted(100)
     for rank in range(size):
-        sampler = MixtureSampler(stream_of(), micro_batch, rank, size, 48, 100)
+        sampler = sampler_of(stream_of(), micro_batch, rank, size, 48, 100)
         want = megatron_slices(samples, micro_batch, rank, size)
         assert len(sampler) == len(want)
         assert list(sampler) == want
@@ -55,9 +66,7 @@ def global_batches(stream, sizes, steps, global_batch=16, micro_batch=2):
     """Samples of each step, pooled over ranks, when the data-parallel size is sizes[i] for steps[i] steps."""
     found = []
     for size, count in zip(sizes, steps, strict=True):
-        ranks = [
-            iter(MixtureSampler(stream, micro_batch, rank, size, global_batch, 640)) for rank in range(size)
-        ]
+        ranks = [iter(sampler_of(stream, micro_batch, rank, size, global_batch, 640)) for rank in range(size)]
         for _ in range(count):
             micro = [[next(rank) for rank in ranks] for _ in range(global_batch // (micro_batch * size))]
             found.append([sample for chunk in micro for part in chunk for sample in part])
@@ -102,7 +111,7 @@ def test_weights_change_on_time_under_prefetching(workers, factor, persistent):
     chunk = micro_batch * size
     lead = ((factor or 0) * workers + 1) * chunk
     lead = -(-lead // global_batch) * global_batch
-    sampler = MixtureSampler(stream_of(), micro_batch, 1, size, global_batch, steps * global_batch)
+    sampler = sampler_of(stream_of(), micro_batch, 1, size, global_batch, steps * global_batch)
     data = MixedDataset([Numbers(d, 11 + d) for d in range(3)], seed=5)
     options = {"prefetch_factor": factor, "persistent_workers": persistent} if workers else {}
     loader = iter(DataLoader(data, batch_sampler=sampler, num_workers=workers, **options))
@@ -123,7 +132,7 @@ def test_weights_change_on_time_under_prefetching(workers, factor, persistent):
 
 
 def test_a_change_behind_the_frontier_is_refused():
-    sampler = MixtureSampler(stream_of(), 2, 0, 2, 8, 100)
+    sampler = sampler_of(stream_of(), 2, 0, 2, 8, 100)
     batches = iter(sampler)
     next(batches), next(batches)
     with pytest.raises(
@@ -137,19 +146,19 @@ def test_a_change_behind_the_frontier_is_refused():
 def test_sampler_runs_on_its_own_copy_from_where_the_mixture_stands():
     stream = stream_of()
     stream.take(24)
-    sampler = MixtureSampler(stream, 4, 0, 1, 8, 48)
+    sampler = sampler_of(stream, 4, 0, 1, 8, 48)
     assert [pair for batch in sampler for pair in batch] == wanted(48)[24:]
     assert stream.index == 24 and sampler.frontier.index == 48
 
 
 def test_wrong_layouts_name_the_cure():
     with pytest.raises(ValueError, match="give a rank below the data-parallel size"):
-        MixtureSampler(stream_of(), 2, 2, 2, 8, 100)
+        sampler_of(stream_of(), 2, 2, 2, 8, 100)
     for batch in (0, 6, 12):
         with pytest.raises(ValueError, match=f"global batch {batch} is not a multiple of .* = 8: change one"):
-            MixtureSampler(stream_of(), 4, 0, 2, batch, 48)
+            sampler_of(stream_of(), 4, 0, 2, batch, 48)
     with pytest.raises(ValueError, match="lower it"):
-        MixtureSampler(stream_of(budgets=[5, 5, 5]), 1, 0, 1, 1, 16)
+        sampler_of(stream_of(budgets=[5, 5, 5]), 1, 0, 1, 1, 16)
     with pytest.raises(ValueError, match="give it data"):
         MixedDataset([Numbers(0, 3), Numbers(1, 0)], seed=1)
     with pytest.raises(TypeError, match="wrap its items as dicts"):
@@ -238,7 +247,9 @@ else:
 with open(log, "r+" if os.path.exists(log) else "w") as file:
     file.truncate(stream.index * 12)
     file.seek(0, 2)
-    for batch in MixtureSampler(stream, 4, 0, 1, 4, 2400):
+    for batch in MixtureSampler(
+        mixture=stream, micro_batch=4, data_parallel_rank=0, data_parallel_size=1, global_batch=4, stop_sample=2400
+    ):
         file.write("".join(f"{d:3d}{p:8d}\\n" for d, p in batch))
         file.flush()
         stream.take(4)

@@ -11,7 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_commute.decide import controller
-from megatron_commute.decide.controller import Situation, decide, remaining_shares, significant
+from megatron_commute.decide.controller import decide
+from megatron_commute.decide.laws import LAWS as TABLE
+from megatron_commute.decide.laws import remaining_shares, significant
+from megatron_commute.decide.situation import Situation
 from megatron_commute.experiments import receding, receding_law, receding_plan
 from megatron_commute.mixture import Mixture
 
@@ -74,7 +77,7 @@ def signals(rng, K, left):
     }  # fmt: skip
 
 
-LAWS = sorted(controller.LAWS)
+LAWS = sorted(TABLE)
 
 
 @settings(max_examples=300, deadline=None)

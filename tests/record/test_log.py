@@ -159,14 +159,6 @@ def test_a_record_deleted_under_way_begins_anew_without_a_hole(log):
     assert steps(log.path) == [3]
 
 
-def test_listeners_hear_what_was_written_after_it_was(tmp_path):
-    heard = []
-    log = Record(tmp_path / record.NAME, lambda line: heard.append((line, steps(log.path))))
-    log.start_fresh()
-    log.append("loss", step=np.int64(5), x=float("nan"))
-    assert heard == [({"schema": 1, "event": "loss", "step": 5, "x": None}, [5])]
-
-
 def test_a_missing_record_names_what_was_looked_for(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"commute\.jsonl: no decision log here; name a folder"):
         record.read(tmp_path)

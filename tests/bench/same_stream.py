@@ -7,7 +7,7 @@ repository, as it lies there), compiles both, and lets launch/pretrain_gpt.py of
 below: a GPT of the quickstart's size, three domains of Markov chains, two gloo ranks on CPU. What
 both records have must be the same to the last bit, and what EVERY_LINE names must be there; times
 and digests are left out, keys that only one side has are listed. Status 1 where anything differs;
-the table goes to same_stream.csv. Nothing here imports either package. Four minutes on two cores.
+the table goes to same_stream.csv. Nothing here imports either package. Eight minutes of CPU time.
 """
 
 import argparse

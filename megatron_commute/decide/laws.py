@@ -183,7 +183,7 @@ def check(config):
         for name in names:
             if name not in LAWS:
                 cure = f"write one of {', '.join(LAWS)}{did_you_mean(name, LAWS)}"
-                raise config.error(f"controller.{key}", f"got {name!r}", cure)
+                raise config.error(f"controller.{key}", f"got {name}", cure)
             for need in LAWS[name].needs:
                 if missing.get(need):
                     problem = f"{name} needs `{need}`, which this run does not have"

@@ -1,7 +1,7 @@
 """The fused Hessian-vector product of Megatron's GPTModels: rop.py on the parameters of a module, read in place.
 
 `fused` gives a probe its pass, `verify` checks that this pass computes what the module computes, `refuse` says before
-anything is run why it could not; `with_fused` does all of it for a probe.Model.
+anything is run why it could not; `with_fused` does all of it for a Model.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def verify(module, loss, parameters, tokens, tensor_parallel_group=None):
 
 
 def with_fused(model, module, tensor_parallel_group=None):
-    """The probe.Model of a GPTModel with its fused pass, which is verified before the first probe that uses it.
+    """The Model of a GPTModel with its fused pass, which is verified before the first probe that uses it.
 
     Raises ValueError where refuse does. A module in half precision is measured in float32, as by the other methods.
     """

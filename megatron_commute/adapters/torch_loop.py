@@ -18,7 +18,7 @@ from megatron_commute.data.sampler import MixedDataset, MixtureSampler
 from megatron_commute.data.stream import Stream
 from megatron_commute.decide import laws
 from megatron_commute.hook import Hook
-from megatron_commute.measure.probe import Model
+from megatron_commute.measure.model import Model, full_precision, low_precision
 from megatron_commute.mixture import Mixture
 from megatron_commute.record import log
 
@@ -47,11 +47,11 @@ def probe_model(
     exact=None,
     verify=None,
 ):
-    """Build the probe.Model of an nn.Module.
+    """Build the measure.model.Model of an nn.Module.
 
     loss: (module, tokens i64[b, n]) -> mean loss, calling module(...) as training does. micro_batch: sequences a forward
     pass. second_moments: () -> bias-corrected second moments of Adam (list of tensors, one per trainable parameter) or None.
-    owned, decayed: per trainable parameter, see probe.Model; default: all owned, decay on matrices only. groups:
+    owned, decayed: per trainable parameter, see measure.model; default: all owned, decay on matrices only. groups:
     reduce.Groups. exact: () -> context manager that makes the module twice differentiable; default: nothing to do.
     Raises ValueError for a module without trainable parameters and for one in DistributedDataParallel. A module that
     checkpoints activations must not do so while module.training is False; one that does is refused at every probe.
@@ -61,17 +61,12 @@ def probe_model(
         raise ValueError("the model has no trainable parameter: nothing to measure")
     if isinstance(module, torch.nn.parallel.DistributedDataParallel):
         raise ValueError("a forward pass of DistributedDataParallel prepares a reduction: give its .module")
-    names = [name for name, _ in named]
+    names, params = [name for name, _ in named], [p for _, p in named]
 
-    def at(params, tokens):
-        swapped = {f"module.{name}": p for name, p in zip(names, params, strict=True)}
+    def at(values, tokens):
+        swapped = {f"module.{name}": value for name, value in zip(names, values, strict=True)}
         with torch.autograd.graph.disable_saved_tensors_hooks(HOOKS_REFUSED):
             return torch.func.functional_call(_Loss(module, loss), swapped, (tokens,))
-
-    def parameters():
-        return [
-            p.detach() if p.dtype in (torch.float32, torch.float64) else p.detach().float() for _, p in named
-        ]
 
     owned, groups = tuple(owned or [True] * len(named)), groups or reduce.Groups()
 
@@ -80,23 +75,21 @@ def probe_model(
 
     passed = []
 
-    def verify_once(params, tokens):
+    def verify_once(values, tokens):
         if not passed:
-            verify(
-                lambda at_params: at(at_params, tokens), params, lambda v: squared_length(v, owned, groups)
-            )
+            verify(lambda point: at(point, tokens), values, lambda v: squared_length(v, owned, groups))
             passed.append(True)
 
     return Model(
-        parameters,
-        at,
-        owned,
-        tuple(decayed or [p.dim() > 1 for _, p in named]),
-        metric,
-        lambda method: quiet(module, exact if method == "exact" else None),
-        micro_batch,
-        verify_once if verify is not None else None,
-        any(p.dtype not in (torch.float32, torch.float64) for _, p in named),
+        parameters=lambda: full_precision(params),
+        loss=at,
+        owned=owned,
+        decayed=tuple(decayed or [p.dim() > 1 for p in params]),
+        metric=metric,
+        quiet=lambda method: quiet(module, exact if method == "exact" else None),
+        micro_batch=micro_batch,
+        verify=verify_once if verify is not None else None,
+        low_precision=low_precision(params),
     )
 
 

@@ -1,4 +1,4 @@
-"""From a checkpoint to the probe.Model of one process: the whole model in float32, with the optimiser's second moments."""
+"""From a checkpoint to the Model of one process: the whole model in float32, with the optimiser's second moments."""
 
 import contextlib
 import json
@@ -170,7 +170,7 @@ class Standing:
         self.checkpoint = checkpoint._replace(parameters={}, moments=None)
 
     def probe_model(self, micro_batch, method):
-        """The probe.Model of what is held; ValueError where `method` cannot work on it."""
+        """The Model of what is held; ValueError where `method` cannot work on it."""
         from megatron_commute.adapters import fused
         from megatron_commute.adapters import twice_differentiable as twice
 

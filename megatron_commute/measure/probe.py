@@ -21,41 +21,7 @@ from megatron_commute.measure import replicate_ways
 from megatron_commute.settings import memory
 from megatron_commute.settings.memory import vectors
 
-__all__ = ["Measurement", "Model", "ProbeFailed", "choose_memory", "measure", "vectors"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Model:
-    """What a probe needs of a model; adapters build it.
-
-    parameters: () -> float32 or float64 tensors at which to measure, one per trainable parameter of this rank
-    loss: (parameters, tokens i64[b, seq_length + 1]) -> mean loss in nats per token; must not write to anything
-    owned: per parameter, False where another model-parallel rank holds the same values and counts them already
-    decayed: per parameter, whether the optimiser's decoupled weight decay acts on it
-    metric: name -> diagonal D of the optimiser's flow as a list of tensors, or None for the identity; collective
-    quiet: (method) -> context manager: dropout off, random state kept, and double backward possible where `exact` asks
-    micro_batch: sequences of one forward pass
-    verify: (parameters, tokens) -> None, raises where the method is wrong on this model (exact, fused); cheap once passed
-    low_precision: whether `parameters` are float32 copies of what the module holds
-    fused: (parameters, u, tokens) -> object with .gradient and .product (lists), for method fused, or None
-    gradient: (parameters, batches) -> sum of share * gradient over batches, an iterable of (tokens, share): for models
-        whose micro-batches must run together (pipelines) or in lock-step with other ranks; None: one by one through `loss`
-    together: whether vectors are this rank's SHARDS of what all data-parallel ranks add up (ZeRO-3); needs `gradient`,
-        which is collective over them and gives shards of the sum over their batches
-    """
-
-    parameters: object
-    loss: object
-    owned: tuple
-    decayed: tuple
-    metric: object
-    quiet: object
-    micro_batch: int
-    verify: object = None
-    low_precision: bool = False
-    fused: object = None
-    gradient: object = None
-    together: bool = False
+__all__ = ["Measurement", "ProbeFailed", "choose_memory", "measure", "vectors"]
 
 
 @dataclasses.dataclass(frozen=True)

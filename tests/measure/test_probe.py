@@ -28,6 +28,7 @@ from probing import (
 from megatron_commute import hvp, reduce
 from megatron_commute.adapters import torch_loop
 from megatron_commute.measure import probe, replicate
+from megatron_commute.measure.model import Model
 
 CASES = list(itertools.product(("difference", "exact"), ("identity", "adam"), (MIXED, EACH)))
 
@@ -263,7 +264,7 @@ def shout(rank):
             name: getattr(base, name) for name in ("parameters", "owned", "decayed", "quiet", "micro_batch")
         }
         limit = (0.0 if rank == 1 else 1e9) if kind == "late" else None
-        return probe.Model(loss=loss, metric=metric, **fields), draw, limit
+        return Model(loss=loss, metric=metric, **fields), draw, limit
 
     def state():
         tensors = [*module.parameters(), *(p.grad for p in module.parameters()), torch.get_rng_state()]

@@ -1,4 +1,4 @@
-"""The probe.Model of a run of Megatron-DeepSpeed, by the kind of its engine."""
+"""The Model of a run of Megatron-DeepSpeed, by the kind of its engine."""
 
 import contextlib
 import dataclasses
@@ -8,7 +8,7 @@ from megatron_commute.adapters import megatron_core
 
 
 def probe_model(engine, micro_batch, method):
-    """The probe.Model of the model under `engine`: a GPTModel under ZeRO stage 0 to 3, or a GPTModelPipe.
+    """The Model of the model under `engine`: a GPTModel under ZeRO stage 0 to 3, or a GPTModelPipe.
 
     micro_batch: sequences of one forward pass; method: of the configuration. Activation checkpointing is off while a probe
     runs. Raises ValueError where method, model and engine do not go together.

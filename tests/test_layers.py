@@ -172,6 +172,15 @@ def test_files_and_functions_stay_short(path):
     assert not long, f"functions over 70 lines: {long}"
 
 
+def test_tests_mirror_the_package_and_share_through_support_alone():
+    """What two test files use is no test: a module named test_* is collected, never imported."""
+    others = {"launch", "megatron_deepspeed", "support", "bench", "simt"}
+    folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and path.name[0] not in "._"}
+    assert folders - {"__pycache__"} <= {name.partition(".")[0] for name in ROOMS} | others
+    for path in (ROOT / "tests").rglob("*.py"):
+        assert not {name for name in imports(path) if name.startswith("test_")}, path
+
+
 def test_nothing_is_left_for_later():
     marker = re.compile(r"\b(TODO|FIXME|XXX|HACK)\b")
     others = [path for path in SOURCES if path.name != Path(__file__).name]

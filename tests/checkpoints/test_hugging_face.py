@@ -1,6 +1,7 @@
 """Hugging Face folders: losses, gradients and second moments are those of transformers itself, and what is refused."""
 
 import contextlib
+import copy
 import json
 import pickle
 import re
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import ranks
 import torch
-from test_analyze import call, digests, probes
+from checkpoint_runs import call, digests, probes
 
 from megatron_commute.adapters import megatron_core
 from megatron_commute.checkpoints import analysis as checkpoints
@@ -97,13 +98,15 @@ def test_losses_and_gradients_are_those_of_transformers(name, tmp_path):
         module = checkpoint_model.Standing(found).module
         ours = megatron_core.token_losses(module, tokens[:, :-1], tokens[:, 1:]).mean(1)
         ours.mean().backward()
-    theirs = their_losses(model, tokens)
+    theirs, double = their_losses(model, tokens), copy.deepcopy(model).double()
     theirs.mean().backward()
+    their_losses(double, tokens).mean().backward()
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
+    both = zip(model.parameters(), double.parameters(), strict=True)
+    rounding = max(float((one.grad - two.grad).abs().max()) for one, two in both)  # of float32, theirs
     gradients = laid_out(model, [p.grad for p in model.parameters()], tmp_path)
-    scale = max(float(g.abs().max()) for g in gradients.values())
     for name, p in module.named_parameters():
-        torch.testing.assert_close(p.grad, gradients[name], rtol=1e-4, atol=1e-6 * scale, msg=name)
+        torch.testing.assert_close(p.grad, gradients[name], rtol=1e-4, atol=8 * rounding, msg=name)
 
 
 def test_rotations_as_transformers_4_wrote_them():
@@ -338,10 +341,9 @@ def test_a_series_measures_what_the_same_weights_in_our_own_checkpoints_do(train
     theirs, ours = probes(tmp_path / "theirs"), probes(tmp_path / "ours")
     assert [*theirs] == [2, 4] == [*ours]
     for one, two in zip(theirs.values(), ours.values(), strict=True):
-        scale = np.abs(one["M"]).max()
-        for key in ("M", "P", "P_se"):
-            assert np.abs(np.array(one[key]) - np.array(two[key])).max() <= 1e-6 * scale, key
-        np.testing.assert_allclose(one["score"], two["score"], atol=1e-6 * np.abs(two["score"]).max())
+        for key in ("M", "P", "P_se", "score"):  # the moments differ by a rounding of float32
+            scale = np.abs(two[key if key == "score" else "M"]).max()
+            np.testing.assert_allclose(one[key], two[key], rtol=0, atol=1e-5 * scale, err_msg=key)
         for key in ("windows", "lr", "decay", "weights", "sample"):
             assert one[key] == two[key], key
     # Trainer's default schedule: linear to zero, after steps 2 and 4 of 4

@@ -3,7 +3,7 @@
 import json
 
 import numpy as np
-from test_controller import situation
+from situations import situation
 
 from megatron_commute.decide import laws
 from megatron_commute.decide.controller import decide

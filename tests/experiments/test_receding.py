@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_controller import situation
+from situations import situation
 
 from megatron_commute import ops
 from megatron_commute.experiments import quadratic_domains, receding, receding_law, receding_plan

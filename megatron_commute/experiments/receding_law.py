@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron_commute.decide.laws import Wish, shares_of
+from megatron_commute.decide.laws import Wish, excess_first, shares_of
 from megatron_commute.experiments import receding_plan
 
 MOST_PIECES = 32  # of a plan: windows of equal length while they are few, then growing
@@ -91,11 +91,9 @@ def segments(samples_left, window, clock):
 
 def target_last(rest, sizes, target):
     """Schedule f64[M, K]: excess budgets first, then the target's mixture for as long as the budgets carry it."""
-    share = np.where(target > 0, target, 1.0)
-    tail = np.where(target > 0, rest / share, np.inf).min()
-    first = np.maximum(sizes.sum() - tail, 1e-9 * sizes.sum())
+    first, excess = excess_first(rest, target)
+    first = max(first, 1e-9 * sizes.sum())
     early = np.clip((first - (np.cumsum(sizes) - sizes)) / sizes, 0, 1)[:, None]
-    excess = np.maximum(rest - (sizes.sum() - first) * target, 0.0)
     return early * (excess / first) + (1 - early) * target
 
 

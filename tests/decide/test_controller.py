@@ -14,8 +14,9 @@ from situations import situation
 from megatron_commute.decide import controller
 from megatron_commute.decide.controller import decide
 from megatron_commute.decide.laws import LAWS as TABLE
-from megatron_commute.decide.laws import remaining_shares, significant
+from megatron_commute.decide.laws import significant
 from megatron_commute.experiments import receding, receding_law, receding_plan
+from megatron_commute.feasible import owed_shares
 from megatron_commute.mixture import Mixture
 
 T3 = {0.95: 3.1824463, 0.5: 0.7648923}  # two-sided quantiles of Student's t, 3 degrees of freedom
@@ -214,10 +215,10 @@ def test_scores_without_a_finite_error_never_count():
 
 
 def test_endless_domains_share_what_the_budgets_leave():
-    shares = remaining_shares(np.array([600.0, np.nan, np.nan]), 1000, np.array([0.2, 0.6, 0.2]))
+    shares = owed_shares(np.array([600.0, np.nan, np.nan]), 1000, np.array([0.2, 0.6, 0.2]))
     np.testing.assert_allclose(shares, [0.6, 0.3, 0.1])
-    np.testing.assert_allclose(remaining_shares(np.array([5.0, np.nan]), 5, np.array([0.5, 0.5])), [1.0, 0.0])
-    every = remaining_shares(np.array([np.nan] * 2), 7, np.array([0.0, 0.0]))
+    np.testing.assert_allclose(owed_shares(np.array([5.0, np.nan]), 5, np.array([0.5, 0.5])), [1.0, 0.0])
+    every = owed_shares(np.array([np.nan] * 2), 7, np.array([0.0, 0.0]))
     np.testing.assert_allclose(every, [0.5, 0.5])
 
 

@@ -100,11 +100,11 @@ def situation(*, config, plan, at, ahead, window, measured, control, **known):
 
 
 def facts(situation):
-    """A Situation as JSON values for the record; NaN is None."""
+    """A Situation as JSON values for the record, without what no law was given; NaN is None."""
     values = {}
     for field in dataclasses.fields(situation):
         value = getattr(situation, field.name)
-        if field.name == "memory":
+        if field.name == "memory" or value is None:
             continue
         values[field.name] = (
             np.asarray(value).tolist() if isinstance(value, np.ndarray | np.generic) else value

@@ -22,7 +22,6 @@ from megatron_commute.checkpoints.files import CheckpointError, content, series
 from megatron_commute.checkpoints.model import LoadedModel
 from megatron_commute.checkpoints.readers import read
 from megatron_commute.checkpoints.setting import Asked, asked, extra_flags, setting
-from megatron_commute.config import direction_samples
 from megatron_commute.decide import controller
 from megatron_commute.measure import probe
 from megatron_commute.mixture import Mixture
@@ -30,6 +29,7 @@ from megatron_commute.record import lines as events
 from megatron_commute.record import log as record
 from megatron_commute.report import plots
 from megatron_commute.settings import memory, rates
+from megatron_commute.settings.probe_cost import sequences_drawn
 
 __all__ = ["Asked", "CheckpointError", "analyze", "asked"]
 NOTHING = controller.Decision(None, "analysed from a checkpoint: nothing was decided")
@@ -207,7 +207,7 @@ class _Work:
         settings, targets = self.settings, self.setting.plan.targets
         twice = {"difference": 2}.get(settings.method, 1) * (2 if settings.memory == "scores" else 1)
         one = twice * settings.samples * targets.shape[1] * len(targets)
-        direction = settings.splits * direction_samples(settings.samples, settings.splits)
+        direction = sequences_drawn(settings)["direction"]
         once = 1 + (
             4 * targets.size if settings.method == "difference" else 0
         )  # a look, and the check of eps
@@ -218,10 +218,7 @@ class _Work:
         sample = step * setting.run.global_batch
         weights = self._weights(found, sample, folder)
         number = first_number(found.commute, step, setting.config.every)
-        used = {"gradient": self.settings.samples}
-        used["direction"] = self.settings.splits * direction_samples(
-            self.settings.samples, self.settings.splits
-        )
+        used = sequences_drawn(self.settings)
 
         def draw(part, domain, numbers):
             if shown is not None:

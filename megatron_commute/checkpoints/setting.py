@@ -9,9 +9,10 @@ import numpy as np
 
 from megatron_commute.adapters import torch_loop
 from megatron_commute.checkpoints.files import CheckpointError
-from megatron_commute.config import ConfigError, Run, direction_samples, holdout_parts
+from megatron_commute.config import ConfigError, Run
 from megatron_commute.data.indexed import data_summary
 from megatron_commute.mixture import Mixture
+from megatron_commute.settings.probe_cost import holdout_parts, sequences_drawn
 
 
 class Asked(NamedTuple):
@@ -100,7 +101,7 @@ def setting(checkpoint, data, asked):
         parts = holdout_parts(held)
         samples, splits = config.probe.samples, config.probe.splits
         most = min(len(parts.gradients), 2 * len(parts.direction)) // splits * splits
-        if samples > most or splits * direction_samples(samples, splits) > len(parts.direction):
+        if samples > most or sequences_drawn(config.probe)["direction"] > len(parts.direction):
             raise CheckpointError(
                 f"--samples {samples}: the holdout of {name} has {held} sequences; write {most} or less, or name a longer "
                 "holdout file"

@@ -21,6 +21,7 @@ from megatron_commute.experiments.bilingual_trainer import Text, Trainer, mean_l
 from megatron_commute.measure import probe
 from megatron_commute.mixture import Mixture
 from megatron_commute.settings.mixture_file import Probe
+from megatron_commute.settings.rates import flow_times
 
 DOMAINS, SHARES = ("english", "russian", "code"), (0.6, 0.1, 0.3)
 LOW = int(np.argmin(SHARES))
@@ -166,9 +167,8 @@ class Decider:
             return text.probe(DOMAINS[domain], first + np.asarray(numbers) % half)
 
         wish = Probe(samples=half, splits=4, method="difference", metric="adam")
-        at, every = self.trainer.done, self.size.every
-        coming = [self.trainer.rate(at + i) for i in range(2 * every)]
-        flow = (self.settings.weight_decay, (sum(coming[:every]), sum(coming[every:])))
+        times = flow_times(self.trainer.rate, self.trainer.done, self.size.every, self.size.steps)
+        flow = (self.settings.weight_decay, times)
         weights = np.asarray(self.mixture.weights, dtype=np.float64)
         target = TARGET["low-resource"][None]
         found = probe.measure(model, *team(wish.splits), draw, wish, target, weights, flow)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from megatron_commute import hvp, ops, reduce
-from megatron_commute.config import direction_samples
+from megatron_commute.settings.probe_cost import direction_samples
 
 
 class Replicate:

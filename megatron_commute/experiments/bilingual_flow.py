@@ -22,7 +22,7 @@ from megatron_commute.settings.rates import RateSchedule, rates
 
 BATCH, JUDGED = 30, 768  # sequences of a step; of every domain at most, on which a reported run is judged
 STYLES = ("constant", "linear", "cosine", "WSD")
-TWO = ("cosine", "WSD")
+TWO, THREE = ("cosine", "WSD"), ("cosine", "WSD", "constant")
 BASE = {"english": 0.6, "russian": 0.1, "code": 0.3}
 UNTRAINED = ("handbook_english", "handbook_russian")
 LAWS = ("late", "tau-tail", "tilt", "odm")
@@ -233,7 +233,7 @@ def cases(part, size, found):
     """The cases of a part; those of `main` need the cells of its windows."""
     return {
         "rules": lambda: _rules(size),
-        "middle": lambda: _constants(size, size.middle, ("constant", *TWO)),
+        "middle": lambda: _constants(size, size.middle),
         "windows": lambda: _windows(size),
         "main": lambda: _main(size, found),
         "length": lambda: _lengths(size),
@@ -249,8 +249,8 @@ PARTS = Size().parts
 
 def _rules(size):
     """Choosing seeds only: constants of the law, ranges of other targets and shares, and the strength."""
-    found = _constants(size, size.steps, STYLES)
-    for style in STYLES:
+    found = _constants(size, size.steps)
+    for style in THREE:
         case = Case("strength", 0, style, "", _choosing(size), size.steps)
         found += [flowing(case._replace(x=s), f"strength {s:g}", strength=s) for s in STRENGTHS]
     for style in TWO:
@@ -264,10 +264,10 @@ def _rules(size):
     return found
 
 
-def _constants(size, steps, styles):
+def _constants(size, steps):
     """Memory and kept steps of the law in runs of `steps`."""
     found, kept = [], flow.kept_steps(steps)
-    for style in styles:
+    for style in THREE:
         case = Case("memory", 0, style, "", _choosing(size), steps)
         found += [flowing(case._replace(x=c), f"memory {c:g}", memory=c, kept=kept) for c in MEMORIES]
         if style in TWO:

@@ -30,7 +30,7 @@ KERNELS = ("norm", "activation", "cross_entropy", "gram", "displace", "attention
 
 EXTENSIONS = [
     Pybind11Extension(
-        "megatron_commute._mixture",
+        "megatron_commute.kernels._mixture",
         ["csrc/mixture.cpp"],
         depends=["csrc/mixture.h"],
         cxx_std=17,
@@ -38,7 +38,7 @@ EXTENSIONS = [
         optional=True,
     ),
     Pybind11Extension(
-        "megatron_commute._cpu",
+        "megatron_commute.kernels._cpu",
         ["csrc/bindings.cpp", *(f"csrc/{name}.cpp" for name in KERNELS)],
         depends=[str(path) for path in Path("csrc").glob("*.h")],
         cxx_std=17,
@@ -47,7 +47,7 @@ EXTENSIONS = [
         optional=True,
     ),
     Extension(
-        "megatron_commute._cuda",
+        "megatron_commute.kernels._cuda",
         ["csrc/launch.cu"],
         depends=[str(path) for path in Path("csrc").glob("*.cuh")],
         optional=True,

@@ -33,7 +33,7 @@ void define(py::module_& module, const char* name, void (*function)(A...)) {
 }  // namespace
 
 PYBIND11_MODULE(_cpu, module) {
-    module.doc() = "Compiled kernels behind megatron_commute.ops; same results as megatron_commute.reference.";
+    module.doc() = "Compiled kernels behind megatron_commute.ops; same results as megatron_commute.kernels.reference.";
     define(module, "norm_forward", commute::norm_forward_cpu);
     define(module, "norm_backward", commute::norm_backward_cpu);
     define(module, "activation_forward", commute::activation_forward_cpu);

@@ -1,5 +1,5 @@
 // CPU kernels on dual numbers: every tensor x comes with its tangent dx along one direction, forward and backward of
-// both in one pass. What each computes is said in megatron_commute/reference.py, which has the same arguments.
+// both in one pass. What each computes is said in megatron_commute/kernels/reference.py, which has the same arguments.
 // Pointers are to contiguous tensors in row-major order, never null unless a comment says so; sizes and indices are
 // 64 bits wide; sums are taken in float (double for float64 tensors). `saved` and statistics have the type of the sums.
 // `threads` never changes a result: work is cut into pieces that depend on the sizes alone.

@@ -58,9 +58,9 @@ def parse(argv):
 def prepare(args, world):
     """Plug-in (None without --commute) and validation sets. What does not fit `world` ranks or the data ends here, with one
     line and exit status 2."""
-    from megatron_commute.adapters.indexed_data import DataError
     from megatron_commute.adapters.torch_loop import Plugin
     from megatron_commute.config import ConfigError, Run
+    from megatron_commute.data.indexed import DataError
 
     try:
         refuse(args, world)
@@ -141,9 +141,9 @@ def refuse(args, world):
 
 def validation_sets(args, names):
     """(names, datasets) of --valid-data-path, one for each domain of the mixture file where there is one."""
-    from megatron_commute.adapters.indexed_data import TokenSequences
     from megatron_commute.adapters.torch_loop import blend_of
     from megatron_commute.config import ConfigError
+    from megatron_commute.data.indexed import TokenSequences
 
     if not args.valid_data_path:
         return [], []

@@ -134,10 +134,10 @@ def validate(engine, datasets, args, groups):
 
 
 def scalars(directory, plan):
-    """A listener of the record that writes the curves of its lines (megatron_commute/curves.py) to TensorBoard."""
+    """A listener of the record that writes the curves of its lines (megatron_commute/report/curves.py) to TensorBoard."""
     from torch.utils.tensorboard import SummaryWriter
 
-    from megatron_commute import curves
+    from megatron_commute.report import curves
 
     writer = SummaryWriter(directory)
 
@@ -233,7 +233,7 @@ def attach(args, engine, plugin, groups, start, state, bar):
     from megatron_commute.config import ConfigError
 
     wanted = args.tensorboard_dir and not bar.disable
-    listener = scalars(args.tensorboard_dir, plugin.plan) if wanted else None
+    listeners = (scalars(args.tensorboard_dir, plugin.plan),) if wanted else ()
     try:
         return plugin.attach(
             megatron_core.probe_model(engine, args.micro_batch_size, plugin.config.probe.method),
@@ -246,29 +246,14 @@ def attach(args, engine, plugin, groups, start, state, bar):
             consumed=start * args.global_batch_size,
             accept=args.commute_accept,
             take_over=args.commute_attach,
-            listener=listener,
+            listeners=listeners,
             say=bar.write if not bar.disable else lambda line: None,
-            host=excursions(args, engine, plugin, groups),
         )
     except ValueError as error:
         kind = "error" if isinstance(error, ConfigError) else f"error: {plugin.config.file}"
         if not bar.disable:
             print(f"{kind}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-
-
-def excursions(args, engine, plugin, groups):
-    """What trains rollouts and is put back after them; None where the mixture file asks for none."""
-    from megatron_commute.adapters import rollouts
-
-    if plugin.config.response.kind != "rollout":
-        return None
-
-    def train(step, domains, positions):
-        micro = rollouts.micro_batches(plugin.dataset, domains, positions, args.micro_batch_size)
-        train_step(engine, micro, args, step, groups.data_rank)
-
-    return rollouts.Engine(engine, train)
 
 
 def account(hook, seen):

@@ -8,9 +8,10 @@ from typing import Any
 
 import click
 
-from megatron_commute import __version__, memory
-from megatron_commute.config import Config, ConfigError, Plan, Run, load, probe_cost, resolve, response_cost
-from megatron_commute.schedule import drawing
+from megatron_commute import __version__
+from megatron_commute.config import Config, ConfigError, Plan, Run, load, probe_cost, resolve
+from megatron_commute.settings import memory
+from megatron_commute.settings.schedule import drawing
 
 PREFETCH_FACTOR = 2  # micro-batches that each worker of a torch DataLoader holds ready
 
@@ -72,8 +73,8 @@ def plan(
     as_json: bool,
 ) -> None:
     """Check a mixture file against run and data; show what would happen. Nothing is written."""
-    from megatron_commute.adapters.indexed_data import inspect_data
-    from megatron_commute.control import refuse_blind
+    from megatron_commute.data.indexed import inspect_data
+    from megatron_commute.decide import laws
 
     try:
         if world_size < 1 or tensor_model_parallel_size < 1 or world_size % tensor_model_parallel_size:
@@ -91,8 +92,7 @@ def plan(
             prefetched=PREFETCH_FACTOR * max(0, num_workers),
         )
         planned = resolve(config, run, *inspect_data(config, seq_length))
-        refuse_blind(config, run)
-        responses = response_cost(config, run)
+        laws.check(config)
     except ConfigError as error:
         raise _Refusal(str(error)) from error
     cost = probe_cost(config, run)
@@ -108,18 +108,17 @@ def plan(
                 "targets": planned.targets.tolist(),
                 "schedule": [[at, weights.tolist()] for at, weights in planned.schedule],
                 "probes": {**cost._asdict(), "measure_budget": config.measure_budget},
-                "responses": responses._asdict(),
                 "memory": {"wish": config.probe.memory, "modes": held},
                 "warnings": list(planned.warnings),
             }
         )
         return
-    _print_plan(config, run, planned, (cost, responses, held, rows))
+    _print_plan(config, run, planned, (cost, held, rows))
 
 
 def _print_plan(config: Config, run: Run, planned: Plan, found: tuple) -> None:
-    """What `plan` says in words. found: costs of probes and responses, probe memory, rows of domains."""
-    cost, responses, held, rows = found
+    """What `plan` says in words. found: cost of probes, probe memory, rows of domains."""
+    cost, held, rows = found
     click.echo(_table([[_shown(value) for value in row.values()] for row in rows], list(rows[0])))
     law = f", law {config.controller.law}" if config.mode == "act" else ""
     click.echo(f"\nmode: {config.mode}{law}; {planned.samples} samples in {run.train_iters} steps")
@@ -133,11 +132,6 @@ def _print_plan(config: Config, run: Run, planned: Plan, found: tuple) -> None:
         f"{config.probe.samples} sequences per domain), {cost.share:.2%} of training; "
         f"measure_budget {config.measure_budget:.2%}"
     )
-    if responses.kind != "off":
-        click.echo(
-            f"responses: {responses.kind}, {responses.count} measurements, one every {responses.steps} steps, of "
-            f"{responses.gradients:.4g} sequence-gradients each, {responses.share:.2%} of training"
-        )
     click.echo(f"probe memory: {config.probe.memory}; {memory_words(held)}")
     for warning in planned.warnings:
         click.echo(f"warning: {warning}")
@@ -208,7 +202,7 @@ def _shown(value: Any) -> str:
 @as_json
 def report(run: str, out: str | None, export_dir: str | None, as_json: bool) -> None:
     """Draw the report of a run from its record (a file or the folder that holds it)."""
-    from megatron_commute import plots
+    from megatron_commute.report import plots
 
     try:
         path = Path(plots.report(run, out))
@@ -236,8 +230,8 @@ def report(run: str, out: str | None, export_dir: str | None, as_json: bool) -> 
 @as_json
 def replay(record: str, law: str | None, guards: tuple[str, ...], out: str | None, as_json: bool) -> None:
     """What a law would have decided on the measurements of a record (a file or the folder that holds it)."""
-    from megatron_commute import plots
-    from megatron_commute import replay as replays
+    from megatron_commute.decide import replay as replays
+    from megatron_commute.report import plots
 
     try:
         found = replays.told(record, law, guards)
@@ -274,7 +268,7 @@ def quadratic(out_dir: str, seeds: int, as_json: bool) -> None:
 @click.option("--data", required=True, help="Folder of launch/prepare_data.py --by-package --vocab-size 512.")
 @click.option(
     "--study",
-    type=click.Choice(["paper", "signals", "end-to-end", "flow"]),
+    type=click.Choice(["paper", "end-to-end", "flow"]),
     default="paper",
     show_default=True,
     help="Which one.",
@@ -295,7 +289,7 @@ def quadratic(out_dir: str, seeds: int, as_json: bool) -> None:
 )
 @as_json
 def bilingual(out_dir, data, study, quick, processes, changes, estimate, tflops, as_json) -> None:
-    """Measure what the order of two languages does to a small GPT, and which signal foresees it; resumes.
+    """Measure what the order of two languages does to a small GPT; resumes.
 
     On 8 GPUs: torchrun --nproc-per-node 8 -m megatron_commute bilingual OUT_DIR ...
     """
@@ -339,7 +333,7 @@ def analyze(checkpoints, data, out, as_json, **asked) -> None:
     """Measure the criterion along checkpoints (global_stepN, checkpoint-N, or a folder of many); resumes."""
     from tqdm import tqdm
 
-    from megatron_commute import checkpoints as analysis
+    from megatron_commute.checkpoints import analysis as analysis
 
     def bar(total, unit):
         return tqdm(total=total, unit=unit, dynamic_ncols=True, disable=as_json)

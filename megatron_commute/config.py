@@ -1,23 +1,14 @@
 """From a mixture file, a run and the data to the `Plan` that sampler, probe and controller follow."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from megatron_commute.mixture_file import (
-    Budget,
-    Config,
-    Controller,
-    Domain,
-    Probe,
-    Response,
-    load,
-)
-from megatron_commute.schedule import planned_counts
-from megatron_commute.shares import (
+from megatron_commute.settings.mixture_file import Budget, Config, Controller, Domain, Probe, load
+from megatron_commute.settings.schedule import planned_counts
+from megatron_commute.settings.shares import (
     Run,
     check_changes,
     exact_budgets,
@@ -26,7 +17,7 @@ from megatron_commute.shares import (
     planned_shares,
     share_bounds,
 )
-from megatron_commute.yaml_checks import ConfigError
+from megatron_commute.settings.yaml_checks import ConfigError
 
 __all__ = [
     "Budget",
@@ -38,22 +29,18 @@ __all__ = [
     "Plan",
     "Probe",
     "ProbeCost",
-    "Response",
-    "ResponseCost",
     "Run",
     "holdout_parts",
     "load",
     "probe_cost",
     "probe_steps",
     "resolve",
-    "response_cost",
 ]
 
 # Gradients that one sequence costs in a probe: counted for `difference`, the most in tests/bench/hvp.csv for `exact`.
 GRADIENTS_PER_SAMPLE = {"difference": 2.0, "exact": 3.1, "fused": 3.0}
 CHECK_GRADIENTS = 4  # of one sequence a domain and target: the estimate of what a difference errs by
 LARGEST_HOLDOUT = 0.2
-READING = 1 / 3  # gradients that reading the loss of one sequence costs: a forward pass without its backward
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,11 +70,11 @@ class Plan:
 
 
 class HoldoutParts(NamedTuple):
-    """Disjoint positions in a holdout: gradients get half, direction and responses a quarter each."""
+    """Disjoint positions in a holdout: gradients get half, direction and the targets of a design a quarter each."""
 
     gradients: range
     direction: range
-    responses: range
+    targets: range
 
 
 def holdout_parts(n: int) -> HoldoutParts:
@@ -129,70 +116,6 @@ def probe_cost(config: Config, run: Run) -> ProbeCost:
     return ProbeCost(probes, gradients, probes * gradients / run.samples)
 
 
-class ResponseCost(NamedTuple):
-    """Measured responses of a run: `kind` that is done, "off" where the budget pays for none (`why` says so); `steps`
-    from one to the next; `count` in the run; `gradients` of sequences for one; `share` of what training takes.
-    """
-
-    kind: str
-    steps: int
-    count: int
-    gradients: float
-    share: float
-    why: str = ""
-
-
-def response_cost(config: Config, run: Run) -> ResponseCost:
-    """What `measure_budget` pays for beside the probes: it decides how often responses are measured.
-
-    lock-in costs evaluations only, one before and one after the tail; a rollout trains 2 (2 window + tail) steps.
-    Raises ConfigError where a measurement does not fit between two decisions.
-    """
-    asked, domains = config.response, len(config.domains)
-    if asked.kind == "off" or domains < 2:
-        return ResponseCost("off", 0, 0, 0.0, 0.0)
-    length = 2 * asked.window + asked.tail
-    reading = READING * domains * asked.sequences
-    left = config.measure_budget - probe_cost(config, run).share
-    pays = max(0.0, left) * run.global_batch  # gradients a step
-    if asked.kind == "lock-in":
-        _check_lock_in(config, length)
-        one = reading * (2 if asked.tail else 1)
-        fit = config.every // (asked.period or length)
-        count = fit if asked.period else min(fit, int(pays * config.every / one))
-        steps = config.every // count if count else 0
-        total, dear = run.train_iters // steps if count else 0, one / config.every
-    else:
-        one = 2 * length * run.global_batch + 6 * reading
-        apart = max(1, math.ceil(one / (pays * config.every))) if pays else run.train_iters
-        apart = max(apart, math.ceil(asked.period / config.every)) if asked.period else apart
-        steps = apart * config.every
-        total, dear = len(probe_steps(steps, run.train_iters)), one / run.train_iters
-    if not total:
-        needed = config.measure_budget - left + dear / run.global_batch
-        why = f"one costs {one:.4g} gradients and the probes take {config.measure_budget - left:.2%}; "
-        return ResponseCost("off", 0, 0, one, 0.0, f"{why}write measure_budget: {needed:.2g} or more")
-    return ResponseCost(asked.kind, steps, total, one, total * one / run.samples)
-
-
-def _check_lock_in(config: Config, length: int) -> None:
-    asked = config.response
-    if config.mode == "shadow":
-        problem = "lock-in moves the weights a little, and in mode shadow the host's own data path sets them"
-        raise config.error("response.kind", problem, "write mode: fixed or act, or kind: rollout")
-    if config.schedule is not None:
-        problem = "lock-in needs weights that stay for a while, and a schedule moves them"
-        raise config.error("response.kind", problem, "write kind: rollout, or leave the schedule out")
-    if asked.period is not None and not length <= asked.period <= config.every:
-        problem = f"{asked.period} steps cannot hold two halves of {asked.window} and a tail of {asked.tail}"
-        if asked.period > config.every:
-            problem = f"{asked.period} steps are more than the {config.every} between two decisions"
-        raise config.error("response.period", problem, f"write {length} to {config.every}, or null")
-    if length > config.every:
-        problem = f"one measurement takes {length} steps, decisions come every {config.every}"
-        raise config.error("response.tail", problem, f"write every: {length}, or a shorter window or tail")
-
-
 def direction_samples(samples: int, splits: int) -> int:
     """Sequences per domain for the direction of one split: half of what its gradients take, at least one."""
     return max(1, samples // splits // 2)
@@ -214,7 +137,6 @@ def resolve(
     shares = planned_shares(run, budgets, average)
     minimum, maximum = share_bounds(config, weights, shares)
     check_changes(config, run, weights, changes, budgets, minimum, maximum)
-    _check_end(config, run, budgets, minimum, maximum)
     held = _holdouts(config, sequences, holdouts or [None] * len(sequences))
     taken = [
         0 if config.mode == "shadow" or isinstance(d.holdout, str) else n
@@ -259,22 +181,6 @@ def _check_run(run: Run) -> None:
         )
 
 
-def _check_end(config: Config, run: Run, budgets, minimum, maximum) -> None:
-    """Refuses an end phase that bounds or budgets do not permit."""
-    end = config.controller.end
-    for k, weight in enumerate(end.weights or ()):
-        name, key = config.names[k], "controller.end.weights"
-        if not minimum[k] - 1e-9 <= weight <= maximum[k] + 1e-9:
-            problem = f"{weight:g} of {name} is outside its bounds, {minimum[k]:g} to {maximum[k]:g}"
-            raise config.error(
-                key, problem, "write weights within min, max, floors and caps, or change those"
-            )
-        most = None if budgets[k] is None else budgets[k] / (end.share * run.samples)
-        if most is not None and weight > most + 1e-9:
-            problem = f"{weight:g} of {name} over {end.share:g} of the run is more than its budget"
-            raise config.error(key, problem, f"write at most {most:.4g} of it, or a smaller end.share")
-
-
 def _holdouts(config: Config, sequences: Sequence[int], apart: Sequence[int | None]) -> tuple[int, ...]:
     held = []
     for domain, total, separate in zip(config.domains, sequences, apart, strict=True):
@@ -304,11 +210,6 @@ def _holdouts(config: Config, sequences: Sequence[int], apart: Sequence[int | No
             enough = max(2 * need["gradients"], 4 * need["direction"])
             problem = f"{count} sequences are too few for one probe of {config.probe.samples} samples"
             raise config.error(key, problem, f"hold out {enough} or more, or lower probe.samples")
-        asked = config.response
-        if asked.kind != "off" and len(parts.responses) < asked.sequences:
-            problem = f"of {count} sequences {len(parts.responses)} are for responses, a reading asks {asked.sequences}"
-            cure = f"hold out {4 * asked.sequences} or more, or lower response.sequences, which makes errors larger"
-            raise config.error(key, problem, cure)
         held.append(count)
     return tuple(held)
 
@@ -359,21 +260,6 @@ def _warnings(
     if cost.share > config.measure_budget:
         found.append(
             f"measure_budget: probes cost {cost.share:.2%} of training, over {config.measure_budget:.2%}"
-        )
-    told = response_cost(config, run)
-    moved = config.response.delta * config.response.window * run.global_batch * weights
-    if told.kind != "off" and (moved[weights > 0] < 1).any():
-        name = config.names[int(np.argmin(np.where(weights > 0, moved, np.inf)))]
-        window = math.ceil(config.response.window / moved[weights > 0].min())
-        found.append(
-            f"response.window: moves less than a sample of {name} a half; from {window} steps on it moves one"
-        )
-    if told.why:
-        found.append(f"response: {config.response.kind} is off, the budget pays for none: {told.why}")
-    elif cost.share + told.share > config.measure_budget >= cost.share:
-        share = cost.share + told.share
-        found.append(
-            f"measure_budget: probes and responses cost {share:.2%}, over {config.measure_budget:.2%}"
         )
     if len(config.domains) == 1:
         found.append("domains: there is only one, so there is no order to choose")

@@ -163,7 +163,7 @@ def _megatron_deepspeed() -> Finding:
 
 
 def _compiled() -> Finding:
-    name = "megatron_commute._mixture"
+    name = "megatron_commute.kernels._mixture"
     cure = "pip install -e . with a compiler; the plain references run, slower"
     if importlib.util.find_spec(name) is None:
         return Finding("compiled part", OPTIONAL, "not built", cure)

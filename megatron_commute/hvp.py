@@ -192,16 +192,6 @@ def tuned_step(
     return eps, math.sqrt(square_error)
 
 
-def asymmetry(
-    loss: Loss, params: Vector, a: Vector, b: Vector, method: str, step: float | None = None
-) -> float:
-    """|a.H b - b.H a| over the geometric mean of |a| |H b| and |b| |H a|: zero for a true Hessian-vector
-    product."""
-    ha, hb = (hessian_vector_product(loss, params, v, method, step=step) for v in (a, b))
-    gap = sum(_inner(x, y) - _inner(z, w) for x, y, z, w in zip(a, hb, b, ha, strict=True))
-    return abs(gap) / (_square(a) * _square(hb) * _square(b) * _square(ha)) ** 0.25
-
-
 def _central(
     loss: Loss, params: Vector, v: Vector, eps: float
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

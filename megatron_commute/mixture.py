@@ -38,7 +38,7 @@ from megatron_commute import feasible
 from megatron_commute.feasible import nearest, normalised
 
 try:  # compiled when the package was installed with a C++ compiler at hand; same results, see tests
-    from megatron_commute._mixture import stretch
+    from megatron_commute.kernels._mixture import stretch
 except ImportError:
     stretch = None
 

@@ -20,9 +20,10 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_commute import _kernels, reference
-from megatron_commute._kernels import compiled, references, wide
-from megatron_commute.reference import (
+from megatron_commute.kernels import compiled as _kernels
+from megatron_commute.kernels import reference
+from megatron_commute.kernels.compiled import compiled, references, wide
+from megatron_commute.kernels.reference import (
     ACTIVATIONS,
     NORMS,
     check_shapes,

@@ -15,23 +15,22 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
+WAIT = datetime.timedelta(minutes=30)  # the most that one rank may keep the others waiting in `joined`
+
 
 @dataclass
 class Traffic:
-    """What this process has sent through collectives since the last `reset`: calls and payload bytes."""
+    """What this process has sent through collectives since the last `reset`."""
 
-    calls: int = 0
-    bytes: int = 0
     by_kind: dict = field(default_factory=dict)
+    # kind -> (calls, payload bytes)
 
     def add(self, kind, tensor):
-        self.calls += 1
-        self.bytes += tensor.numel() * tensor.element_size()
         calls, size = self.by_kind.get(kind, (0, 0))
         self.by_kind[kind] = (calls + 1, size + tensor.numel() * tensor.element_size())
 
     def reset(self):
-        self.calls, self.bytes, self.by_kind = 0, 0, {}
+        self.by_kind = {}
 
 
 traffic = Traffic()
@@ -52,17 +51,16 @@ class Groups:
 
 
 @contextlib.contextmanager
-def joined(minutes=30.0):
+def joined():
     """Inside, the ranks that a launcher has started (torchrun, deepspeed) form the world: nccl, a GPU for each by
-    LOCAL_RANK, or gloo. Nothing happens in a single process and where they have met already. minutes: the most that one
-    may keep the others waiting."""
+    LOCAL_RANK, or gloo. Nothing happens in a single process and where they have met already."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=minutes))
+    dist.init_process_group(backend, timeout=WAIT)
     try:
         yield
     finally:

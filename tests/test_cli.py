@@ -94,22 +94,6 @@ def test_plan_in_words(mixture):
     assert sorted(mixture.parent.iterdir()) == before, "plan writes nothing"
 
 
-def test_plan_prices_measured_responses(mixture):
-    more = "response: {kind: lock-in, window: 2, tail: 4, sequences: 16}\n"
-    mixture.write_text(MIXTURE.replace("measure_budget: 0.4", "measure_budget: 0.9") + more)
-    shown = json.loads(invoke("plan", mixture, *RUN.split(), "--json").output)["responses"]
-    # a reading is 2 domains x 16 sequences x a third of a gradient; two of them cost 64 / 3, and 30 % of 25 x 4 pay for one
-    assert shown["kind"] == "lock-in" and shown["steps"] == 25 and shown["gradients"] == pytest.approx(64 / 3)
-    text = invoke("plan", mixture, *RUN.split()).output
-    assert (
-        "responses: lock-in, 4 measurements, one every 25 steps, of 21.33 sequence-gradients each, 21.33%"
-        in text
-    )
-    mixture.write_text(MIXTURE + "controller: {law: response}\n")
-    refused = invoke("plan", mixture, *RUN.split())
-    assert refused.exit_code == 2 and "law: response needs `effect`" in refused.output
-
-
 def test_plan_with_each_target(mixture):
     mixture.write_text(MIXTURE.replace("mode: act", "mode: fixed\ntarget: each"))
     shown = json.loads(invoke("plan", mixture, *RUN.split(), "--json").output)
@@ -287,5 +271,5 @@ def test_as_a_module():
 
 
 def test_the_version_is_that_of_the_package():
-    assert config.ConfigError.__module__ == "megatron_commute.yaml_checks"
+    assert config.ConfigError.__module__ == "megatron_commute.settings.yaml_checks"
     assert invoke("--version").output.endswith("0.1.0\n")

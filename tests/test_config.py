@@ -5,8 +5,8 @@ import dataclasses
 
 import pytest
 
-from megatron_commute import mixture_file
 from megatron_commute.config import ConfigError, load
+from megatron_commute.settings import cut_keys, mixture_file
 
 TWO = "domains:\n  en: {path: en}\n  ru: {path: ru}\n"
 
@@ -38,7 +38,7 @@ mode: act
 every: 20
 lead: 64
 seed: 7
-probe: {samples: 32, splits: 2, method: exact, metric: identity, direction: local, memory: scores, time_limit: 60}
+probe: {samples: 32, splits: 2, method: exact, metric: identity, memory: scores, time_limit: 60}
 controller:
   law: hold
   strength: 0.5
@@ -48,10 +48,7 @@ controller:
   caps: {en: 0.8}
   cooldown: 3
   freeze: 0.9
-  end: {share: 0.05, weights: {en: 1.0}}
-  gate: 0.001
   compare: [tilt, tau-tail]
-response: {kind: lock-in, delta: 0.1, window: 4, tail: 16, period: 40, sequences: 32}
 schedule: null
 measure_budget: 0.01
 """
@@ -66,12 +63,10 @@ def test_every_key_is_read(tmp_path):
     assert ru.holdout == f"{tmp_path}/held/ru"
     assert config.target == {"en": 0.5, "ru": 0.5} and config.mode == "act"
     assert (config.every, config.lead, config.seed, config.schedule) == (20, 64, 7, None)
-    assert dataclasses.astuple(config.probe) == (32, 2, "exact", "identity", "local", "scores", 60.0)
+    assert dataclasses.astuple(config.probe) == (32, 2, "exact", "identity", "scores", 60.0)
     law = config.controller
     assert dataclasses.astuple(law)[:6] == ("hold", 0.5, 0.1, 0.9, (0.05, 0.05), (0.8, 1.0))
-    assert (law.cooldown, law.freeze, law.gate, law.compare) == (3, 0.9, 0.001, ("tilt", "tau-tail"))
-    assert dataclasses.astuple(law.end) == (0.05, (1.0, 0.0))
-    assert dataclasses.astuple(config.response) == ("lock-in", 0.1, 4, 16, 40, 32)
+    assert (law.cooldown, law.freeze, law.compare) == (3, 0.9, ("tilt", "tau-tail"))
     assert config.measure_budget == 0.01
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.mode = "shadow"
@@ -81,12 +76,10 @@ def test_defaults(tmp_path):
     config = load(written(tmp_path, TWO))
     assert (config.mode, config.every, config.lead, config.seed) == ("shadow", 1000, None, 1234)
     assert (config.target, config.schedule, config.measure_budget) == (None, None, 0.005)
-    assert dataclasses.astuple(config.probe) == (64, 4, "difference", "adam", "local", "auto", None)
+    assert dataclasses.astuple(config.probe) == (64, 4, "difference", "adam", "auto", None)
     law = config.controller
     assert dataclasses.astuple(law)[:6] == ("tilt", 1.0, 0.05, 0.95, (0.0, 0.0), (1.0, 1.0))
-    assert (law.cooldown, law.freeze, law.gate, law.compare) == (1, 1.0, 5e-4, ())
-    assert dataclasses.astuple(law.end) == (0.0, None)
-    assert dataclasses.astuple(config.response) == ("off", 0.2, 8, 64, None, 64)
+    assert (law.cooldown, law.freeze, law.compare) == (1, 1.0, ())
     assert [(d.weight, d.budget, d.minimum, d.maximum, d.holdout) for d in config.domains] == [
         (None, None, 0.0, 1.0, None)
     ] * 2
@@ -116,17 +109,15 @@ ADDED = [
     ("measure_budget: .nan", "4: measure_budget: got NaN; write a share of the training compute, such as 0.005"),
     ("schedule: 3", "4: schedule: got 3; write the path of a CSV file, or null"),
     ("schedule: s.csv", "4: schedule: is followed in mode fixed only; write mode: fixed"),
-    ("probe: 64", "4: probe: got 64; write a mapping with the keys samples, splits, method, metric, direction, memory, time_limit"),
+    ("probe: 64", "4: probe: got 64; write a mapping with the keys samples, splits, method, metric, memory, time_limit"),
     ("probe:\n  samples: 0", "5: probe.samples: got 0; write a positive number of sequences"),
     ("probe:\n  samples: 66", "5: probe.samples: 66 is not divisible by the 4 splits; write 68, or other probe.splits"),
     ("probe:\n\n  splits: 1", "6: probe.splits: got 1; write 2 or more, standard errors come from the splits"),
     ("probe:\n  method: differance", "5: probe.method: got differance; write one of difference, exact, fused (did you mean difference?)"),
     ("probe: {metric: sgd}", "4: probe.metric: got sgd; write one of identity, adam"),
-    ("probe: {direction: adjoint}", "4: probe.direction: adjoint is not measured while a run goes on; write local"),
     ("probe: {memory: score}", "4: probe.memory: got score; write one of auto, full, sharded, scores (did you mean scores?)"),
     ("probe: {time_limit: 0}", "4: probe.time_limit: got 0; write a positive number of seconds, or null"),
-    ("probe: {sample: 8}", "4: probe.sample: unknown key; known here: samples, splits, method, metric, direction, memory, time_limit (did you mean samples?)"),
-    ("controller: {law: odd}", "4: controller.law: got odd; write one of hold, schedule, proportional, tau-tail, tilt, receding, response, finish, odm (did you mean odm?)"),
+    ("probe: {sample: 8}", "4: probe.sample: unknown key; known here: samples, splits, method, metric, memory, time_limit (did you mean samples?)"),
     ("controller: {strength: 0}", "4: controller.strength: got 0; write a positive number"),
     ("controller: {strength: .inf}", "4: controller.strength: got Infinity; write a positive number"),
     ("controller: {rate: 1.5}", "4: controller.rate: got 1.5; write the largest change of a weight in one decision, such as 0.05"),
@@ -135,23 +126,9 @@ ADDED = [
     ("controller:\n  caps:\n    rus: 0.5", "6: controller.caps.rus: there is no such domain; the domains are en, ru (did you mean ru?)"),
     ("controller: {cooldown: -1}", "4: controller.cooldown: got -1; write the number of decisions to rest after a change, 0 or more"),
     ("controller: {freeze: 0}", "4: controller.freeze: got 0; write a part of the run above 0, such as 0.9; 1: never"),
-    ("controller: {harm: 2}", "4: controller.harm: got 2; write a part of the loss, such as 0.002"),
-    ("controller: {gate: 1}", "4: controller.gate: got 1; write a part of the loss, such as 5e-4"),
-    ("controller: {compare: tilt}", "4: controller.compare: got tilt; write a list of laws, such as [hold, tilt]; they are hold, schedule, proportional, tau-tail, tilt, receding, response, finish, odm"),
-    ("controller: {end: 0.1}", "4: controller.end: got 0.1; write a mapping with the keys share, weights"),
-    ("controller: {end: {share: 1}}", "4: controller.end.share: got 1; write a part of the run from 0 to below 1, such as 0.05"),
-    ("controller: {end: {weights: {en: 1}}}", "4: controller.end.weights: holds in no part of the run; write end.share too"),
-    ("controller: {end: {share: 0.1, weights: {xx: 1}}}", "4: controller.end.weights.xx: there is no such domain; the domains are en, ru"),
-    ("controller: {end: {share: 0.1, weights: {en: 0.5}}}", '4: controller.end.weights: got {"en": 0.5}; these sum to 0.5, write shares of the domains that sum to 1, such as {en: 0.5, ru: 0.5}, or null for the planned weights'),
+    ("controller: {law: 3}", "4: controller.law: got 3; write the name of a law, such as hold or tilt"),
+    ("controller: {compare: tilt}", "4: controller.compare: got tilt; write a list of laws, such as [hold, tilt]"),
     ("controller: {floors: 0.4, caps: {ru: 0.3}}", "4: controller.floors: 0.4 is above the cap 0.3 of ru; write a lower floor or a higher cap"),
-    ("response: {kind: on}", "4: response.kind: got on; write one of off, lock-in, rollout"),
-    ("response: {delta: 0.3}", "4: response.delta: got 0.3; write 0.2 or less of the smallest weight: beyond it the run's own weights move too far"),
-    ("response: {kind: rollout, delta: 1}", "4: response.delta: got 1; write a part of the smallest weight above 0 and at most 0.9"),
-    ("controller: {law: finish, end: {share: 0.1}}", "4: controller.end.share: law finish mixes the end of the run itself; leave it out, or choose another law"),
-    ("response: {window: 0}", "4: response.window: got 0; write a positive number of steps"),
-    ("response: {tail: -1}", "4: response.tail: got -1; write a number of steps, 0 or more"),
-    ("response: {period: 0}", "4: response.period: got 0; write a positive number of steps, or null"),
-    ("response: {sequences: 0}", "4: response.sequences: got 0; write a positive number of held-out sequences"),
     ("target: all", "4: target: got all; write shares of the domains that sum to 1, such as {en: 0.5, ru: 0.5}, or each, or null"),
     ("target: {en: 0.6, ru: 0.5}", '4: target: got {"en": 0.6, "ru": 0.5}; these sum to 1.1, write shares of the domains that sum to 1, such as {en: 0.5, ru: 0.5}, or each, or null'),
     ("target: {en: 0.5, xx: 0.5}", "4: target.xx: there is no such domain; the domains are en, ru"),
@@ -216,6 +193,31 @@ def test_token_budgets_are_exact(tmp_path, budget, tokens):
     assert (config.domains[0].budget.sequences(1), config.domains[0].budget.unit) == (tokens, "tokens")
 
 
+CUT = [
+    ("response: {kind: off}", "4: response: was cut in 0.2.0; remove the key, order effects are not measured in a run any more"),
+    ("controller:\n  rate: 0.1\n  harm: 0.002", "6: controller.harm: was cut in 0.2.0; write it to the command, design --harm, and remove the key here"),
+    ("controller: {gate: 1}", "4: controller.gate: was cut in 0.2.0; remove the key, no law that is left predicts its gain"),
+    ("controller: {end: {share: 0.1}}", "4: controller.end: was cut in 0.2.0; write the end of the run into a schedule: FILE, mode: fixed, and remove the key here"),
+    ("probe: {direction: local}", "4: probe.direction: was cut in 0.2.0; remove the key, probes of a run are local; code that measures offline hands a direction over"),
+    ("controller: {law: finish}", "4: controller.law: finish was cut in 0.2.0 (it gained 0.3 % at best); write hold or tilt"),
+    ("controller: {law: response}", "4: controller.law: response was cut in 0.2.0 (lock-in, which it needs, had 5 of 14 signs right); write hold or tilt"),
+    ("controller: {law: receding}", "4: controller.law: receding was cut in 0.2.0 (it plans on a model that no running job keeps); write hold or tilt"),
+    ("controller: {compare: [hold, finish]}", "4: controller.compare: finish was cut in 0.2.0 (it gained 0.3 % at best); leave it out"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("added", "message"), CUT, ids=[added for added, _ in CUT])
+def test_what_was_cut_is_named_with_the_version_and_what_to_write_instead(tmp_path, added, message):
+    assert refusal(tmp_path, TWO + added + "\n") == f"mixture.yaml:{message}"
+
+
+def test_every_cut_has_its_message():
+    assert {message.split(": ")[1] for _, message in CUT} >= set(cut_keys.CUT)
+    assert {law for law in cut_keys.CUT_LAWS if f"controller: {{law: {law}}}" in dict(CUT)} == set(
+        cut_keys.CUT_LAWS
+    )
+
+
 def test_every_key_has_a_refusal():
     refused = {message.split(": ")[1] for _, message in ADDED} | {
         f"domains.NAME.{m.split(':')[0]}" for _, m in DOMAIN
@@ -225,8 +227,6 @@ def test_every_key_has_a_refusal():
         "domains.NAME.": "DOMAIN_KEYS",
         "probe.": "PROBE_KEYS",
         "controller.": "CONTROLLER_KEYS",
-        "controller.end.": "END_KEYS",
-        "response.": "RESPONSE_KEYS",
     }
     known = {prefix + key for prefix, name in sections.items() for key in getattr(mixture_file, name)}
     assert {

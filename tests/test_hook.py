@@ -9,8 +9,17 @@ import ranks
 import torch
 from plain_loop import BATCH, NAMES, WEIGHTS, Loop, fails_at, held_out, lines
 
-from megatron_commute import controller, probe, record, reduce
+from megatron_commute import reduce
+from megatron_commute.decide import controller
+from megatron_commute.measure import probe
 from megatron_commute.mixture import Mixture
+from megatron_commute.record import log as record
+
+
+def test_listeners_hear_every_line_as_the_record_has_it(tmp_path):
+    heard = []
+    Loop(tmp_path, steps=12, listeners=[heard.append]).until()
+    assert heard == record.read(tmp_path)
 
 
 def test_training_losses_with_and_without_probes_are_bit_identical(tmp_path):
@@ -71,6 +80,18 @@ def test_what_memory_is_free_on_resume_does_not_change_how_probes_work(tmp_path,
     assert json.loads(kept["hook"])["memory"] == "full" == second.hook.memory.mode
     assert lines(parted) == lines(whole)
     assert Loop(tmp_path / "fresh").hook.memory.mode == "scores"
+
+
+@pytest.mark.parametrize(
+    ("version", "named"), [(2, r"of 0\.1\.0"), (7, "of version 7"), (None, "of version None")]
+)
+def test_a_state_of_another_version_is_refused_and_the_record_stays(tmp_path, version, named):
+    kept = Loop(tmp_path).until(10).checkpoint()
+    state = json.loads(kept["hook"]) | {"version": version}
+    written = (tmp_path / record.NAME).read_bytes()
+    with pytest.raises(ValueError, match=f"plug-in state {named}: resume with the version that wrote it"):
+        Loop(tmp_path, state=kept | {"hook": json.dumps(state)})
+    assert (tmp_path / record.NAME).read_bytes() == written
 
 
 def test_without_budgets_endless_domains_are_served_as_the_law_says(tmp_path):
@@ -153,7 +174,7 @@ def test_two_ranks_keep_one_log_and_one_mind(tmp_path):
 def _goes_on_alone(folder, kept, drawn):
     """A run of two ranks resumed on one: the stream goes on, budgets end exact, the log stays one log."""
     moved = Loop(folder, state=kept).until()
-    assert moved.mixture.served.sum() == 13 * BATCH and moved.hook.mixture.served.tolist() == list(
+    assert moved.mixture.served.sum() == 13 * BATCH and moved.hook.stream.served.tolist() == list(
         moved.plan.budgets
     )
     stream = Mixture(WEIGHTS, moved.plan.budgets, samples=moved.plan.samples)

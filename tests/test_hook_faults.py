@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 from plain_loop import BATCH, Loop, fails_at, held_out, lines, mean_loss
 
-from megatron_commute import controller, probe, record, reduce
+from megatron_commute import reduce
 from megatron_commute.adapters import torch_loop
 from megatron_commute.config import Config, Probe
+from megatron_commute.decide import controller
+from megatron_commute.measure import probe
+from megatron_commute.record import log as record
 
 
 def test_three_failures_in_a_row_switch_probing_off_and_a_success_starts_the_count_anew(tmp_path):
@@ -108,7 +111,7 @@ def test_a_loader_that_has_read_too_far_keeps_its_weights_and_ends_nothing(tmp_p
     loop = Loop(tmp_path)
     ahead = loop.mixture.copy()
     ahead.skip(loop.plan.samples)
-    loop.hook.steering.sampler = types.SimpleNamespace(frontier=ahead, schedule=ahead.schedule)
+    loop.hook.stream.sampler = types.SimpleNamespace(frontier=ahead, schedule=ahead.schedule)
     loop.until()
     assert all(line["effective_sample"] is None for line in lines(tmp_path, "probe"))
     assert "read past sample 24 already; write a longer `lead`" in lines(tmp_path, "probe")[0]["reason"]

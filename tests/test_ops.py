@@ -7,7 +7,9 @@ import pytest
 import torch
 from test_kernels import cases, converted, heads
 
-from megatron_commute import _kernels, ops, reference
+from megatron_commute import ops
+from megatron_commute.kernels import compiled as _kernels
+from megatron_commute.kernels import reference
 
 SHAPES = [(3, 5), (7,), ()]
 

@@ -18,6 +18,5 @@ count() {
 }
 count "as printed" paper --set seeds=1 --set tail=0 "$@"
 count "two seeds and a tail" paper "$@"
-count "eight times longer" signals "$@"
 mv lines "$here/estimate.csv"
 cat "$here/estimate.csv"

@@ -1,9 +1,8 @@
 #!/usr/bin/env bash
-# The studies of `megatron-commute bilingual` at the size of Rukhovich et al. (arXiv 2501.15556): GPT-2 small, batch 512,
+# The study `paper` of `megatron-commute bilingual` at the size of Rukhovich et al. (arXiv 2501.15556): GPT-2 small, batch 512,
 # sequence 1024, 28000 steps. Flags after OUT_DIR are those of the command and win over the ones written here.
 #
 #     bash launch/paper/study.sh paper OUT_DIR --data DATA                 # sections 4.2 and 4.3, on the GPUs of this machine
-#     bash launch/paper/study.sh signals OUT_DIR --data DATA               # which signal predicts tail-judged effects
 #     LAUNCH="sbatch --nodes 2 launch/slurm.sbatch" bash launch/paper/study.sh paper ...      # several nodes under SLURM
 #     LAUNCH="bash launch/multi_node.sh --hostfile hosts --" bash launch/paper/study.sh ...   # or over ssh
 #     LAUNCH=python bash launch/paper/study.sh paper OUT_DIR --data DATA --estimate  # what it would cost, nothing is trained
@@ -17,7 +16,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 source "$root/launch/environment.sh"
 
 name=${1:-} out=${2:-}
-[[ $name == paper || $name == signals ]] || fail "write the study first, paper or signals, then the folder for it"
+[[ $name == paper ]] || fail "write the study first, paper, then the folder for it"
 [[ $out && $out != -* ]] || fail "write the folder for the study: bash launch/paper/study.sh $name OUT_DIR --data DATA"
 shift 2
 
@@ -27,16 +26,10 @@ flags=(
     --set layers=12 --set hidden=768 --set heads=12 --set sequence=1024 --set vocabulary=50304
     --set batch=512 --set micro=8 --set dtype=bfloat16
     --set optimizer=adam --set lr=1.5e-4 --set warmup=280 --set held=512 --set probe=1200
+    # tail and paired seeds are ours: seeds=1 and tail=0 are the paper's
+    --set "starts=2000,8000,14000,20000" --set window=4000 --set tail=4000 --set seeds=2
+    --set "checkpoints=4000,6000,10000,12000,16000,18000,22000,24000"
 )
-case $name in
-    paper) # tail and paired seeds are ours: seeds=1 and tail=0 are the paper's
-        flags+=(
-            --set "starts=2000,8000,14000,20000" --set window=4000 --set tail=4000 --set seeds=2
-            --set "checkpoints=4000,6000,10000,12000,16000,18000,22000,24000"
-        )
-        ;;
-    signals) flags+=(--set stretch=8 --set steps=24000) ;; # windows of 64 to 4096 steps, states from 2400 to 19200
-esac
 
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
 read -ra launch <<<"${LAUNCH:-torchrun --standalone --nproc-per-node $((gpus > 0 ? gpus : 1))}"

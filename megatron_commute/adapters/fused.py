@@ -1,7 +1,7 @@
 """The fused Hessian-vector product of Megatron's GPTModels: rop.py on the parameters of a module, read in place.
 
 `fused` gives a probe its pass, `verify` checks that this pass computes what the module computes, `refuse` says before
-anything is run why it could not; `with_fused` does all of it for a probe.Model.
+anything is run why it could not; `with_fused` does all of it for a Model.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import math
 
 import torch
 
-from megatron_commute import hvp, rop
+from megatron_commute import hvp
 from megatron_commute.adapters import fused_stacks
 from megatron_commute.adapters.fused_stacks import refuse
+from megatron_commute.measure import rop
 
 __all__ = ["fused", "refuse", "verify", "with_fused"]
 
@@ -22,22 +23,19 @@ __all__ = ["fused", "refuse", "verify", "with_fused"]
 _LOSS, _OWN, _WHOLE = 1e-5, 1e-4, 1e-6
 
 
-def fused(module, tensor_parallel_group=None, *, dtype=None, gradient=True):
+def fused(module, tensor_parallel_group=None):
     """The fused pass of a GPTModel of megatron-core (local layers) or of Megatron-DeepSpeed.
 
     Returns (parameters, u, tokens i64[b, s + 1]) -> rop.Dual with .loss, .gradient, .product; parameters and u: float32
     (float64) tensors in the order of module.named_parameters(), the module's own or copies. tensor_parallel_group: of the
-    ranks that share a layer, or None. dtype: of matrix products and activations, see rop.gradient_and_product. gradient:
-    False leaves .gradient None, at 8/9 of the cost. Raises ValueError where refuse does.
+    ranks that share a layer, or None. Raises ValueError where refuse does.
     """
     refuse(module)
     stack = fused_stacks.stack(module)
 
     def run(parameters, u, tokens):
         tokens = tokens.to(parameters[0].device)
-        return rop.gradient_and_product(
-            stack, parameters, u, tokens, tensor_parallel_group, gradient=gradient, dtype=dtype
-        )
+        return rop.gradient_and_product(stack, parameters, u, tokens, tensor_parallel_group)
 
     return run
 
@@ -75,7 +73,7 @@ def verify(module, loss, parameters, tokens, tensor_parallel_group=None):
 
 
 def with_fused(model, module, tensor_parallel_group=None):
-    """The probe.Model of a GPTModel with its fused pass, which is verified before the first probe that uses it.
+    """The Model of a GPTModel with its fused pass, which is verified before the first probe that uses it.
 
     Raises ValueError where refuse does. A module in half precision is measured in float32, as by the other methods.
     """

@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-from megatron_commute.rop import Block, Linear, Norm, Rotary, Stack
+from megatron_commute.measure.rop import Block, Linear, Norm, Rotary, Stack
 
 _INSTEAD = "use method difference"
 # classes whose arithmetic is known here, and those that hold others

@@ -170,7 +170,7 @@ def mean_loss(model, tokens):
 
 
 def probe_model(engine, micro_batch, method, loss=mean_loss):
-    """The probe.Model of a GPTModel under a DeepSpeed engine with ZeRO stage 0 to 2; loss as for torch_loop.probe_model.
+    """The Model of a GPTModel under a DeepSpeed engine with ZeRO stage 0 to 2; loss as for torch_loop.probe_model.
 
     Raises ValueError for ZeRO stage 3, whose parameters are partitioned, for an optimiser that hides them (bf16 without
     ZeRO), for method exact where a part of the model cannot be differentiated twice, and for method fused where it is not

@@ -13,7 +13,7 @@ import torch
 
 from megatron_commute import reduce
 from megatron_commute.adapters import torch_loop
-from megatron_commute.probe import Model
+from megatron_commute.measure.model import Model, full_precision, low_precision
 
 WORK = {
     "LoadMicroBatch": "load",
@@ -43,7 +43,7 @@ def probe_model(
     groups_=None,
     quiet=None,
 ):
-    """The probe.Model of this rank's stage of a DeepSpeed PipelineEngine.
+    """The Model of this rank's stage of a DeepSpeed PipelineEngine.
 
     batch: tokens i64[b, n] -> (inputs, labels), what the engine's batch function makes of a batch: inputs for the first
     layer (a tensor or a tuple of tensors), labels for the module's loss_fn, both on this rank's device. micro_batch:
@@ -66,11 +66,6 @@ def probe_model(
     peers = slice_ if reduce.size(slice_) > 1 else None
     stage = _Stage(module)
 
-    def parameters():
-        return [
-            p.detach() if p.dtype in (torch.float32, torch.float64) else p.detach().float() for p in params
-        ]
-
     def gradient(at, batches):
         leaves = [p.detach().requires_grad_(True) for p in at]
         run = _Run(engine, stage, dict(zip(names, leaves, strict=True)), batch, list(batches), peers)
@@ -91,10 +86,15 @@ def probe_model(
     def metric(name):
         return None if name == "identity" else torch_loop.adam_metric(second_moments, once, here)
 
-    decays = tuple(decayed or [p.dim() > 1 for p in params])
     return Model(
-        *(parameters, None, once, decays, metric, silent, micro_batch),
-        low_precision=any(p.dtype not in (torch.float32, torch.float64) for p in params),
+        parameters=lambda: full_precision(params),
+        loss=None,
+        owned=once,
+        decayed=tuple(decayed or [p.dim() > 1 for p in params]),
+        metric=metric,
+        quiet=silent,
+        micro_batch=micro_batch,
+        low_precision=low_precision(params),
         gradient=gradient,
     )
 

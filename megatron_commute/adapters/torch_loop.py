@@ -10,21 +10,24 @@ import pathlib
 import numpy as np
 import torch
 
-from megatron_commute import config as mixture_file
-from megatron_commute import control, record, reduce, takeover
-from megatron_commute.adapters import resume
-from megatron_commute.adapters.indexed_data import domain_datasets, inspect_data
+from megatron_commute import config as front_door
+from megatron_commute import reduce
+from megatron_commute.data import resume, takeover
+from megatron_commute.data.indexed import domain_datasets, inspect_data
+from megatron_commute.data.sampler import MixedDataset, MixtureSampler
+from megatron_commute.data.stream import Stream
+from megatron_commute.decide import laws
 from megatron_commute.hook import Hook
+from megatron_commute.measure.model import Model, full_precision, low_precision
 from megatron_commute.mixture import Mixture
-from megatron_commute.probe import Model
-from megatron_commute.sampler import MixedDataset, MixtureSampler
+from megatron_commute.record import log
 
 # D = 1/(sqrt(v) + floor): rows that are hardly ever visited have tiny v and would dominate every inner product;
 # a floor of a tenth of the mean sqrt(v) bounds D at ten times its usual size.
 METRIC_FLOOR = 0.1
 
 # what a probe asks for -> field of config.HoldoutParts
-PARTS = {"gradient": "gradients", "direction": "direction", "response": "responses"}
+PARTS = {"gradient": "gradients", "direction": "direction"}
 
 # the backward pass comes after functional_call has put the module's own weights back
 HOOKS_REFUSED = (
@@ -44,11 +47,11 @@ def probe_model(
     exact=None,
     verify=None,
 ):
-    """Build the probe.Model of an nn.Module.
+    """Build the measure.model.Model of an nn.Module.
 
     loss: (module, tokens i64[b, n]) -> mean loss, calling module(...) as training does. micro_batch: sequences a forward
     pass. second_moments: () -> bias-corrected second moments of Adam (list of tensors, one per trainable parameter) or None.
-    owned, decayed: per trainable parameter, see probe.Model; default: all owned, decay on matrices only. groups:
+    owned, decayed: per trainable parameter, see measure.model; default: all owned, decay on matrices only. groups:
     reduce.Groups. exact: () -> context manager that makes the module twice differentiable; default: nothing to do.
     Raises ValueError for a module without trainable parameters and for one in DistributedDataParallel. A module that
     checkpoints activations must not do so while module.training is False; one that does is refused at every probe.
@@ -58,17 +61,12 @@ def probe_model(
         raise ValueError("the model has no trainable parameter: nothing to measure")
     if isinstance(module, torch.nn.parallel.DistributedDataParallel):
         raise ValueError("a forward pass of DistributedDataParallel prepares a reduction: give its .module")
-    names = [name for name, _ in named]
+    names, params = [name for name, _ in named], [p for _, p in named]
 
-    def at(params, tokens):
-        swapped = {f"module.{name}": p for name, p in zip(names, params, strict=True)}
+    def at(values, tokens):
+        swapped = {f"module.{name}": value for name, value in zip(names, values, strict=True)}
         with torch.autograd.graph.disable_saved_tensors_hooks(HOOKS_REFUSED):
             return torch.func.functional_call(_Loss(module, loss), swapped, (tokens,))
-
-    def parameters():
-        return [
-            p.detach() if p.dtype in (torch.float32, torch.float64) else p.detach().float() for _, p in named
-        ]
 
     owned, groups = tuple(owned or [True] * len(named)), groups or reduce.Groups()
 
@@ -77,23 +75,21 @@ def probe_model(
 
     passed = []
 
-    def verify_once(params, tokens):
+    def verify_once(values, tokens):
         if not passed:
-            verify(
-                lambda at_params: at(at_params, tokens), params, lambda v: squared_length(v, owned, groups)
-            )
+            verify(lambda point: at(point, tokens), values, lambda v: squared_length(v, owned, groups))
             passed.append(True)
 
     return Model(
-        parameters,
-        at,
-        owned,
-        tuple(decayed or [p.dim() > 1 for _, p in named]),
-        metric,
-        lambda method: quiet(module, exact if method == "exact" else None),
-        micro_batch,
-        verify_once if verify is not None else None,
-        any(p.dtype not in (torch.float32, torch.float64) for _, p in named),
+        parameters=lambda: full_precision(params),
+        loss=at,
+        owned=owned,
+        decayed=tuple(decayed or [p.dim() > 1 for p in params]),
+        metric=metric,
+        quiet=lambda method: quiet(module, exact if method == "exact" else None),
+        micro_batch=micro_batch,
+        verify=verify_once if verify is not None else None,
+        low_precision=low_precision(params),
     )
 
 
@@ -182,7 +178,7 @@ def drawer(config, plan, seq_length, vocab_size=None):
     _, held_out = domain_datasets(config, plan, seq_length)
 
     def draw(part, domain, numbers):
-        parts = mixture_file.holdout_parts(len(held_out[domain]))
+        parts = front_door.holdout_parts(len(held_out[domain]))
         inside = getattr(parts, PARTS[part])
         tokens = torch.stack([held_out[domain][inside[int(n) % len(inside)]]["tokens"] for n in numbers])
         if vocab_size is not None and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
@@ -204,10 +200,10 @@ class Plugin:
 
     def __init__(self, file, run, host_blend=()):
         self.run = run
-        self.config = mixture_file.load(file)
+        self.config = front_door.load(file)
         counted = inspect_data(self.config, run.seq_length)
-        self.plan = mixture_file.resolve(self.config, run, *counted)
-        control.refuse_blind(self.config, run)
+        self.plan = front_door.resolve(self.config, run, *counted)
+        laws.check(self.config)
         self.feeds = self.config.mode != "shadow"
         self.host_blend = tuple(host_blend)
         if not self.feeds and host_blend:
@@ -227,54 +223,62 @@ class Plugin:
 
     def attach(
         self, model, groups, run_dir, learning_rate, decay, *, vocab_size=None, state=None, consumed=0, accept=False,
-        take_over=False, listener=None, say=print, host=None,
+        take_over=False, listeners=(), say=print,
     ):  # fmt: skip
         """Build hook and, in the modes that feed training, dataset and sampler; start or rewind the record.
 
         model: probe.Model; groups: reduce.Groups; run_dir: folder of the record; learning_rate: step -> rate; state: of
-        Hook.state_dict, from a checkpoint after `consumed` samples, or None; accept, take_over: see resume.stream; listener:
-        of record.Record; host: response.Host, needed for rollouts, which train on `dataset`. Raises ConfigError where the
-        state does not fit the mixture file.
+        Hook.state_dict, from a checkpoint after `consumed` samples, or None; accept, take_over: see data.resume; listeners:
+        of hook.Hook, those of this rank. Raises ConfigError where the state does not fit the mixture file.
         """
         stock = None
         if take_over and self.host_blend:
             stock = takeover.stock_weights(blend_of(self.host_blend)[1])
-        mixture, ledger, news = resume.stream(
+        mixture, ledger, news = resume.resumed(
             self.config, self.plan, self.mixture(), state, consumed, stock, accept=accept, attach=take_over
         )
-        if self.config.response.kind != "off" and model.loss is None:
-            problem = "held-out losses are not read in pipelines and under ZeRO stage 3"
-            raise self.config.error("response.kind", problem, "write off, or another layout")
-        if self.config.response.kind == "rollout" and host is None:
-            raise self.config.error(
-                "response.kind", "this trainer cannot be put back after a rollout", "write lock-in or off"
-            )
-        if self.feeds or host is not None:
+        if self.feeds:
             training, _ = domain_datasets(self.config, self.plan, self.run.seq_length)
             self.dataset = MixedDataset(training, self.config.seed, ledger.keys)
-        if self.feeds:
-            place = (reduce.rank_in(groups.data), reduce.size(groups.data))
-            sizes = (self.run.global_batch, self.plan.samples)
-            self.sampler = MixtureSampler(mixture.copy(), self.run.micro_batch, *place, *sizes)
-        log = record.Record(pathlib.Path(run_dir) / record.NAME, listener)
-        draw = drawer(self.config, self.plan, self.run.seq_length, vocab_size)
+            self.sampler = MixtureSampler(
+                mixture=mixture.copy(),
+                micro_batch=self.run.micro_batch,
+                data_parallel_rank=reduce.rank_in(groups.data),
+                data_parallel_size=reduce.size(groups.data),
+                global_batch=self.run.global_batch,
+                stop_sample=self.plan.samples,
+            )
         self.hook = Hook(
-            *(self.config, self.plan, self.run, mixture, ledger, model, groups, draw, log),
-            *(learning_rate, decay, self.sampler, say, host),
+            config=self.config,
+            plan=self.plan,
+            run=self.run,
+            stream=Stream(
+                consumed=mixture, sampler=self.sampler, groups=groups, global_batch=self.run.global_batch
+            ),
+            ledger=ledger,
+            model=model,
+            groups=groups,
+            draw=drawer(self.config, self.plan, self.run.seq_length, vocab_size),
+            record=log.Record(pathlib.Path(run_dir) / log.NAME),
+            learning_rate=learning_rate,
+            decay=decay,
+            say=say,
+            listeners=listeners,
         )
-        if state is None or news:
-            self.hook.start(news)
+        # what is refused is refused before a new record takes the place of the old one
         if state is not None:
             self.hook.load_state_dict(state, rewind=not news)
+        if state is None or news:
+            self.hook.start(news)
         return self.hook
 
     def summary(self, run_dir):
         """Write the report of the run and return its closing table as text."""
         from tabulate import tabulate
 
-        from megatron_commute import plots, series
+        from megatron_commute.report import plots, series
 
-        lines = record.read(run_dir)
+        lines = log.read(run_dir)
         headers, rows = series.summary_rows(lines)
         table = tabulate(rows, headers, floatfmt=".4g")
         end = next(line for line in reversed(lines) if line["event"] in ("end", "loss"))
@@ -314,7 +318,7 @@ def blend_of(paths, flag="--train-data-path"):
     except ValueError:
         weights = []
     if len(paths) % 2 or not all(0 <= w < float("inf") for w in weights) or not sum(weights) > 0:
-        raise mixture_file.ConfigError(
+        raise front_door.ConfigError(
             f"{flag}: {' '.join(paths)}: write WEIGHT PREFIX pairs, one for each domain, weights not negative"
         )
     return list(paths[1::2]), weights

@@ -15,11 +15,11 @@ import torch
 
 from megatron_commute import reduce
 from megatron_commute.adapters import torch_loop
-from megatron_commute.probe import Model
+from megatron_commute.measure.model import Model, full_precision, low_precision
 
 
 def probe_model(engine, loss, micro_batch, owned=None, groups=None, quiet=None):
-    """The probe.Model of a DeepSpeedEngine of ZeRO stage 3; method difference only.
+    """The Model of a DeepSpeedEngine of ZeRO stage 3; method difference only.
 
     loss: (module, tokens i64[b, n]) -> mean loss, calling module(...) as training does, with the same operations in the
     same order on every rank. micro_batch: sequences a forward pass. owned: per trainable parameter, False where another
@@ -34,16 +34,18 @@ def probe_model(engine, loss, micro_batch, owned=None, groups=None, quiet=None):
     _refuse(engine, everything, here)
     params = [p for p in everything if p.requires_grad]
     counted = tuple(owned or [True] * len(params))
-    in_float32 = any(p.dtype not in (torch.float32, torch.float64) for p in everything)
 
     def parameters():
-        return [_shard(p, in_float32) for p in params]
+        return full_precision(_shard(p) for p in params)
 
     def gradient(at, batches):
         leaves = [p.detach().requires_grad_(True) for p in at]
         vote = _Vote(here.world)
         whole = _Whole(
-            everything, dict(zip(map(id, params), leaves, strict=True)), in_float32, here.data, vote
+            params=everything,
+            leaves=dict(zip(map(id, params), leaves, strict=True)),
+            group=here.data,
+            vote=vote,
         )
         for tokens, share in batches:
             with vote.closing(), whole.instead_of_shards(module), torch.enable_grad():
@@ -63,8 +65,14 @@ def probe_model(engine, loss, micro_batch, owned=None, groups=None, quiet=None):
         )
 
     return Model(
-        *(parameters, None, counted, decayed(engine, params), metric, silent, micro_batch),
-        low_precision=in_float32,
+        parameters=parameters,
+        loss=None,
+        owned=counted,
+        decayed=decayed(engine, params),
+        metric=metric,
+        quiet=silent,
+        micro_batch=micro_batch,
+        low_precision=low_precision(everything),
         gradient=gradient,
         together=True,
     )
@@ -93,12 +101,11 @@ def _ranks(param):
     return reduce.size(param.ds_process_group)
 
 
-def _shard(param, in_float32):
-    """This rank's part of a parameter, flat, without the padding; a view unless it changes precision."""
+def _shard(param):
+    """This rank's part of a parameter, flat, without the padding; a view."""
     length = -(-param.ds_numel // _ranks(param))
     begin = min(length * reduce.rank_in(param.ds_process_group), param.ds_numel)
-    own = param.ds_tensor.detach().narrow(0, 0, min(length, param.ds_numel - begin))
-    return own.float() if in_float32 else own
+    return param.ds_tensor.detach().narrow(0, 0, min(length, param.ds_numel - begin))
 
 
 def decayed(engine, params):
@@ -119,7 +126,7 @@ def second_moments(engine, params):
         if "exp_avg_sq" not in state or not float(state.get("step", 0)):
             return None
         beta = optimizer.optimizer.param_groups[optimizer.sub_group_to_group_id[i]]["betas"][1]
-        shard = optimizer.get_local_fp32_param(p, "exp_avg_sq").narrow(0, 0, _shard(p, False).numel())
+        shard = optimizer.get_local_fp32_param(p, "exp_avg_sq").narrow(0, 0, _shard(p).numel())
         moments.append(shard / (1 - beta ** float(state["step"])))
     return moments
 
@@ -150,8 +157,8 @@ class _Vote:
 class _Whole:
     """Whole parameters from shards, on access."""
 
-    def __init__(self, params, leaves, in_float32, group, vote):
-        self.params, self.leaves, self.in_float32 = {id(p): p for p in params}, leaves, in_float32
+    def __init__(self, *, params, leaves, group, vote):
+        self.params, self.leaves = {id(p): p for p in params}, leaves
         self.group, self.vote, self.lent = group, vote, {}
 
     @contextlib.contextmanager
@@ -170,14 +177,15 @@ class _Whole:
 
     def of(self, param):
         """The whole of `param` as a tensor of the graph, gathered anew."""
-        leaf = self.leaves.get(id(param))
-        if leaf is None:  # not trainable
-            whole = self._gathered(_shard(param, self.in_float32), id(param))
-        else:
-            whole = _Gather.apply(leaf, self, id(param))
+        key, own = id(param), self._own(id(param))
+        whole = _Gather.apply(own, self, key) if key in self.leaves else self._gathered(own, key)
         # what memory holds which parameter, as long as it lives
-        self.lent[whole.untyped_storage().data_ptr()] = (weakref.ref(whole), id(param))
+        self.lent[whole.untyped_storage().data_ptr()] = (weakref.ref(whole), key)
         return whole
+
+    def _own(self, key):
+        leaf = self.leaves.get(key)
+        return full_precision([_shard(self.params[key])])[0] if leaf is None else leaf
 
     def _gathered(self, shard, key):
         param = self.params[key]
@@ -200,7 +208,7 @@ class _Whole:
         if torch.is_tensor(kept):
             return kept
         key, *geometry = kept
-        whole = self._gathered(self.leaves.get(key, _shard(self.params[key], self.in_float32)), key)
+        whole = self._gathered(self._own(key), key)
         return whole.as_strided(*geometry)
 
 

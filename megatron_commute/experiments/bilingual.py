@@ -1,10 +1,10 @@
-"""`megatron-commute bilingual`: does the order of two languages matter, and which signal foresees it?
+"""`megatron-commute bilingual`: does the order in which languages are used matter to a small GPT?
 
 Studies: `paper` (sections 4.2 and 4.3 of Rukhovich et al., arXiv 2501.15556, with every effect judged again after a common
-tail), `signals` (which signal predicts tail-judged effects), `end-to-end` (whole runs under equal budgets) and `flow` (the
-same for schedules that follow the learning rate). Every number comes from cells.jsonl in the study's folder:
-killed at any moment, a study goes on where it stopped; complete, it redraws its tables and figures in seconds. Started by
-torchrun or deepspeed, all ranks work on every cell together.
+tail), `end-to-end` (whole runs with equal budgets under several schedules) and `flow` (the same for schedules that follow
+the learning rate). Every number comes from cells.jsonl in the study's folder: killed at any moment, a study goes on where it
+stopped; complete, it redraws its tables and figures in seconds. Started by torchrun or deepspeed, all ranks work on every
+cell of study `paper` together.
 """
 
 import dataclasses
@@ -22,13 +22,11 @@ from megatron_commute.experiments import bilingual_end_to_end as end_to_end
 from megatron_commute.experiments import bilingual_figures as figures
 from megatron_commute.experiments import bilingual_flow as flow
 from megatron_commute.experiments import bilingual_paper as paper
-from megatron_commute.experiments import bilingual_signals as signals
 from megatron_commute.experiments import bilingual_tables as tables
 from megatron_commute.experiments.bilingual_trainer import Settings
 
-MODULES = {"paper": paper, "signals": signals, "end-to-end": end_to_end, "flow": flow}
+MODULES = {"paper": paper, "end-to-end": end_to_end, "flow": flow}
 ALONE = ("end-to-end", "flow")  # studies of one process, without an estimate
-STUDIES = tuple(MODULES)
 
 
 @reduce.joined()
@@ -49,7 +47,7 @@ def study(name, settings, out_dir, quick=False, processes=None, say=print, size=
         folder, {"study": name, "quick": quick, **dataclasses.asdict(settings), **_changed(name, quick, size)}
     )
     processes = processes or (1 if torch.cuda.is_available() else len(os.sched_getaffinity(0)))
-    work = {"paper": _paper, "signals": _signals, "end-to-end": _end_to_end, "flow": flow.study}[name]
+    work = {"paper": _paper, "end-to-end": _end_to_end, "flow": flow.study}[name]
     found = work(settings, folder, size, processes, say)
     if found is None:
         return None
@@ -63,7 +61,7 @@ def estimate(name, settings, out_dir, size, tflops):
     tflops: assumed sustained TFLOP/s of one GPU in bfloat16. Returns {"text", "files", "rows"}.
     """
     if name in ALONE:
-        raise ValueError("--estimate: for the studies paper and signals")
+        raise ValueError("--estimate: for study paper only")
     rows = cost.rows(MODULES[name].parts(settings, size), tflops)
     path = Path(out_dir) / name / "estimate.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,9 +80,7 @@ def asked(name, data, changes, quick=False):
     ValueError names what cannot be read.
     """
     size = size_of(name, quick)
-    own = (
-        {} if name == "end-to-end" else {key: value for key, value in vars(size).items() if _settable(value)}
-    )
+    own = {} if name == "end-to-end" else vars(size)
     fields = {field.name: field.default for field in dataclasses.fields(Settings) if field.name != "data"}
     found = {}
     for change in changes:
@@ -101,10 +97,6 @@ def asked(name, data, changes, quick=False):
             raise ValueError(f"--set {change}: {field} is of type {kind.__name__}") from None
     of_size = {key: found.pop(key) for key in own if key in found}
     return Settings(data, **found), dataclasses.replace(size, **of_size)
-
-
-def _settable(value):
-    return isinstance(value, int) or all(isinstance(item, int | str) for item in value)
 
 
 def _changed(name, quick, size):
@@ -172,36 +164,6 @@ def _fill(folder, parts, processes, say):
 
 def _end_to_end(settings, folder, size, processes, say):
     return end_to_end.study(settings, folder, size == end_to_end.QUICK, processes, say)
-
-
-def _signals(settings, folder, size, processes, say):
-    found = _fill(folder, signals.parts(settings, size), processes, say)
-    if reduce.rank():
-        return None
-    rows = [
-        row
-        for run in size.runs
-        for row in tables.signal_rows(found, settings, size, run, signals.RUNS[run][0])
-    ]
-    table = [tables.judged(rows, name, kind) for kind in tables.KINDS for name in tables.SIGNALS]
-    tables.write_csv(folder / "signals.csv", rows)
-    tables.write_csv(folder / "hits.csv", table)
-    by_window = [
-        {"run": run, "window": window, **tables.judged(part, name, kind)}
-        for run, window in dict.fromkeys((r["run"], r["window"]) for r in rows)
-        for part in [[r for r in rows if (r["run"], r["window"]) == (run, window)]]
-        for kind in tables.KINDS
-        for name in tables.SIGNALS
-    ]
-    tables.write_csv(folder / "hits_by_window.csv", by_window)
-    files = [
-        figures.save(folder / "hits.png", (7.6, 3.6), lambda f: figures.hits(f, table)),
-        figures.save(folder / "against_truth.png", (8.4, 3.0), lambda f: figures.against_truth(f, rows)),
-    ]
-    return _text([row for row in table if row["significant"]]), [
-        *(str(folder / name) for name in ("signals.csv", "hits.csv", "hits_by_window.csv")),
-        *files,
-    ]
 
 
 def _paper(settings, folder, size, processes, say):

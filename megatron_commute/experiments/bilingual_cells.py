@@ -16,10 +16,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_commute import probe, reduce
+from megatron_commute import reduce
 from megatron_commute.adapters import torch_loop
 from megatron_commute.experiments.bilingual_trainer import Text, Trainer, mean_loss, team
-from megatron_commute.mixture_file import Probe
+from megatron_commute.measure import probe
+from megatron_commute.settings.mixture_file import Probe
 
 CELLS = "cells.jsonl"
 SPLITS = 4  # replicates of a measurement of P
@@ -158,33 +159,6 @@ def _with_tail(trainer, weights, tails):
 def moved(weights, delta):
     """Weights with `delta` moved from the second domain to the first."""
     return [weights[0] + delta, weights[1] - delta, *weights[2:]]
-
-
-def tilt(settings, folder, name, step, weights, delta, steps, seed):
-    """A short paired rollout: losses after `steps` at w + delta and at w - delta, no tail."""
-    found = {}
-    for side, sign in (("plus", 1), ("minus", -1)):
-        trainer = _trainer(settings, folder, name, step, seed)
-        trainer.run(moved(weights, sign * delta), steps)
-        found[side] = trainer.losses()
-    return found
-
-
-def wave(settings, folder, name, step, weights, delta, window, tail, blocks, seed):
-    """The run's own weights as a square wave: blocks of a window at w +- delta, one at w -+ delta and a tail at w.
-
-    Losses read after every block (and before the first); signs: +1 where the first domain came first.
-    """
-    trainer = _trainer(settings, folder, name, step, seed)
-    readings, signs = [trainer.losses()], []
-    for block in range(blocks):
-        sign = 1 if block % 2 == 0 else -1
-        for half in (1, -1):
-            trainer.run(moved(weights, half * sign * delta), window)
-        trainer.run(weights, tail)
-        readings.append(trainer.losses())
-        signs.append(sign)
-    return {"readings": readings, "signs": signs}
 
 
 def criterion(settings, folder, name, step, weights, metric, samples=None):

@@ -40,14 +40,6 @@ def _pair(settings, window, tails, orders=("12", "21", "base"), **_):
     return Work(len(orders) * (2 * window + max(tails, default=0)), len(orders) * (1 + len(tails)))
 
 
-def _tilt(settings, steps, **_):
-    return Work(2 * steps, 2)
-
-
-def _wave(settings, window, tail, blocks, **_):
-    return Work(blocks * (2 * window + tail), 1 + blocks)
-
-
 def _criterion(settings, weights, samples=None, **_):
     """Every domain is a target of its own, then the mixture is one; see config.probe_cost."""
     splits, domains = cells.SPLITS, len(settings.domains) + len(settings.others)
@@ -60,8 +52,6 @@ def _criterion(settings, weights, samples=None, **_):
 COUNTS = {
     cells.base: _base,
     cells.pair: _pair,
-    cells.tilt: _tilt,
-    cells.wave: _wave,
     cells.criterion: _criterion,
 }
 

@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from megatron_commute import calibration
+from megatron_commute import intervals
 from megatron_commute.experiments import bilingual_cells as cells
 from megatron_commute.experiments import bilingual_figures as figures
 from megatron_commute.experiments import bilingual_tables as tables
@@ -20,25 +20,21 @@ from megatron_commute.mixture import Mixture
 
 DOMAINS, SHARES = ("english", "russian", "code"), (0.6, 0.1, 0.3)
 LOW = int(np.argmin(SHARES))
-SCHEDULES = ("constant", "low-resource-last", "tau-tail", "odm", "tilt", "finish")
+SCHEDULES = ("constant", "low-resource-last", "tau-tail", "odm", "tilt")
 SETTINGS = {"constant rate": {}, "cosine": {"optimizer": "adamw", "decay": "cosine", "weight_decay": 0.1}}
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """steps of a run; every: steps between decisions; end: the last steps, of schedule low-resource-last and (two windows)
-    of law finish; pairs: its rollouts in a run are one fewer, each of two orders of twice `window` steps, and a longer run
-    needs no more of them."""
+    """steps of a run; every: steps between decisions; end: the last steps, of schedule low-resource-last; seeds: paired."""
 
     steps: int = 1000
     every: int = 50
     end: int = 200
     seeds: int = 5
-    pairs: int = 8
-    window: int = 5
 
 
-QUICK = Size(40, 4, 8, 2, 4, 1)
+QUICK = Size(40, 4, 8, 2)
 
 
 def study(settings, folder, quick, processes, say):
@@ -75,7 +71,7 @@ def study(settings, folder, quick, processes, say):
 
 
 def run(settings, folder, rate, schedule, seed, quick):
-    """One run: {"losses": final held-out loss by domain, "weights": [[step, w]], "served", "notes"}."""
+    """One run: {"losses": final held-out loss by domain, "weights": [[step, w]], "served"}."""
     size = QUICK if quick else Size()
     trainer = Trainer(settings, Text(settings), seed)
     samples = size.steps * settings.batch
@@ -90,12 +86,12 @@ def run(settings, folder, rate, schedule, seed, quick):
         domains, _ = mixture.take(settings.batch)
         trainer.step(None, np.bincount(domains, minlength=3))
     assert mixture.served.tolist() == budgets
-    return {"losses": trainer.losses(), "weights": told, "served": budgets, "notes": decide.notes}
+    return {"losses": trainer.losses(), "weights": told, "served": budgets}
 
 
 def summary(found, size):
     """One row for each rate, schedule and loss: change against the constant mixture, 95 % interval over paired seeds."""
-    rows, spread = [], calibration.student(size.seeds - 1) / math.sqrt(size.seeds)
+    rows, spread = [], intervals.student(size.seeds - 1) / math.sqrt(size.seeds)
     for rate in SETTINGS:
         for schedule in SCHEDULES:
             pairs = [

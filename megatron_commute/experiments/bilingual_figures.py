@@ -2,9 +2,8 @@
 
 import numpy as np
 
-from megatron_commute.drawing import COLOURS, GREY, MARKERS, house_style
 from megatron_commute.experiments import bilingual_paper as paper
-from megatron_commute.experiments.bilingual_tables import KINDS, SIGNALS, significant
+from megatron_commute.report.drawing import COLOURS, GREY, MARKERS, house_style
 
 
 def signed_log(panel, axis, threshold):
@@ -118,49 +117,3 @@ def effects(figure, effect_rows, settings, size, run):
         panel.set_xlabel("step at which the window begins")
     panels[0].set_ylabel("(L after 12 − L after 21) / 2, nats")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
-
-
-def hits(figure, table):
-    """Share of significant tail-judged effects whose sign each signal gets right, with 95 % intervals."""
-    panels = figure.subplots(1, len(KINDS), sharey=True)
-    for panel, kind in zip(panels, KINDS, strict=True):
-        rows = {r["signal"]: r for r in table if r["kind"] == kind and r["significant"]}
-        for i, name in enumerate(SIGNALS[::-1]):
-            if name not in rows:
-                continue
-            row = rows[name]
-            share = row["hits"] / row["significant"]
-            error = [[share - row["hit_low"]], [row["hit_high"] - share]]
-            panel.errorbar(share, i, xerr=np.maximum(error, 0), fmt="o", ms=4, color=COLOURS[0])
-            panel.annotate(
-                f"{row['hits']}/{row['significant']}", (1.07, i), va="center", fontsize=7, color=GREY
-            )
-        panel.axvline(0.5, color=GREY, lw=0.8, ls=":")
-        panel.set(xlim=(0, 1.35), title=f"{kind} targets", xlabel="share of signs right")
-        panel.set_xticks([0, 0.5, 1])
-    panels[0].set_yticks(range(len(SIGNALS)), SIGNALS[::-1])
-
-
-def against_truth(figure, rows, signals=("P adam", "rollout", "lock-in", "persistence")):
-    """Signal against measured effect, each scaled by its median size, both axes logarithmic beyond 1; large: effects that
-    differ from zero with 99 % confidence."""
-    panels = figure.subplots(1, len(signals), sharey=True)
-    for panel, name in zip(panels, signals, strict=True):
-        usable = [r for r in rows if r.get(name) is not None]
-        scale = np.median([abs(r[name]) for r in usable]) if usable else 1.0
-        unit = np.median([abs(r["truth"]) for r in usable]) if usable else 1.0
-        for k, kind in enumerate(KINDS):
-            for sure, style in (
-                (False, {"ms": 2, "alpha": 0.25}),
-                (True, {"ms": 5, "label": f"{kind} target"}),
-            ):
-                here = [r for r in usable if r["kind"] == kind and significant(r) == sure]
-                x, y = [r[name] / scale for r in here], [r["truth"] / unit for r in here]
-                panel.plot(x, y, MARKERS[k], color=COLOURS[k], ls="", **style)
-        signed_log(panel, "x", 1.0)
-        signed_log(panel, "y", 1.0)
-        panel.axhline(0, color=GREY, lw=0.6)
-        panel.axvline(0, color=GREY, lw=0.6)
-        panel.set_xlabel(f"{name} / its median size")
-    panels[0].set_ylabel("effect after the tail / median size")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)

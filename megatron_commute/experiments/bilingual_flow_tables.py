@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from megatron_commute import calibration
+from megatron_commute import intervals
 from megatron_commute.experiments import bilingual_figures as figures
 from megatron_commute.experiments import bilingual_tables as tables
 
@@ -69,7 +69,7 @@ def change(ours, base):
 
     n, moved = len(ours), np.asarray(ours) - np.asarray(base)
     error = moved.std(ddof=1) / math.sqrt(n)
-    interval, mean = calibration.student(n - 1) * error, float(np.mean(base))
+    interval, mean = intervals.student(n - 1) * error, float(np.mean(base))
     worse = 1.0 if error == 0 else float(1 - stdtr(n - 1, moved.mean() / error))
     told = {"seeds": n, "constant": mean, "change": float(moved.mean()), "interval": float(interval)}
     told |= {"percent": 100 * told["change"] / mean, "percent_interval": 100 * told["interval"] / mean}

@@ -16,8 +16,8 @@ from torch.nn import functional
 from torch.utils.data import Subset
 
 from megatron_commute import reduce
-from megatron_commute.adapters.indexed_data import TokenSequences
-from megatron_commute.sampler import items
+from megatron_commute.data.indexed import TokenSequences
+from megatron_commute.data.sampler import items
 
 WORDS = {"optimizer": ("adam", "adamw"), "decay": ("constant", "cosine"), "dtype": ("float32", "bfloat16")}
 
@@ -198,9 +198,9 @@ class Trainer:
     per domain instead, as a mixture does. rates f64[T]: learning rate of every step, in place of the settings'.
     """
 
-    def __init__(self, settings, text, seed=None, device=None, rates=None):
+    def __init__(self, settings, text, seed=None, rates=None):
         self.settings, self.text, self.rates = settings, text, rates
-        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.seed = settings.seed if seed is None else seed
         torch.manual_seed(self.seed)
         self.model = GPT(settings).to(self.device)

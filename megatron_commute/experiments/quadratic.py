@@ -7,13 +7,16 @@ quadratic`: the paper's table, figures and errata, measured.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time as clock
 from pathlib import Path
 
 import numpy as np
 
 from megatron_commute import bracket
-from megatron_commute.controller import Situation, decide
+from megatron_commute.decide.controller import decide
+from megatron_commute.decide.laws import tilted
+from megatron_commute.decide.situation import Situation
 from megatron_commute.experiments import (
     quadratic_errata,
     quadratic_figures,
@@ -23,9 +26,9 @@ from megatron_commute.experiments import (
     quadratic_text,
 )
 from megatron_commute.experiments.quadratic_domains import quadratic
+from megatron_commute.experiments.receding import Recycled
+from megatron_commute.experiments.receding_law import receding
 from megatron_commute.feasible import nearest
-from megatron_commute.laws import tilted
-from megatron_commute.receding import Recycled
 
 TILT_STRENGTH = 0.5  # of the law `tilt`; larger is worse over long horizons
 START, GRAIN = 12, 1000  # directions multiplied at the first decision; samples that one step stands for
@@ -151,20 +154,21 @@ class _Commute:
             return shares
         model = self.recycled.model(gradients, self.target, [0.0, self.time * left / self.steps])
         loss = float(self.target @ self.problem.losses(theta))
-        found = decide("receding", self._situation(remaining, left, model, loss))
+        law = functools.partial(receding, model=model)
+        found = decide(law, self._situation(remaining, left, loss))
         self.memory = found.memory
         wish = self.before if found.weights is None else found.weights
         self.before = nearest(wish, np.zeros_like(wish), np.minimum(remaining, 1.0))
         return self.before
 
-    def _situation(self, remaining, left, model, loss):
+    def _situation(self, remaining, left, loss):
         """A step counts as GRAIN samples, so that the least change of a live run is far below a weight that matters."""
         K = len(self.budgets)
         silent = np.zeros(K), np.full(K, np.inf), 1
         bounds = np.zeros(K), np.ones(K), np.zeros(K), np.ones(K)
         return Situation(
             self.before, remaining * GRAIN, self.budgets, left * GRAIN, GRAIN, *silent, *bounds, 1.0, 0.95, 1.0,
-            quadratic=model, loss=loss, memory=self.memory, cooldown=0,
+            loss=loss, memory=self.memory, cooldown=0,
         )  # fmt: skip
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from megatron_commute import bracket
-from megatron_commute.drawing import COLOURS, GREY, house_style
 from megatron_commute.experiments import quadratic_search
 from megatron_commute.experiments.quadratic_domains import quadratic
 from megatron_commute.experiments.quadratic_tables import HALF, Swap
+from megatron_commute.report.drawing import COLOURS, GREY, house_style
 
 
 def draw(out_dir, tables):

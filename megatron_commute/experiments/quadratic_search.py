@@ -13,6 +13,7 @@ from megatron_commute.experiments.quadratic_domains import growth, sample
 
 NODES, NODE_WEIGHTS = (np.polynomial.legendre.leggauss(4)[k] for k in range(2))
 STEPS, TIME, DIMENSIONS = 24, 4.0, 12
+ITERATIONS = 1000  # of SLSQP, at most
 INTERIOR = 0.02  # a weight this far from 0 and 1 counts as mixed
 SILENT = 0.05  # a gap below this part of the constant mixture's median gap counts as zero: steps are finite
 
@@ -83,7 +84,7 @@ def constrained(objective, start, totals, iterations, tolerance):
     )
 
 
-def search(problem, theta0, budgets, time, steps, target, iterations=500):
+def search(problem, theta0, budgets, time, steps, target):
     """A schedule f64[steps, K] within the budgets whose end no small change lowers, and its final loss.
 
     Sequential quadratic programming (scipy's SLSQP) on the exact gradient, from the constant mixture: a local
@@ -97,11 +98,9 @@ def search(problem, theta0, budgets, time, steps, target, iterations=500):
         loss, slope = gradient(problem, theta0, weights, time, target)
         return scale * loss, scale * slope
 
-    found = constrained(objective, start, budgets * steps, iterations, 1e-13)
+    found = constrained(objective, start, budgets * steps, ITERATIONS, 1e-13)
     if not found.success:
-        raise RuntimeError(
-            f"search stopped after {found.nit} iterations ({found.message}): raise `iterations`"
-        )
+        raise RuntimeError(f"search stopped after {found.nit} iterations ({found.message}): raise ITERATIONS")
     return found.x.reshape(steps, K), found.fun / scale
 
 

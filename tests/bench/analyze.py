@@ -22,13 +22,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (1, 2)]
+sys.path[:0] = [str(Path(__file__).resolve().parents[2] / part) for part in ("tests/support", "")]
 
-import jobs  # noqa: E402
-import ranks  # noqa: E402
+import jobs
+import ranks
 
-from megatron_commute import checkpoints, config, hvp  # noqa: E402
-from megatron_commute.adapters import checkpoint_model, megatron_core  # noqa: E402
+from megatron_commute import config, hvp
+from megatron_commute.adapters import megatron_core
+from megatron_commute.checkpoints import analysis as checkpoints
+from megatron_commute.checkpoints import model as checkpoint_model
 
 CHECKPOINTS, EVERY, BATCH, MICRO, SEQUENCE = 12, 2, 8, 4, 256
 METHODS = ("difference", "exact", "fused")

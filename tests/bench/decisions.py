@@ -15,6 +15,7 @@ the only thing a law is told about it. products: Hessian-vector products a decis
 
 import argparse
 import csv
+import functools
 import itertools
 import multiprocessing
 import sys
@@ -28,15 +29,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from decisions_optima import AXES, BUDGETS, SEEDS, TIMES, WINDOWS, cached, problem, shares
 
 from megatron_commute import bracket
-from megatron_commute.controller import Situation, decide
+from megatron_commute.decide.controller import decide
+from megatron_commute.decide.situation import Situation
+from megatron_commute.experiments.receding import Recycled
+from megatron_commute.experiments.receding_law import receding
 from megatron_commute.feasible import nearest
-from megatron_commute.receding import Recycled
 
 HERE = Path(__file__).resolve().parent
-LAWS = ("proportional", "tau-tail", "tilt", "odm", "response", "receding")
+LAWS = ("proportional", "tau-tail", "tilt", "odm", "receding")
 NOISE = (0.0, 0.1, 0.3, 1.0)
 START = 24  # directions at the first decision; then one at every second, so at most K + 1 products a decision on average
-GRAIN, SWING = 1000, 0.2  # samples a window; amplitude of measured responses
+GRAIN = 1000  # samples a window
 FIELDS = (
     "axis",
     "time",
@@ -60,7 +63,7 @@ class Run:
         self.K, self.n = self.domains.b.shape
         self.target = np.full(self.K, 1 / self.K)
         self.rng = np.random.default_rng([seed, int(100 * noise), int(time), BUDGETS.index(budgets)])
-        self.recycled, self.memory, self.products = Recycled(self.K), {}, 0
+        self.recycled, self.model, self.memory, self.products = Recycled(self.K), None, {}, 0
 
     def noisy(self, vectors, factor=1.0):
         """Rows [m, n] as measured, and the standard error [m] of one entry, both from two halves."""
@@ -69,7 +72,7 @@ class Run:
         return halves.mean(0), np.sqrt(((halves[0] - halves[1]) ** 2).mean(1)) / 2
 
     def signals(self, law, w, left):
-        """The fields of a Situation that `law` needs."""
+        """The fields of a Situation that `law` needs; for `receding` its model is learned as well."""
         gradients = self.domains.gradients(self.theta)
         losses = self.domains.losses(self.theta)
         if law == "odm":
@@ -78,8 +81,6 @@ class Run:
             return {"target": self.target}
         if law == "tilt":
             return self._scores(gradients, w)
-        if law == "response":
-            return self._effects(w, left) | {"loss": float(self.target @ losses)}
         if law == "receding":
             seen, error = self.noisy(gradients)
             if not self.noise and left < WINDOWS:
@@ -90,8 +91,8 @@ class Run:
                 if direction is not None:
                     self.recycled.add(direction, list(self.noisy(self.domains.A @ direction)[0]))
                     self.products += self.K
-            model = self.recycled.model(list(seen), self.target, [0.0, left * self.h], error)
-            return {"quadratic": model, "loss": float(self.target @ losses)}
+            self.model = self.recycled.model(list(seen), self.target, [0.0, left * self.h], error)
+            return {"loss": float(self.target @ losses)}
         return {}
 
     def _scores(self, gradients, w):
@@ -104,26 +105,6 @@ class Run:
         self.products += self.K
         error = np.std(found, 0, ddof=1) / 2 if self.noise else np.full(self.K, 1e-300)
         return {"score": np.mean(found, 0), "score_se": error, "dof": 3}
-
-    def _effects(self, w, left):
-        """Paired rollouts: SWING of a weight out for a window and back for one, read after a common tail to the end."""
-        tail, effect = left - 2, np.zeros(self.K)
-        if tail < 1:
-            return {"effect": None}
-        rest = self.domains.flow(w)
-        for k in range(self.K):
-            out = np.eye(self.K)[k] - w
-            size = SWING * w[k]
-            flows = [self.domains.flow(w + sign * size * out) for sign in (1, -1)]
-            ends = []
-            for first, second in (flows, flows[::-1]):
-                theta = rest(second(first(self.theta, self.h), self.h), tail * self.h)
-                ends.append(float(self.target @ self.domains.losses(theta)))
-            effect[k] = (ends[0] - ends[1]) / (2 * size)
-        effect -= w @ effect
-        error = self.noise * np.abs(effect).mean() + 1e-12
-        seen = effect + error * self.rng.standard_normal(self.K)
-        return {"effect": seen, "effect_se": np.full(self.K, error), "effect_dof": 30}
 
     def loss(self, law):
         """Final target loss after all decisions of `law`."""
@@ -145,7 +126,8 @@ class Run:
             minimum=np.zeros(K), maximum=np.ones(K), floors=np.zeros(K), caps=np.ones(K), rate=1.0, confidence=0.95,
             strength=0.5 if law == "tilt" else 1.0, cooldown=0, memory=self.memory, **given,
         )  # fmt: skip
-        found = decide(law, situation)
+        chosen = functools.partial(receding, model=self.model) if law == "receding" else law
+        found = decide(chosen, situation)
         self.memory = found.memory
         return nearest(w if found.weights is None else found.weights, np.zeros(K), np.minimum(rest, 1.0))
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_commute import planning
+from megatron_commute.experiments import receding_plan
 from megatron_commute.experiments.quadratic_domains import sample
 from megatron_commute.experiments.quadratic_search import constrained
 
@@ -70,19 +70,19 @@ def best(model, times, budget, starts, rounds=60):
     sizes, rest = np.ones(M), budget * M
     begun = []
     for w in starts:
-        w = planning.spread(np.maximum(w, 1e-3), sizes, rest)
-        w, value, _ = planning.descend(model, w, times, sizes, rest, rounds)
+        w = receding_plan.spread(np.maximum(w, 1e-3), sizes, rest)
+        w, value, _ = receding_plan.descend(model, w, times, sizes, rest, rounds)
         begun.append((float(value), w))
     value, w = min(begun, key=lambda found: found[0])
     scale = 100 / abs(value)
 
     def objective(weights):
-        change, slope = planning.loss_gradient(model, weights, times)
+        change, slope = receding_plan.loss_gradient(model, weights, times)
         return scale * change, scale * slope
 
     found = constrained(objective, w, rest, 1000, 1e-9)
-    exact = planning.spread(np.clip(found.x.reshape(M, K), 1e-12, 1.0), sizes, rest, 1)
-    return min((value, w), (float(planning.loss_change(model, exact, times)), exact), key=lambda f: f[0])
+    exact = receding_plan.spread(np.clip(found.x.reshape(M, K), 1e-12, 1.0), sizes, rest, 1)
+    return min((value, w), (float(receding_plan.loss_change(model, exact, times)), exact), key=lambda f: f[0])
 
 
 def row(axis, time, budgets, seed):
@@ -90,14 +90,14 @@ def row(axis, time, budgets, seed):
     domains, theta0 = problem(axis, seed)
     budget, K = shares(axis, budgets), AXES[axis][0]
     target, times = np.full(K, 1 / K), np.full(WINDOWS, time / WINDOWS)
-    model = planning.Quadratic(domains.A, domains.gradients(theta0), target)
+    model = receding_plan.Quadratic(domains.A, domains.gradients(theta0), target)
     loss = float(target @ domains.losses(theta0))
     constant, tail = np.tile(budget, (WINDOWS, 1)), tau_tail(budget, target)
-    slope = planning.loss_gradient(model, constant, times)[1]
+    slope = receding_plan.loss_gradient(model, constant, times)[1]
     slope = slope - slope.mean(0)
     steep = constant * np.exp(-2 * slope / np.abs(slope).max())
     optimum, _ = best(model, times, budget, [constant, tail, steep])
-    ends = [float(planning.loss_change(model, w, times)) for w in (constant, tail)]
+    ends = [float(receding_plan.loss_change(model, w, times)) for w in (constant, tail)]
     return dict(
         zip(COLUMNS, (axis, time, budgets, seed, *(loss + end for end in (*ends, optimum))), strict=True)
     )

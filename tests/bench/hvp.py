@@ -22,12 +22,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (1, 2)]
+sys.path[:0] = [str(Path(__file__).resolve().parents[2] / part) for part in ("tests/support", "")]
 
-import hvp_methods  # noqa: E402
-import oracles  # noqa: E402
+import hvp_methods
+import oracles
+from oracles import length
 
-from megatron_commute import hvp, rop  # noqa: E402
+from megatron_commute import hvp
+from megatron_commute.measure import rop
 
 HERE = Path(__file__).resolve().parent
 # vocabulary, width, heads, blocks, length, samples; rounds
@@ -56,10 +58,6 @@ def cpu_seconds(function, *args):
     start = time.process_time()
     function(*args)
     return time.process_time() - start
-
-
-def length(vector):
-    return sum(float(t.double().square().sum()) for t in vector) ** 0.5
 
 
 def ratios(functions, base, rounds):

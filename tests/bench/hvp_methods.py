@@ -13,11 +13,13 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (1, 2)]
+sys.path[:0] = [str(Path(__file__).resolve().parents[2] / part) for part in ("tests/support", "")]
 
-import rop_cases  # noqa: E402
+import rop_cases
 
-from megatron_commute import hvp, ops, reference, rop  # noqa: E402
+from megatron_commute import hvp, ops
+from megatron_commute.kernels import reference
+from megatron_commute.measure import rop
 
 
 class Case:

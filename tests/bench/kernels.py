@@ -1,6 +1,6 @@
 """CPU time of the compiled kernels against plain PyTorch, one thread: `python tests/bench/kernels.py [--elements N]`.
 
-Prints a table and writes kernels.csv beside itself. speedup: time of the reference in megatron_commute/reference.py over
+Prints a table and writes kernels.csv beside itself. speedup: time of the reference in kernels/reference.py over
 that of the kernel, the two alternating in one process, median with least and largest of the rounds. megabytes: what the
 count on paper moves, every operand read once, every result written once. reading: time over that of torch.sum over as
 many bytes. gram: the same against torch.sum over the vectors themselves, and against K M calls of torch.dot.
@@ -28,7 +28,8 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1])]
 
-from megatron_commute import ops, reference  # noqa: E402
+from megatron_commute import ops
+from megatron_commute.kernels import reference
 
 ROUNDS, VECTORS = 7, 8
 TOKENS, HIDDEN, INNER, WORDS = 512, 1024, 4096, 16384

@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from megatron_commute import mixture
+from megatron_commute.data.sampler import MixtureSampler, item
 from megatron_commute.mixture import Mixture
-from megatron_commute.sampler import MixtureSampler, item
 
 HERE = Path(__file__).resolve().parent
 DOMAINS = 100
@@ -154,7 +154,14 @@ def throughput_rows():
 def step_rows(steps=200):
     """One training step of the quickstart: 16 samples in 4 micro-batches, and the hook's own count of them."""
     stream = Mixture(shares(8), samples=None)
-    sampler = MixtureSampler(stream, 4, 0, 1, 16, 16 * 10**6)
+    sampler = MixtureSampler(
+        mixture=stream,
+        micro_batch=4,
+        data_parallel_rank=0,
+        data_parallel_size=1,
+        global_batch=16,
+        stop_sample=16 * 10**6,
+    )
     batches = iter(sampler)
 
     def run():

@@ -22,12 +22,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (1, 2)]
+sys.path[:0] = [str(Path(__file__).resolve().parents[2] / part) for part in ("tests/support", "")]
 
-import oracles  # noqa: E402
+import oracles
 
-from megatron_commute import probe, reduce, replicate  # noqa: E402
-from megatron_commute.adapters import torch_loop  # noqa: E402
+from megatron_commute import reduce
+from megatron_commute.adapters import torch_loop
+from megatron_commute.measure import probe, replicate
 
 VOCABULARY, LENGTH, MICRO, BATCH, ROUNDS = 128, 64, 8, 32, 5
 EVERY, PAPER_BATCH, PAPER_SAMPLES = 1000, 512, 600

@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
 import oracles
 
 from megatron_commute import bracket
-from megatron_commute.adapters.indexed_data import TokenSequences
+from megatron_commute.data.indexed import TokenSequences
 
 SPLITS, SAMPLES, DIRECTION, HELD_OUT = 8, 8, 4, 256
 FLOORS = (None, 0.01, 0.1, 0.3)

@@ -275,9 +275,11 @@ def in_our_own():
     """Everything of the plug-in that no other rank waits for fails: record, report, curves, sight, state for checkpoints."""
     import unittest.mock as mock
 
-    from megatron_commute import hook, plots, record
-    from megatron_commute.adapters import megatron_deepspeed_scalars as scalars
-    from megatron_commute.adapters import megatron_deepspeed_sight as sight
+    from megatron_commute import hook
+    from megatron_commute.adapters.megatron_deepspeed import scalars as scalars
+    from megatron_commute.adapters.megatron_deepspeed import sight as sight
+    from megatron_commute.record import log as record
+    from megatron_commute.report import plots
 
     full, broken = OSError(28, "No space left on device (injected)"), KeyError("injected")
     with contextlib.ExitStack() as faults:

@@ -16,10 +16,10 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent.parent)]
-import jobs  # noqa: E402
-import layouts  # noqa: E402
-import numpy as np  # noqa: E402
+sys.path[:0] = [str(HERE), str(HERE.parent / "support"), str(HERE.parent.parent)]
+import jobs
+import layouts
+import numpy as np
 
 COLUMNS = ("layout", "ranks", "flags", "off_identical", "shadow_identical", "fixed_stream_is_stock", "act_draws_as_logged",
            "resumed_identical", "resumed_log_identical", "exception_survived", "nan_survived", "probes")  # fmt: skip

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from megatron_commute.adapters import megatron_core
-from megatron_commute.adapters import megatron_deepspeed_model as models
-from megatron_commute.adapters.megatron_deepspeed_scalars import heard
+from megatron_commute.adapters.megatron_deepspeed import model as models
+from megatron_commute.adapters.megatron_deepspeed.scalars import heard
 
 
 class Scheduler:

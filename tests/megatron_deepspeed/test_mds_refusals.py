@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_commute.adapters.megatron_deepspeed_refusals import refuse
+from megatron_commute.adapters.megatron_deepspeed.refusals import refuse
 from megatron_commute.config import ConfigError
 
 

@@ -1,0 +1,191 @@
+"""What an analysis of checkpoints is asked for, and how mixture file, flags of the checkpoint and data fit together."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from megatron_commute.adapters import torch_loop
+from megatron_commute.checkpoints.files import CheckpointError
+from megatron_commute.config import ConfigError, Run, direction_samples, holdout_parts
+from megatron_commute.data.indexed import data_summary
+from megatron_commute.mixture import Mixture
+
+
+class Asked(NamedTuple):
+    """What overrides the mixture file and the checkpoints' own flags; None: as they say. target: "each" or {name: share};
+    tokens or train_iters: length of the run; arguments: a JSON file of flags for checkpoints that keep none.
+    """
+
+    samples: int | None = None
+    splits: int | None = None
+    method: str | None = None
+    metric: str | None = None
+    target: str | dict | None = None
+    tokens: int | None = None
+    train_iters: int | None = None
+    micro_batch: int | None = None
+    arguments: str | None = None
+
+
+def asked(target=None, **options):
+    """The Asked of command-line options; target: "each" or NAME=SHARE,NAME=SHARE. Raises ConfigError."""
+    if target is None or target == "each":
+        return Asked(target=target, **options)
+    shares = {}
+    for part in target.split(","):
+        name, _, share = part.partition("=")
+        try:
+            shares[name.strip()] = float(share)
+        except ValueError:
+            raise ConfigError(f"--target {target}: write `each`, or NAME=SHARE,NAME=SHARE") from None
+    return Asked(target=shares, **options)
+
+
+@dataclasses.dataclass
+class Setting:
+    """One analysis: configuration, plan and run as they count here; fresh: the run's stream at sample 0; notes: what people
+    should know of it."""
+
+    config: object
+    plan: object
+    run: Run
+    fresh: Mixture
+    vocabulary: int | None
+    notes: list
+
+
+def extra_flags(asked):
+    """{flag: value} of --arguments."""
+    if asked.arguments is None:
+        return {}
+    try:
+        found = json.loads(Path(asked.arguments).read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("it is no object")
+    except (OSError, ValueError) as fault:
+        raise CheckpointError(
+            f"--arguments {asked.arguments}: {fault}; write a JSON object of flags"
+        ) from None
+    return found
+
+
+def setting(checkpoint, data, asked):
+    """The Setting of an analysis that begins with `checkpoint`. Raises CheckpointError and ConfigError."""
+    flags = checkpoint.arguments
+    batch = getattr(flags, "global_batch_size", None)
+    if not batch:
+        raise CheckpointError(
+            f"{checkpoint.folder}: names no global_batch_size; name it with --arguments FILE"
+        )
+    iters = asked.train_iters or getattr(flags, "train_iters", None)
+    if asked.tokens:
+        iters = -(-asked.tokens // (batch * flags.seq_length))
+    if not iters:
+        raise CheckpointError(
+            f"{checkpoint.folder}: does not say how long the run is; write --train-iters or --tokens"
+        )
+    micro = asked.micro_batch or min(getattr(flags, "micro_batch_size", None) or 1, batch)
+    # budgets and shares need the run's own batch, the probe may take another micro-batch
+    fitting = micro if batch % micro == 0 else 1
+    run = Run(flags.seq_length, batch, fitting, 1, iters)
+    plugin = torch_loop.Plugin(data, run)
+    config = _overridden(plugin.config, asked)
+    plan = plugin.plan
+    if asked.target is not None:
+        plan = dataclasses.replace(plan, targets=_targets(config, asked.target))
+    for name, held in zip(plan.names, plan.holdouts, strict=True):
+        parts = holdout_parts(held)
+        samples, splits = config.probe.samples, config.probe.splits
+        most = min(len(parts.gradients), 2 * len(parts.direction)) // splits * splits
+        if samples > most or splits * direction_samples(samples, splits) > len(parts.direction):
+            raise CheckpointError(
+                f"--samples {samples}: the holdout of {name} has {held} sequences; write {most} or less, or name a longer "
+                "holdout file"
+            )
+    vocabulary = getattr(flags, "vocab_size", None)
+    notes = _compare_with_run(plugin, plan, checkpoint)
+    if not getattr(flags, "lr", None):
+        notes.append(
+            "nothing names the learning rate, so each of the two windows counts as one unit of flow time and predicted "
+            "effects have no scale: name lr, lr_decay_style and lr_warmup_iters with --arguments"
+        )
+    _check_vocabulary(config, plan, run, checkpoint, vocabulary)
+    return Setting(config, plan, run, plugin.mixture(), vocabulary, notes)
+
+
+def _overridden(config, asked):
+    """The mixture file's probe with what was asked for. Raises ConfigError."""
+    wanted = {key: getattr(asked, key) for key in ("samples", "splits", "method", "metric")}
+    wanted = {key: value for key, value in wanted.items() if value is not None}
+    settings = dataclasses.replace(config.probe, time_limit=None, **wanted)
+    if settings.splits < 2:
+        raise ConfigError(
+            f"--splits {settings.splits}: write 2 or more, standard errors come from the splits"
+        )
+    if settings.samples < 1 or settings.samples % settings.splits:
+        fitting = max(1, -(-settings.samples // settings.splits)) * settings.splits
+        raise ConfigError(
+            f"--samples {settings.samples}: is not divisible by the {settings.splits} splits; write {fitting}, or "
+            "another --splits"
+        )
+    return dataclasses.replace(config, probe=settings)
+
+
+def _targets(config, target):
+    if target == "each":
+        return np.eye(len(config.names))
+    for name in target:
+        if name not in config.names:
+            raise ConfigError(f"--target {name}: no such domain; write one of {', '.join(config.names)}")
+    shares = np.array([[target.get(name, 0.0) for name in config.names]], dtype=np.float64)
+    if not (shares >= 0).all() or not shares.sum() > 0:
+        raise ConfigError(
+            "--target: write `each`, or NAME=SHARE,NAME=SHARE with shares that are not negative"
+        )
+    return shares / shares.sum()
+
+
+def _compare_with_run(plugin, plan, checkpoint):
+    """Notes on how this mixture file differs from the run's own. Raises CheckpointError for other domains."""
+    live = ("measure_budget", "every")  # what concerns probes of a running job only
+    notes = [text for text in plan.warnings if not text.startswith(live)]
+    state = checkpoint.commute
+    if state is None:
+        if not all(isinstance(domain.holdout, str) for domain in plugin.config.domains):
+            notes.append(
+                "the run was trained without the plug-in, so it may have been trained on the last sequences of every domain "
+                "which serve as holdout here: name holdout files of their own for honest numbers"
+            )
+        return notes
+    names = state["ledger"]["names"]
+    if list(names) != list(plan.names):
+        raise CheckpointError(
+            f"{checkpoint.folder}: its run has the domains {', '.join(names)}, --data names {', '.join(plan.names)}; name "
+            "the run's own mixture file"
+        )
+    if state["config"] != plugin.config.digest:
+        notes.append("the mixture file is not the one that the run had when it wrote the checkpoint")
+    return notes
+
+
+def _check_vocabulary(config, plan, run, checkpoint, vocabulary):
+    """Raises CheckpointError where the held-out tokens cannot be the model's."""
+    rows = len(checkpoint.parameters["embedding.word_embeddings.weight"])
+    for domain in config.domains:
+        said = data_summary(domain.path).vocab_size
+        padded = said is not None and vocabulary == rows > said  # Hugging Face says the rows alone
+        if said is not None and vocabulary is not None and said != vocabulary:
+            raise CheckpointError(
+                f"{config.file}: {domain.path[0]}.json says a vocabulary of {said}, the model has one of {vocabulary}; "
+                "prepare the data with the model's tokenizer"
+                + (", or, where its rows are padded, name vocab_size with --arguments" if padded else "")
+            )
+    draw = torch_loop.drawer(config, plan, run.seq_length, vocabulary or rows)
+    try:
+        for k in range(len(plan.names)):
+            draw("gradient", k, np.arange(config.probe.samples))
+    except ValueError as fault:
+        raise CheckpointError(f"{config.file}: {fault}") from None

@@ -1,0 +1,199 @@
+"""What one model-parallel rank holds, put together from the shards of ZeRO 0 to 3: parameters, second moments, decay.
+
+The layout of the shards is that of deepspeed (0.10 to 0.19): ZeRO 1 and 2 cut each optimiser group, flattened, into equal
+ranges and say where each parameter's fragment lies (`param_slice_mappings`); ZeRO 3 cuts every parameter into equal ranges,
+padded, one after the other. Without ZeRO the optimiser is whole.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from megatron_commute.checkpoints.files import CheckpointError, load
+
+
+class Held(NamedTuple):
+    """Of one model-parallel rank, by parameter name: parameters and second moments of Adam, bias-corrected (None where the
+    checkpoint has none), and whether weight decay acts; state: all else that its model states say; coupled: whether weight
+    decay enters the gradient (torch.optim.Adam) instead of acting beside it.
+    """
+
+    parameters: dict
+    moments: dict | None
+    decays: dict
+    state: dict
+    coupled: bool = False
+
+
+def held(files, rank, module=None):
+    """The Held of model-parallel rank `rank` of checkpoint_files.Files; module: {name: tensor} where its parameters lie in
+    files of their own (pipelines). Raises CheckpointError.
+    """
+    own = {data: path for (data, model), path in files.optimizer.items() if model == rank}
+    if files.shards:
+        return _of_stage_3(files, rank, own)
+    path = files.model[rank]
+    state = load(path)
+    module = _plain(_expected(state, "module", path)) if module is None else module
+    if own:
+        shards = [load(own[data]) for data in sorted(own)]
+        moments, decays = _of_fragments(shards, state, own[0])
+        inner = shards[0]["optimizer_state_dict"]["base_optimizer_state"]
+    else:
+        inner = state.get("optimizer") or {}
+        moments, decays = _of_whole(inner, module)
+    return Held(module, moments, decays, state, _coupled(inner))
+
+
+def _coupled(inner):
+    return any(group.get("decoupled_weight_decay") is False for group in inner.get("param_groups", []))
+
+
+def _plain(module, prefix=""):
+    """{name: tensor} of a state dict, nested ones flattened; what is no tensor is left out."""
+    found = {}
+    for name, value in (module or {}).items():
+        if isinstance(value, dict):
+            found |= _plain(value, f"{prefix}{name}.")
+        elif torch.is_tensor(value):
+            found[f"{prefix}{name}"] = value
+    return found
+
+
+def _expected(content, key, path):
+    if not isinstance(content, dict) or key not in content:
+        raise CheckpointError(f"{path}: has no `{key}`; it is no checkpoint of DeepSpeed, or it is damaged")
+    return content[key]
+
+
+def _corrected(state, group, path):
+    """Bias-corrected second moments of one optimiser state, or None before the first step and for other optimisers."""
+    if "exp_avg_sq" not in state:
+        return None
+    step = float(state.get("step", group.get("step", 0)))
+    if not step:
+        return None
+    if "betas" not in group:
+        raise CheckpointError(f"{path}: its optimiser names no betas; write --metric identity")
+    return state["exp_avg_sq"].float() / (1 - group["betas"][1] ** step)
+
+
+def _of_fragments(shards, state, path):
+    """(moments, decays) from the optimiser shards of ZeRO 1 and 2, in the order of data-parallel ranks."""
+    shapes = {n: s for group in state.get("param_shapes") or [] for n, s in group.items()}
+    pieces, decays, complete = {}, {}, True
+    for shard in shards:
+        optimizer = _expected(shard, "optimizer_state_dict", path)
+        inner = _expected(optimizer, "base_optimizer_state", path)
+        mappings = optimizer.get("param_slice_mappings")
+        if mappings is None:
+            raise CheckpointError(
+                f"{path}: does not say where its parameters lie (deepspeed before 0.8, or round_robin_gradients); write "
+                "--metric identity"
+            )
+        groups, states = _groups(inner, path)
+        for i, mapping in enumerate(mappings):
+            group = groups[i] if i < len(groups) else {}
+            decays |= {name: bool(group.get("weight_decay")) for name in mapping}
+            flat = _corrected(states.get(i, {}), group, path)
+            complete &= flat is not None
+            for name, place in mapping.items() if flat is not None else ():
+                begin, length = place.start, place.numel
+                pieces.setdefault(name, []).append(flat[begin : begin + length])
+    if not complete or not pieces:
+        return None, decays
+    return _joined(pieces, shapes, path), decays
+
+
+def _groups(inner, path):
+    """(param_groups, {index: state}) of an optimiser's state dict, or of the lists that elastic checkpoints keep."""
+    if isinstance(inner, dict) and "param_groups" in inner:
+        return inner["param_groups"], inner.get("state", {})
+    raise CheckpointError(f"{path}: an elastic checkpoint, which is not read; write --metric identity")
+
+
+def _joined(pieces, shapes, path):
+    found = {}
+    for name, parts in pieces.items():
+        flat = torch.cat([part.reshape(-1) for part in parts])
+        shape = shapes.get(name)
+        if shape is None or flat.numel() != math.prod(shape):
+            raise CheckpointError(
+                f"{path}: of {name} the shards hold {flat.numel()} numbers, the model {tuple(shape or ())}; a rank's file "
+                "is missing or of another checkpoint, copy the whole folder"
+            )
+        found[name] = flat.view(*shape)
+    return found
+
+
+def _of_whole(optimizer, module):
+    """(moments, decays) from an optimiser that is not sharded: its states in the order of its groups."""
+    if not optimizer or not optimizer.get("state"):
+        return None, {}
+    groups, states = _groups(optimizer, "the model states")
+    by_decay = [[name for name, p in module.items() if (p.dim() > 1) == decayed] for decayed in (True, False)]
+    order = [name for names in by_decay for name in names]
+    numbers = [number for group in groups for number in group["params"]]
+    if len(numbers) != len(order):
+        return None, {}
+    moments, decays = {}, {}
+    of_number = {number: group for group in groups for number in group["params"]}
+    for name, number in zip(order, numbers, strict=True):
+        group = of_number[number]
+        decays[name] = bool(group.get("weight_decay"))
+        found = _corrected(states.get(number, {}), group, "the model states")
+        if found is None or found.shape != module[name].shape:
+            return None, {}
+        moments[name] = found
+    return moments, decays
+
+
+def _of_stage_3(files, rank, own):
+    """All of ZeRO 3: parameters from the float32 shards of the optimiser, in the precision that the module had."""
+    path = files.shards[0, rank]
+    state = load(path)
+    shapes = _expected(state, "param_shapes", path)
+    stored = _plain(_expected(state, "module", path))
+    optimizers = [_expected(load(own[data]), "optimizer_state_dict", own[data]) for data in sorted(own)]
+    if len(optimizers) != len({data for data, model in files.shards if model == rank}) or not optimizers:
+        raise CheckpointError(
+            f"{path}: has no optimiser states beside it; under ZeRO 3 they hold the parameters, copy the whole folder"
+        )
+    flats = [list(o.get("fp32_flat_groups") or []) for o in optimizers]
+    groups = [_groups(_expected(o, "optimizer_state_dict", path), path) for o in optimizers]
+    decays, moments = {}, {}
+    corrected = [
+        [_corrected(states.get(i, {}), _at(of, i, len(shapes)), path) for i in range(len(flat))]
+        for (of, states), flat in zip(groups, flats, strict=True)
+    ]
+    whole = _cut(flats, shapes, path)
+    parameters = {name: p.to(stored[name].dtype) for name, p in whole.items()}
+    if all(part is not None for parts in corrected for part in parts):
+        moments = _cut(corrected, shapes, path)
+    for names, group in zip(shapes, groups[0][0], strict=False):
+        decays |= {name: bool(group.get("weight_decay")) for name in names}
+    return Held(parameters, moments or None, decays, state, _coupled({"param_groups": groups[0][0]}))
+
+
+def _at(groups, index, expected):
+    """The settings of a flat group: several of them may belong to one optimiser group (sub_group_size)."""
+    return groups[index] if len(groups) == expected and index < len(groups) else groups[-1]
+
+
+def _cut(flats, shapes, path):
+    """{name: whole tensor} from the flat groups of every rank: of each parameter the rank's range, padded at the end."""
+    joined = [torch.cat([flat.reshape(-1) for flat in parts]) for parts in flats]
+    ranks, found, at = len(joined), {}, 0
+    for name, shape in ((n, s) for group in shapes for n, s in group.items()):
+        count = math.prod(shape)
+        length = -(-count // ranks)
+        whole = torch.cat([flat[at : at + length] for flat in joined])
+        if whole.numel() < count:
+            raise CheckpointError(
+                f"{path}: the shards end inside {name}; a rank's file is missing or damaged, copy the whole folder"
+            )
+        found[name], at = whole[:count].view(*shape), at + length
+    if any(flat.numel() < at for flat in joined):
+        raise CheckpointError(f"{path}: the shards are shorter than the model; copy the whole folder")
+    return found

@@ -1,0 +1,186 @@
+"""Decisions: the wish of a law (laws.py), cut to what budgets, guardrails and its own error allow. Pure functions.
+
+A law proposes; the guardrails common to all laws decide how much of the wish is granted. Budgets are kept as bounds on the
+weights of the coming window, so a decision never leaves more of a domain than the samples after it can carry.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from megatron_commute.decide.laws import LAWS, Wish, shares_of
+from megatron_commute.feasible import nearest
+
+DEAD_BAND = 1e-3  # smaller moves are not worth a change
+GATE = 5e-4  # of the loss: less than that, a predicted gain does not begin anything
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """What is done with the weights of the coming window."""
+
+    weights: np.ndarray | None
+    """f64[K], or None where they stay as they are"""
+    reason: str
+    """one sentence"""
+    expected: float | None = None
+    """change of the final target loss that the law predicts, nats, negative: better; None where it predicts none"""
+    expected_se: float | None = None
+    """its standard error"""
+    memory: dict = dataclasses.field(default_factory=dict)
+    """JSON values that the law wants in the next Situation"""
+
+
+def guardrails(situation):
+    """Lowest and highest weight f64[K] that floors, caps and the rate limit allow, whatever the budgets need."""
+    s = situation
+    return np.maximum(s.floors, s.weights - s.rate), np.minimum(s.caps, s.weights + s.rate)
+
+
+def bounds(situation):
+    """Lowest and highest weight f64[K] of every domain in the coming window, and whether the rate limit had to give way.
+
+    Within them: the domain's own minimum and maximum, floors and caps, the rate limit, and after the window a rest of every
+    budget that its minimum and maximum can still serve to the end.
+    """
+    s = situation
+    window = min(s.window, s.samples_left)
+    later = s.samples_left - window
+    budgeted = ~np.isnan(s.remaining)
+    rest = np.where(budgeted, s.remaining, 0.0)
+    endless_minimum = s.minimum[~budgeted].sum()
+    ceiling = np.minimum(s.maximum, 1.0 - endless_minimum)
+    hard_low = np.where(budgeted, np.maximum(s.minimum, (rest - ceiling * later) / window), s.minimum)
+    hard_high = np.where(budgeted, np.minimum(s.maximum, (rest - s.minimum * later) / window), s.maximum)
+    hard_low, hard_high = np.clip(hard_low, 0.0, 1.0), np.clip(hard_high, 0.0, 1.0)
+    hard_low = np.minimum(hard_low, hard_high)
+    least, most = endless_share(s)
+    soft_low, soft_high = guardrails(s)
+    low = np.clip(soft_low, hard_low, hard_high)
+    high = np.clip(np.maximum(soft_high, low), low, hard_high)
+    feasible = low.sum() <= 1.0 + 1e-12 and high.sum() >= 1.0 - 1e-12
+    if budgeted.any() and not budgeted.all():
+        feasible &= low[~budgeted].sum() <= most + 1e-12 and high[~budgeted].sum() >= least - 1e-12
+        feasible &= low[budgeted].sum() <= 1 - least + 1e-12 and high[budgeted].sum() >= 1 - most - 1e-12
+    return (low, high, False) if feasible else (hard_low, hard_high, True)
+
+
+def endless_share(situation):
+    """Lowest and highest weight of all endless domains together in the coming window, so that the samples after it are
+    neither more nor fewer than budgets and endless domains can still fill."""
+    s = situation
+    window = min(s.window, s.samples_left)
+    later = s.samples_left - window
+    endless = np.isnan(s.remaining)
+    spare = s.samples_left - s.remaining[~endless].sum()
+    least = (spare - min(1.0, s.maximum[endless].sum()) * later) / window
+    most = (spare - s.minimum[endless].sum() * later) / window
+    most = min(max(most, 0.0), 1.0)
+    return min(max(least, 0.0), most), most
+
+
+def granted(wish, low, high, endless, least, most):
+    """The weights f64[K] nearest to `wish` within low and high whose total over `endless` bool[K] is in [least, most]."""
+    weights = nearest(wish, low, high)
+    total = weights[endless].sum()
+    share = min(max(total, least), most)
+    if abs(share - total) > 1e-12 and endless.any() and not endless.all():
+        for part, mass in ((endless, share), (~endless, 1.0 - share)):
+            weights[part] = nearest(wish[part], low[part], high[part], mass)
+    return weights
+
+
+def doubt(wish, situation):
+    """Why a predicted gain does not count, or None: it must exceed its own error and, for a law that was not acting before,
+    GATE of the loss (at the end of the run, where the law predicts that)."""
+    from scipy.special import ndtri, stdtrit
+
+    s = situation
+    if wish.expected is None:
+        return None
+    level = 0.5 + s.confidence / 2
+    quantile = ndtri(level) if wish.dof is None else stdtrit(wish.dof, level)
+    if (
+        not np.isfinite([wish.expected, wish.expected_se]).all()
+        or -wish.expected <= quantile * wish.expected_se
+    ):
+        return f"the expected change {wish.expected:+.2g} is inside its error"
+    loss = s.loss if wish.loss is None else wish.loss
+    acting = s.memory.get("acting", False)  # what is left to gain shrinks as a plan is carried out
+    if loss is not None and not acting and -wish.expected < GATE * abs(loss):
+        return f"the expected gain {-wish.expected:.2g} is below {GATE:g} of the loss"
+    return None
+
+
+def wished(law, situation):
+    """The Wish of `law`, with the gate, the cool-down and the freeze applied."""
+    s = situation
+    function, measured = (law, False) if callable(law) else (LAWS[law].function, LAWS[law].measured)
+    wish, shares = function(s), shares_of(s)
+    if s.frozen:
+        return wish._replace(weights=s.weights.copy(), active=False, why="the weights are frozen")
+    if s.progress >= s.freeze:
+        return wish._replace(weights=shares, active=False, why=f"the law stops at {s.freeze:g} of the run")
+    if measured and s.decisions_since_change < s.cooldown:
+        return wish._replace(weights=s.weights.copy(), active=False, why="cool-down after the last change")
+    if not wish.active:
+        return wish
+    why = doubt(wish, s)
+    if why is not None:
+        return wish._replace(weights=shares, active=False, why=why)
+    return wish
+
+
+def decide(law, situation):
+    """The decision of `law` in a Situation, guardrails applied; the same situation, the same decision.
+
+    law: a name in LAWS, or a function Situation -> Wish, which does not rest after a change.
+    """
+    s = situation
+    if s.samples_left <= 0:
+        return Decision(None, "the run ends before new weights could take effect", memory=dict(s.memory))
+    wish = wished(law, s)
+    low, high, relaxed = bounds(s)
+    asked = wish.weights
+    if relaxed:  # the budgets get what they need, the law no more than the guardrails allow
+        asked = np.clip(asked, *guardrails(s))
+    weights = granted(asked, low, high, np.isnan(s.remaining), *endless_share(s))
+    moved = float(np.abs(weights - s.weights).max())
+    memory = dict(wish.memory or {}) | ({"acting": True} if wish.active and wish.expected is not None else {})
+    told = {"expected": wish.expected, "expected_se": wish.expected_se, "memory": memory}
+    # a sample more or less of a budget moves its share by 1 / samples_left
+    if moved < max(DEAD_BAND, 1.5 / s.samples_left):
+        why = "the wish is no further than rounding" if wish.active else _quiet(wish)
+        return Decision(None, f"weights stay: {why}", **told)
+    stays = wish.active or np.array_equal(wish.weights, s.weights)
+    why = wish.why if stays else f"back to the remaining-budget shares: {wish.why}"
+    if relaxed or moved > s.rate + 1e-9:
+        why += "; the budgets ask for more than the rate limit, floors or caps allow, and budgets win"
+    elif np.abs(weights - asked).max() > DEAD_BAND:
+        why += "; the wish is limited by rate, floors, caps or budgets"
+    return Decision(weights, why, **told)
+
+
+def _quiet(wish: Wish) -> str:
+    return "every score is inside its error bar" if wish.why == "no score outside its error bar" else wish.why
+
+
+def decisions(laws, situation, memories):
+    """{law: Decision} of every law on the same Situation, each with its own memory {law: dict}.
+
+    A law that fails decides nothing and says so: a fault of ours never ends a run.
+    """
+    made = {}
+    for law in laws:
+        own = dataclasses.replace(situation, memory=memories.get(law, {}))
+        try:
+            made[law] = decide(law, own)
+        except Exception as fault:  # the same on every rank, since all look at the same numbers
+            made[law] = failed(fault, dict(own.memory))
+    return made
+
+
+def failed(fault, memory=None):
+    """The Decision that stands for one that ended with an exception: nothing moves, and the record says why."""
+    why = f"weights stay: the controller failed, please report it: {type(fault).__name__}: {fault}"
+    return Decision(None, why, memory=memory or {})

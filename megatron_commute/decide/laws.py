@@ -1,0 +1,190 @@
+"""Laws: what weights a method wishes for the coming window. Pure functions of a Situation, one signature.
+
+law(situation) -> Wish. A law knows neither floors, caps nor rate limits: the guardrails of controller.py are
+common to all and decide how much of a wish is granted. What a law does without a signal is nothing: its wish is then the
+remaining-budget shares, under which every budget runs out exactly at the end.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from megatron_commute.intervals import student
+from megatron_commute.settings.yaml_checks import did_you_mean
+
+ODM_SMOOTHING = 0.9  # of the moving average of rewards, as published
+
+
+class Wish(NamedTuple):
+    """What a law asks for.
+
+    weights f64[K]; active: whether it is more than the remaining-budget shares; why: one clause; expected, expected_se:
+    predicted change of the final target loss in nats against the shares (negative: better) with its standard error, None
+    where the law does not predict; dof: of that error, None for a normal one; memory: for the next decision; loss: the
+    target loss at the end under the shares, None where the law does not know it.
+    """
+
+    weights: np.ndarray
+    active: bool
+    why: str
+    expected: float | None = None
+    expected_se: float | None = None
+    dof: int | None = None
+    memory: dict | None = None
+    loss: float | None = None
+
+
+def remaining_shares(remaining, samples_left, initial):
+    """Weights f64[K] that would use up every budget exactly at the end; endless domains (NaN) share the rest as planned."""
+    endless = np.isnan(remaining)
+    shares = np.where(endless, 0.0, remaining) / samples_left
+    rest = max(0.0, 1.0 - shares.sum())
+    if endless.any():
+        planned = np.where(endless, np.maximum(initial, 1e-12), 0.0)
+        shares = shares + rest * planned / planned.sum()
+    return shares / shares.sum()
+
+
+def shares_of(situation):
+    """The remaining-budget shares f64[K] of a Situation: the mixture that every law is judged against."""
+    return remaining_shares(situation.remaining, situation.samples_left, situation.initial)
+
+
+def significant(score, score_se, dof, confidence):
+    """bool[K]: where a score lies outside its two-sided Student interval. A score without a finite error never does."""
+    quantile = student(dof, confidence)
+    finite = np.isfinite(score) & np.isfinite(score_se)
+    return finite & (np.abs(score) > quantile * np.where(finite, score_se, np.inf))
+
+
+def hold(situation):
+    """The planned mixture: the remaining-budget shares, whatever was measured."""
+    return Wish(shares_of(situation), False, "the planned mixture")
+
+
+def schedule(situation):
+    """The weights that the schedule file names for this window; the remaining-budget shares where it names none."""
+    if situation.scheduled is None:
+        return hold(situation)
+    return Wish(np.asarray(situation.scheduled, dtype=np.float64), True, "the schedule's weights")
+
+
+def proportional(situation):
+    """In proportion to what is left: a budget counts with its rest, endless domains share the rest of the run equally.
+
+    Where every domain has a budget this is `hold`; endless domains lose their planned weights.
+    """
+    s = situation
+    equal = remaining_shares(s.remaining, s.samples_left, np.ones_like(s.initial))
+    return Wish(equal, bool(np.isnan(s.remaining).any()), "in proportion to what is left")
+
+
+def tau_tail(situation):
+    """Excess budgets first, then the target's own mixture for as long as the budgets carry it. Needs no measurement.
+
+    For horizons much longer than 1 / (smallest curvature) the start is forgotten and only the mixture of the end counts;
+    over short horizons it harms. With budgets in the target's proportions it is `hold`.
+    """
+    s, shares = situation, shares_of(situation)
+    if s.target is None or not np.isfinite(s.target).all() or not (s.target > 0).any():
+        return Wish(shares, False, "no target to end on")
+    target = s.target / s.target.sum()
+    rest = shares * s.samples_left
+    asked = target > 0
+    tail = min(float((rest[asked] / target[asked]).min()), float(s.samples_left))
+    first = s.samples_left - tail
+    if first < 1:
+        return Wish(shares, False, "the budgets left are the target's own mixture")
+    excess = np.maximum(rest - tail * target, 0.0)
+    window = min(s.window, s.samples_left)
+    used = excess * min(window / first, 1.0) + target * max(window - first, 0.0)
+    return Wish(
+        used / used.sum(), True, f"excess budgets first, the target's mixture after {first:.0f} samples"
+    )
+
+
+def tilted(shares, score, strength):
+    """shares f64[K] tilted against the score: w_k ~ shares_k exp(-strength score_k / max|score|)."""
+    largest = np.abs(score).max()
+    if largest == 0:
+        return shares.copy()
+    result = shares * np.exp(-strength * score / largest)
+    return result / result.sum()
+
+
+def tilt(situation):
+    """The paper's criterion (Rukhovich et al., arXiv 2501.15556, Corollary 3.2) turned into a law: domains that should wait
+    get less now, and by their budgets more later.
+
+    It looks one window ahead only; over long horizons it can harm (see README, limits). Scores inside their error bars count
+    as zero.
+    """
+    s = situation
+    counts = significant(s.score, s.score_se, s.dof, s.confidence)
+    wish = tilted(shares_of(s), np.where(counts, s.score, 0.0), s.strength)
+    if not counts.any():
+        return Wish(wish, False, "no score outside its error bar")
+    return Wish(wish, True, f"{int(counts.sum())} of {len(counts)} scores outside their error bars")
+
+
+def odm(situation):
+    """Online Data Mixing (Albalak et al., arXiv 2312.02406): EXP3 with training losses as rewards; knows no budgets.
+
+    reward_k <- a reward_k + (1 - a) L_k / w_k with a = 0.9, eps_t = min(1/K, sqrt(ln K / (K t))),
+    w = (1 - K eps_t) softmax(eps_{t-1} reward) + eps_t. A baseline: it never predicts and knows no error.
+    """
+    s, K = situation, len(situation.weights)
+    turn = int(s.memory.get("turn", 0))
+    reward = np.array(s.memory.get("reward", [0.0] * K), dtype=np.float64)
+    if s.losses is None or not np.isfinite(s.losses).all() or reward.shape != (K,):
+        return Wish(shares_of(s), False, "no training loss of every domain yet", memory=dict(s.memory))
+    played = np.maximum(
+        s.weights, 1e-3
+    )  # the published reward divides by the weight; a domain at rest would explode
+    reward = ODM_SMOOTHING * reward + (1 - ODM_SMOOTHING) * s.losses / played
+    before, now = (min(1 / K, np.sqrt(np.log(K) / (K * t))) for t in (max(turn, 1), turn + 1))
+    power = np.exp(before * (reward - reward.max()))
+    weights = (1 - K * now) * power / power.sum() + now
+    memory = {"turn": turn + 1, "reward": reward.tolist()}
+    return Wish(weights / weights.sum(), True, "the bandit's mixture of training losses", memory=memory)
+
+
+class Law(NamedTuple):
+    """One law: its function, and what a run must have for it."""
+
+    function: Callable
+    """Situation -> Wish"""
+    needs: tuple = ()
+    """fields of a Situation without which it only holds"""
+    measured: bool = False
+    """acts on a measured signal: rests after a change, and is loud while nothing calibrates it"""
+
+
+LAWS = {
+    "hold": Law(hold),
+    "schedule": Law(schedule, needs=("scheduled",)),
+    "proportional": Law(proportional),
+    "tau-tail": Law(tau_tail, needs=("target",)),
+    "tilt": Law(tilt, needs=("score", "score_se"), measured=True),
+    "odm": Law(odm, needs=("losses",), measured=True),
+}
+CURES = {"scheduled": "write schedule: FILE and mode: fixed", "target": "write the target as shares"}
+
+
+def check(config):
+    """Raises ConfigError for a law, or one to compare with, that is unknown or whose signal this run does not have."""
+    chosen = config.controller
+    missing = {
+        "scheduled": config.schedule is None,
+        "target": config.target == "each" and config.mode == "act",
+    }
+    for key, names in (("law", (chosen.law,)), ("compare", chosen.compare)):
+        for name in names:
+            if name not in LAWS:
+                cure = f"write one of {', '.join(LAWS)}{did_you_mean(name, LAWS)}"
+                raise config.error(f"controller.{key}", f"got {name}", cure)
+            for need in LAWS[name].needs:
+                if missing.get(need):
+                    problem = f"{name} needs `{need}`, which this run does not have"
+                    raise config.error(f"controller.{key}", problem, CURES[need])

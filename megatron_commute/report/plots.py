@@ -1,0 +1,78 @@
+"""Pictures of a run from its decision log alone: `report` for one HTML file, `export` for PNG, SVG and CSV.
+
+The same record gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import csv
+import pathlib
+
+from megatron_commute.record import log as record
+from megatron_commute.report import picture_criterion, picture_run, series
+from megatron_commute.report.drawing import house_style
+from megatron_commute.report.page import page
+from megatron_commute.report.series import summary_rows
+from megatron_commute.report.tables import tables
+
+__all__ = ["export", "pictures", "replayed", "report", "summary_rows"]
+
+
+def report(run, out=None):
+    """Write the report of a run as one self-contained HTML file and return its path.
+
+    run: a record, or the folder that holds one. out: the file to write, by default report.html beside the
+    record. Raises FileNotFoundError where there is no record, ValueError where it is damaged or has no start.
+    """
+    file = record.find(run)
+    out = pathlib.Path(out) if out else file.with_name("report.html")
+    lines = record.read(file)
+    written = sum(1 for text in file.read_bytes().split(b"\n") if text)
+    events = series.by_event(lines, file)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(page(events, pictures(events), torn=written - len(lines)), encoding="utf-8")
+    return out
+
+
+def export(run, out_dir):
+    """Write every picture as PNG and SVG and every series as CSV into out_dir; return the paths written.
+
+    run: a record, or the folder that holds one; errors as in `report`.
+    """
+    events = series.by_event(record.read(run), run)
+    folder = pathlib.Path(out_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for picture in pictures(events):
+        paths += [folder / f"{picture.name}.svg", folder / f"{picture.name}.png"]
+        paths[-2].write_text(picture.svg(), encoding="utf-8")
+        picture.save_png(paths[-1])
+    for name, (headers, rows) in tables(events).items():
+        paths.append(folder / f"{name}.csv")
+        with open(paths[-1], "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([headers, *rows])
+    return paths
+
+
+def pictures(run):
+    """Every Picture a series.Run has numbers for, in the order of the report."""
+    with house_style():
+        drawn = [picture_run.weights(run), picture_run.budgets(run)]
+        drawn += [picture_run.losses(run), picture_run.overhead(run)]
+        drawn += [*picture_criterion.scores(run), *picture_criterion.brackets(run)]
+    return [picture for picture in drawn if picture is not None]
+
+
+def replayed(run, found, out):
+    """Draw a replay.Told beside what happened and write it to `out` (.png or .svg). run: a record or its folder."""
+    events, out = series.by_event(record.read(run), run), pathlib.Path(out)
+    if out.suffix not in (".png", ".svg"):
+        raise ValueError(f"--out {out}: write a name that ends in .png or .svg")
+    with house_style():
+        picture = picture_run.replayed(events, found)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.suffix == ".svg":
+        out.write_text(picture.svg(), encoding="utf-8")
+    else:
+        picture.save_png(out)
+    return out

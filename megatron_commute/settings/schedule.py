@@ -1,0 +1,167 @@
+"""Planned weights from a file: points of the run, and how the weights go on between them.
+
+A CSV file with one row for each point and one column of weights for each domain:
+
+    at,then,en,de,code
+    0,linear,0.8,0.2,0
+    50%,cosine,0.5,0.3,0.2
+    3.1Mtok,hold,0.2,0.2,0.6
+
+`at`: a sample (12000), tokens (3.1Mtok) or a part of the run (50%). `then`: hold (default), linear or cosine,
+the way to the next point; the last point holds to the end. A column named `sample` does for `at`. Before the
+first point the run's own weights hold.
+"""
+
+import csv
+import itertools
+import math
+import re
+from decimal import Decimal
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+WAYS = ("hold", "linear", "cosine")
+SCALE = {"": 0, "k": 3, "M": 6, "G": 9, "B": 9, "T": 12}
+BARS = " ▁▂▃▄▅▆▇█"
+TOLERANCE = 1e-6
+BUDGET_TOLERANCE = 0.01
+
+
+class Point(NamedTuple):
+    """From `sample` on: `weights` f64[K], then hold them or move on to the next point's, linear or cosine."""
+
+    sample: int
+    weights: np.ndarray
+    then: str = "hold"
+
+
+def read(path, names, samples: int, seq_length: int) -> tuple[Point, ...]:
+    """The points of a CSV file for a run of `samples` sequences of `seq_length` tokens.
+
+    ValueError naming file, line and cure for what cannot be read or is no schedule of the domains `names`.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}; name a CSV file") from error
+    table = csv.DictReader(text.splitlines(), skipinitialspace=True)
+    header = table.fieldnames or []
+    where = "sample" if "sample" in header else "at"
+    if sorted(set(header) - {"then"}) != sorted([where, *names]) or len(set(header)) != len(header):
+        wanted = ",".join(["at", "then", *names])
+        raise ValueError(f"{path}:1: the columns are {','.join(header) or 'missing'}; write {wanted}")
+    points: list[Point] = []
+    for row in table:
+        try:
+            point = _point(row, row[where], names, samples, seq_length)
+            if points and point.sample <= points[-1].sample:
+                raise ValueError(f"{row[where]} is sample {point.sample}; write points that rise")
+        except ValueError as error:
+            raise ValueError(f"{path}:{table.line_num}: {error}") from error
+        points.append(point)
+    if not points:
+        raise ValueError(f"{path}: no points; write a row such as 0,hold,{','.join(['0.5'] * len(names))}")
+    return tuple(points)
+
+
+def _point(row, at, names, samples, seq_length) -> Point:
+    if None in row or None in row.values():
+        raise ValueError("the row has not as many columns as the header; write one number for each domain")
+    try:
+        weights = np.array([float(row[name]) for name in names])
+    except ValueError as error:
+        raise ValueError(f"{error}; write a number for each domain") from error
+    if not (weights >= 0).all() or abs(math.fsum(weights) - 1) > TOLERANCE:
+        raise ValueError(f"weights {weights.tolist()}; write numbers >= 0 that sum to 1")
+    then = (row.get("then") or "hold").strip()
+    if then not in WAYS:
+        raise ValueError(f"then: {then}; write one of {', '.join(WAYS)}")
+    return Point(_sample(at.strip(), samples, seq_length), weights / math.fsum(weights), then)
+
+
+def _sample(at: str, samples: int, seq_length: int) -> int:
+    """The sample that `at` names; fractions of a sample count as the next whole one."""
+    number = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%|([kMGBT]?)tok(?:ens)?)?", at, flags=re.ASCII)
+    if number is None or (number[2] is None and "." in at) or (number[2] == "%" and Decimal(number[1]) > 100):
+        raise ValueError(
+            f"{at!r} is no point of a run; write samples (12000), tokens (3.1Mtok) or a part (50%)"
+        )
+    value = Decimal(number[1])
+    if number[2] is None:
+        return int(value)
+    exact = value / 100 * samples if number[2] == "%" else value.scaleb(SCALE[number[3]]) / seq_length
+    return math.ceil(exact)
+
+
+def changes(points, global_batch: int, stairs: int = 100) -> tuple[tuple[int, np.ndarray], ...]:
+    """The schedule as changes (sample, weights f64[K]) at global batches, for Mixture.schedule.
+
+    A point takes effect at the next whole global batch. A ramp becomes at most `stairs` equal steps, each
+    with the ramp's own mean over it, so a domain gets the samples of the ramp.
+    """
+    found: dict[int, np.ndarray] = {}
+    for point, after in zip(points, [*points[1:], None], strict=True):
+        found[-(-point.sample // global_batch) * global_batch] = point.weights
+        if after is None or point.then == "hold":
+            continue
+        length = after.sample - point.sample
+        count = min(stairs, math.ceil(length / global_batch))
+        exact = [point.sample + length * step / count for step in range(count + 1)]
+        edges = sorted({math.ceil(edge / global_batch) * global_batch for edge in exact})
+        for start, end in itertools.pairwise(edges):
+            part = [min((edge - point.sample) / length, 1.0) for edge in (start, end)]
+            if part[0] < 1.0:
+                found[start] = point.weights + (after.weights - point.weights) * _mean(point.then, *part)
+    return tuple(sorted(found.items(), key=lambda change: change[0]))
+
+
+def _mean(way: str, start: float, end: float) -> float:
+    """Mean over [start, end] of the way from 0 to 1: u for linear, (1 - cos(pi u)) / 2 for cosine."""
+    if way == "linear":
+        return (start + end) / 2
+    return 0.5 - (math.sin(math.pi * end) - math.sin(math.pi * start)) / (2 * math.pi * (end - start))
+
+
+def planned_counts(initial, planned, samples: int) -> np.ndarray:
+    """Samples f64[K] that `planned` changes ask of each domain in a run that begins with `initial` weights
+    f64[K]."""
+    steps = [(0, np.asarray(initial, dtype=np.float64)), *((at, w) for at, w in planned if at < samples)]
+    ends = [at for at, _ in steps[1:]] + [samples]
+    return np.sum([weights * (end - at) for (at, weights), end in zip(steps, ends, strict=True)], axis=0)
+
+
+def refuse_impossible(initial, planned, names, budgets, samples, minimum, maximum) -> None:
+    """ValueError when the schedule passes a bound, or misses a budget by over 1 % (less is the mixture's to
+    mend).
+
+    initial, minimum, maximum f64[K]; planned: of `changes`; budgets: samples or None.
+    """
+    for at, weights in planned:
+        outside = (weights < minimum - TOLERANCE) | (weights > maximum + TOLERANCE)
+        for d in np.flatnonzero(outside):
+            raise ValueError(
+                f"sample {at}: weight {weights[d]:.6g} of {names[d]} is outside min {minimum[d]:g}, "
+                f"max {maximum[d]:g}; change the point or the bounds"
+            )
+    counts = planned_counts(initial, planned, samples)
+    for name, count, budget in zip(names, counts, budgets, strict=True):
+        if budget is not None and abs(count - budget) > max(BUDGET_TOLERANCE * budget, len(names)):
+            raise ValueError(
+                f"the schedule asks for {count:.0f} samples of {name}, its budget is {budget}; "
+                f"write points that add up to it, budget: {count:.0f}, or budget: null"
+            )
+
+
+def drawing(names, initial, planned, samples: int, width: int = 60) -> list[str]:
+    """One line of text for each domain: its weight along the run in `width` bars, and its planned samples."""
+    at = [0, *(start for start, _ in planned)]
+    weights = np.array([initial, *(w for _, w in planned)], dtype=np.float64)
+    shown = weights[np.searchsorted(at, (np.arange(width) + 0.5) * samples / width, side="right") - 1]
+    level = np.ceil(shown * (len(BARS) - 1) - TOLERANCE).astype(int).clip(0, len(BARS) - 1)
+    counts, longest = planned_counts(initial, planned, samples), max(len(name) for name in names)
+    return [
+        f"{name:<{longest}} |{''.join(BARS[bar] for bar in level[:, d])}| {counts[d]:.0f} samples"
+        for d, name in enumerate(names)
+    ]

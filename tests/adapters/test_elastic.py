@@ -1,0 +1,221 @@
+"""A run saved on two ranks goes on with four and with one, under every ZeRO stage; what cannot go on is refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jobs
+import numpy as np
+import pytest
+import ranks
+import torch
+
+from megatron_commute.adapters import restart
+from megatron_commute.record import log as record
+
+ITERS, SAVED, BATCH, MICRO = 20, 10, 8, 2
+STAGES = (0, 1, 2, 3)
+
+
+def flags(folder, stage, run):
+    """The trainer's command line; probes read whole parameters, so ZeRO 3 runs without the plug-in."""
+    plugin = ["--commute", folder / "mixture.yaml"] if stage < 3 else []
+    fixed = [
+        "--save",
+        run,
+        "--load",
+        run,
+        "--save-interval",
+        SAVED,
+        "--deepspeed_config",
+        folder / f"zero{stage}.json",
+    ]
+    return jobs.flags(folder, *plugin, *fixed, "--hidden-dropout", 0, "--attention-dropout", 0, iters=ITERS)
+
+
+def in_order(results, run):
+    """Losses f64[steps, batch] of every sample in the order of the global stream, from what each rank saw of one run."""
+    place = np.arange(BATCH).reshape(-1, len(results), MICRO)
+    steps = len(results[0][run]["losses"])
+    losses = np.full((steps, BATCH), np.nan)
+    for rank, seen in enumerate(results):
+        losses[:, place[:, rank].reshape(-1)] = np.array(seen[run]["losses"])
+    return losses
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """{stage: uninterrupted losses on two ranks} and {ranks: {stage: losses of the run that went on with them}}."""
+    folder = tmp_path_factory.mktemp("elastic")
+    jobs.write_data(folder)
+    jobs.write_mixture(folder, mode="fixed", iters=ITERS, extra="probe: {samples: 16, splits: 4}")
+    for stage in STAGES:
+        config = {"zero_optimization": {"stage": stage}, "gradient_clipping": 1.0}
+        if stage == 3:
+            config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        (folder / f"zero{stage}.json").write_text(json.dumps(config))
+    results = ranks.run(jobs.train, 2, [flags(folder, s, folder / f"whole{s}") for s in STAGES], timeout=500)
+    whole = {stage: in_order(results, i) for i, stage in enumerate(STAGES)}
+    for stage in STAGES:
+        run = shutil.copytree(folder / f"whole{stage}", folder / f"1-{stage}")
+        (run / "latest").write_text(f"global_step{SAVED}")
+        shutil.rmtree(run / f"global_step{ITERS}")
+        restart.choose(run, 1, 1, stage, convert=True)
+        shutil.copytree(run, folder / f"4-{stage}")
+    gone_on = {}
+    for size in (1, 4):
+        argvs = [flags(folder, stage, folder / f"{size}-{stage}") for stage in STAGES]
+        results = ranks.run(jobs.train, size, argvs, timeout=500)
+        gone_on[size] = {stage: in_order(results, i) for i, stage in enumerate(STAGES)}
+    return folder, whole, gone_on
+
+
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_sample_has_the_loss_of_the_uninterrupted_run(runs, stage, size):
+    """Up to the order of reductions: weights and moments are the same to the bit, so are the first step's losses nearly."""
+    _, whole, gone_on = runs
+    assert whole[stage].shape == (ITERS, BATCH) and gone_on[size][stage].shape == (ITERS - SAVED, BATCH)
+    np.testing.assert_allclose(gone_on[size][stage][0], whole[stage][SAVED], rtol=1e-6)
+    np.testing.assert_allclose(gone_on[size][stage], whole[stage][SAVED:], rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("stage", STAGES[:3])
+def test_the_record_is_that_of_the_uninterrupted_run(runs, stage, size):
+    """Fingerprint (every sample's place, domain, position and content), what was served, weights, P."""
+    folder, *_ = runs
+    lines, expected = record.read(folder / f"{size}-{stage}"), record.read(folder / f"whole{stage}")
+    assert [line["event"] for line in lines] == [line["event"] for line in expected]
+    for line, other in zip(lines, expected, strict=True):
+        for key in {
+            "step",
+            "sample",
+            "fingerprint",
+            "served",
+            "weights",
+            "weights_next",
+            "lr",
+        } & other.keys():
+            assert line[key] == other[key], key
+        if line["event"] == "probe":
+            P, M = np.array(line["P"]), np.array(other["M"])
+            assert np.abs(P - np.array(other["P"])).max() <= 1e-3 * np.abs(M).max()
+    assert lines[-1]["event"] == "end" and len({line.get("fingerprint") for line in lines}) > 3
+
+
+def test_only_sharded_optimisers_are_converted_and_the_next_checkpoint_is_an_ordinary_one(runs):
+    folder, *_ = runs
+    for size in (1, 4):
+        for stage in STAGES:
+            run = folder / f"{size}-{stage}"
+            assert (run / f"global_step{SAVED}_universal").exists() == (stage > 0)
+            assert (run / "latest").read_text() == f"global_step{ITERS}"
+            written = restart.saved(run / f"global_step{ITERS}")
+            assert written == restart.Saved(size if stage else 0, 1, stage == 3)
+            assert not list(run.glob(".*.given")) and not list(run.glob(".global*"))
+
+
+@pytest.fixture
+def checkpoint(runs, tmp_path):
+    """A copy of the run under ZeRO 1 on two ranks, its newest checkpoint at step 10, without a universal form."""
+    run = shutil.copytree(runs[0] / "whole1", tmp_path / "a run")
+    (run / "latest").write_text(f"global_step{SAVED}")
+    return run
+
+
+def test_the_universal_form_follows_its_source(checkpoint):
+    """Written once; again when the checkpoint of this step was written anew; never when nothing needs it."""
+    said = []
+    again = {"convert": True, "say": said.append}
+    assert restart.choose(checkpoint, 2, 1, 1, **again) == restart.Choice("global_step10", False) and not said
+    assert restart.choose(checkpoint, 1, 1, 2, **again) == restart.Choice("global_step10_universal", True)
+    assert len(said) == 2
+    universal = checkpoint / "global_step10_universal"
+    model = "mp_rank_00_model_states.pt"
+    kept = [torch.load(f / model, weights_only=False) for f in (checkpoint / "global_step10", universal)]
+    assert kept[0]["commute"] and kept[0]["commute"] == kept[1]["commute"]
+    assert kept[1]["iteration"] == SAVED
+    restart.choose(checkpoint, 4, 1, 1, **again)
+    assert len(said) == 2
+    (universal / "stale").touch()
+    (checkpoint / "global_step10" / model).touch()
+    restart.choose(checkpoint, 4, 1, 1, **again)
+    assert len(said) == 4 and not (universal / "stale").exists()
+
+
+def refused(*arguments, **named):
+    with pytest.raises(restart.RestartError) as told:
+        restart.choose(*arguments, **named)
+    return str(told.value)
+
+
+def test_what_cannot_go_on_is_refused_with_the_cure(checkpoint):
+    assert "write --tensor-model-parallel-size 1" in refused(checkpoint, 1, 2, 1)
+    for stage in (0, 3):
+        assert "written under ZeRO 1 or 2" in refused(checkpoint, 2, 1, stage)
+    assert restart.choose(checkpoint, 2, 1, 2) == restart.Choice("global_step10", False)
+    (checkpoint / "latest").write_text("global_step11")
+    assert "no checkpoint here, though `latest` names it" in refused(checkpoint, 2, 1, 1)
+    assert (
+        restart.choose(None, 2, 1, 1)
+        == restart.choose(checkpoint / "new", 2, 1, 1)
+        == restart.Choice(None, False)
+    )
+
+
+def test_a_conversion_that_fails_leaves_nothing_behind(checkpoint):
+    shards = sorted((checkpoint / "global_step10").glob("*_optim_states.pt"))
+    shards[1].write_bytes(b"cut short")
+    before = sorted(checkpoint.iterdir())
+    message = refused(checkpoint, 1, 1, 1, convert=True, say=lambda line: None)
+    assert "ds_to_universal failed" in message and "start on the number of ranks that wrote it" in message
+    assert sorted(checkpoint.iterdir()) == before
+
+
+def holds(rank, folder):
+    """Rank 0 takes the folder; then rank 1 tries. What each was told."""
+    told = None
+    if rank == 0:
+        with restart.only_job(folder):
+            torch.distributed.barrier()
+            torch.distributed.barrier()
+        return told
+    torch.distributed.barrier()
+    try:
+        with restart.only_job(folder):
+            told = "taken twice"
+    except restart.RestartError as error:
+        told = str(error)
+    torch.distributed.barrier()
+    return told
+
+
+def test_two_jobs_do_not_write_into_one_folder(tmp_path):
+    assert "another job writes there" in ranks.run(holds, 2, tmp_path / "run")[1]
+    with restart.only_job(tmp_path / "run"):
+        assert Path(tmp_path, "run").is_dir()
+
+
+@pytest.mark.parametrize(
+    "text", ["Connection closed by peer [127.0.0.1]:2", "Timed out waiting 60000ms for recv", "NCCL timeout"]
+)
+def test_a_lost_rank_is_explained_and_other_faults_are_not(tmp_path, text):
+    (tmp_path / "latest").write_text("global_step7")
+    with pytest.raises(RuntimeError, match="rank 3 of 8") as told, restart.explained(3, 8, tmp_path):
+        raise RuntimeError(text)
+    assert "resumes from global_step7" in str(told.value) and str(told.value.__cause__) == text
+    with pytest.raises(RuntimeError) as told, restart.explained(3, 8, None):
+        raise RuntimeError("shapes differ")
+    assert str(told.value) == "shapes differ"
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("deepspeed_config", "nowhere.json"), ("distributed-timeout-minutes", "0")]
+)
+def test_flags_of_a_restart_are_checked(flag, value, monkeypatch, capsys):
+    trainer = jobs.trainer()
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(SystemExit) as end:
+        trainer.prepare(trainer.parse([f"--{flag}", value]), 1)
+    assert end.value.code == 2 and capsys.readouterr().err.startswith(f"error: --{flag}")

@@ -1,0 +1,224 @@
+"""Pipelines: a probe by the engine's own schedule measures what one process does, and leaves training bit for bit alone."""
+
+import itertools
+
+import numpy as np
+import pytest
+import ranks
+import stacks
+import torch
+
+from megatron_commute import reduce
+from megatron_commute.adapters import pipeline, torch_loop
+from megatron_commute.measure import probe
+from megatron_commute.settings import memory
+
+
+def probed(engine, how=None, draw=stacks.draw, model=None, limit=None):
+    groups, how = pipeline.groups(engine), how or stacks.settings()
+    model = model or pipeline.probe_model(engine, stacks.batch, 2)
+    team = reduce.team(groups, how.splits, together=how.memory == "sharded")
+    return probe.measure(model, groups, team, draw, how, stacks.TARGET, stacks.WEIGHTS, stacks.FLOW, limit)
+
+
+def alone(dtype=torch.float32, method="difference", module=None, **more):
+    """What one process measures on the whole model."""
+    model = torch_loop.probe_model((module or stacks.Stack()).to(dtype), stacks.loss, 2)
+    how, groups = stacks.settings(method, **more), reduce.Groups()
+    return probe.measure(
+        model,
+        groups,
+        reduce.team(groups, how.splits),
+        stacks.draw,
+        how,
+        stacks.TARGET,
+        stacks.WEIGHTS,
+        stacks.FLOW,
+    )
+
+
+def batches(engine):
+    """The engine's data: micro-batches of this data-parallel rank."""
+    for number in range(100 * engine.grid.get_data_parallel_rank(), 10**9, 2):
+        yield stacks.batch(stacks.draw("train", number % 3, [number, number + 1]))
+
+
+def trained(engine, steps=3, between=lambda: None):
+    torch.manual_seed(engine.global_rank)  # of dropout
+    feed, losses = batches(engine), []
+    for _ in range(steps):
+        losses.append(float(engine.train_batch(feed)))
+        between()
+    return losses
+
+
+def state(engine):
+    """What training would go on from: weights, gradients, optimiser, counters, random numbers, flags."""
+    tensors = [
+        *engine.module.parameters(),
+        *(p.grad for p in engine.module.parameters() if p.grad is not None),
+    ]
+    tensors += [t for s in engine.optimizer.state.values() for t in s.values() if torch.is_tensor(t)]
+    counters = (engine.micro_steps, engine.global_steps, engine.global_samples, engine.skipped_steps)
+    flags = [m.training for m in engine.module.modules()]
+    buffers = {name: len(held) for name, held in engine.pipe_buffers.items()}
+    return [t.detach().clone() for t in (*tensors, torch.get_rng_state())], (counters, flags, buffers)
+
+
+def everything(rank):
+    """On 4 ranks: two replicas of two stages, one of four, half precision, training with and without probes, faults."""
+    stacks.start()
+    told = {}
+    engine = stacks.pipeline_engine(2, 2)
+    for mode in memory.MODES:
+        told["2x2", mode] = probed(engine, stacks.settings(memory=mode))
+    told["team"] = probed(engine, stacks.settings(splits=3, samples=9))
+    told["alone"] = trained(stacks.pipeline_engine(2, 2))
+    seen = []
+    told["watched"] = trained(engine, between=lambda: seen.append(probed(engine).P))
+    told["watching"] = seen[0]
+    told["faults"] = faults(rank, engine)
+    recomputing = [stacks.pipeline_engine(2, 2, checkpoint_interval=1) for _ in range(2)]
+    told["checkpointing"] = probed(recomputing[0])
+    told["recomputed"] = [
+        trained(recomputing[0], 2, lambda: probed(recomputing[0])),
+        trained(recomputing[1], 2),
+    ]
+    told["4x1"] = probed(stacks.pipeline_engine(4, 1))
+    return told
+
+
+def half(rank):
+    """On 2 ranks: a pipeline whose weights are bf16, and refusals."""
+    stacks.start()
+    engine = stacks.pipeline_engine(2, 1, bf16=True)
+    before = trained(engine, 1)
+    found, after = probed(engine), state(engine)
+    probed(engine)
+    told = {"P": found.P, "M": found.M, "kept": stacks.same(after, state(engine)), "losses": before}
+    told["weights"] = {n: p.detach().float() for n, p in engine.module.named_parameters()}
+    try:
+        probed(engine, stacks.settings("exact"))
+    except probe.ProbeFailed as fault:
+        told["exact"] = str(fault)
+    engine.module.loss_fn = None
+    try:
+        pipeline.probe_model(engine, stacks.batch, 2)
+    except ValueError as fault:
+        told["loss"] = str(fault)
+    return told
+
+
+def faults(rank, engine):
+    """Each kind of fault on rank 1 alone, in its pipeline stage: what every rank was told, and whether it left a trace."""
+    told, forward, send = {}, stacks.Block.forward, pipeline._Run.send_forward
+    for kind in (*REASONS, "none"):
+        calls = itertools.count()
+
+        def draw(part, domain, numbers, kind=kind):
+            if kind == "data" and rank == 1 and (part, domain) == ("gradient", 2):
+                raise ValueError("token 99 is outside the vocabulary")
+            return stacks.draw(part, domain, numbers)
+
+        def swapped(self, slot, kind=kind):
+            slot.number += 3 * (kind == "order" and self.engine.global_rank == 1)
+            send(self, slot)
+            slot.number -= 3 * (kind == "order" and self.engine.global_rank == 1)
+
+        before, limit = state(engine), 0.0 if kind == "late" and rank == 1 else 1e9
+        stacks.Block.forward, pipeline._Run.send_forward = stacks.faulty(kind, rank, calls), swapped
+        try:
+            found = probed(engine, draw=draw, limit=limit)
+            told[kind] = ["measured", bool(np.isfinite(found.P).all())]
+        except probe.ProbeFailed as fault:
+            told[kind] = [str(fault), stacks.same(before, state(engine))]
+        stacks.Block.forward, pipeline._Run.send_forward = forward, send
+    return told
+
+
+# Ranks 0 and 1 are the first stage of two replicas, ranks 2 and 3 the last.
+REASONS = {
+    "forward": ("rank 1: ", "KeyError: 'a bug in a layer'"),
+    "memory": ("rank 1: ", "OutOfMemoryError: CUDA out of memory"),
+    "nan": ("rank 1: ", "FloatingPointError: the gradient is not finite"),
+    "backward": ("rank 1: ", "ZeroDivisionError"),
+    "data": ("rank 1: ", "ValueError: token 99 is outside the vocabulary"),
+    "late": ("rank 1: ", "TimeoutError: the probe ran past probe.time_limit"),
+    "order": ("rank 3: ", "pipeline stages are out of order: message 0 was due from rank 1, 6 came"),
+}
+
+
+@pytest.fixture(scope="module")
+def run():
+    return ranks.run(everything, 4, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return alone(), np.abs(alone().M).max()
+
+
+def test_any_number_of_stages_and_replicas_measures_what_one_process_does(run, reference):
+    """float32 differences: 1e-4 of max|M|; the direct comparison with double backward is the single process's own."""
+    expected, size = reference
+    for told, case in itertools.product(run, (("2x2", "full"), ("2x2", "sharded"), "4x1", "checkpointing")):
+        found = told[case]
+        for name in ("M", "P", "s", "P_se"):
+            assert np.abs(getattr(found, name) - getattr(expected, name)).max() <= 1e-4 * size, (case, name)
+        assert found.step == pytest.approx(expected.step, rel=1e-5)
+        scale = np.abs(expected.score).max()
+        assert np.abs(found.score - expected.score).max() <= 1e-3 * scale, case
+    scores = run[0]["2x2", "scores"]
+    assert np.abs(scores.s - expected.s).max() <= 1e-4 * size
+
+
+def test_uneven_teams_measure_the_same(run):
+    """Three splits of three sequences on two replicas."""
+    how = {"splits": 3, "samples": 9}
+    expected = alone(**how)
+    for told in run:
+        assert np.abs(told["team"].P - expected.P).max() <= 1e-4 * np.abs(expected.M).max()
+
+
+def test_differences_are_close_to_double_backward(reference):
+    exact = alone(torch.float64, "exact")
+    assert np.abs(reference[0].P - exact.P).max() <= 1e-3 * reference[1]
+
+
+def test_training_with_probes_is_training_without(run):
+    """Three steps with clipping, dropout and two micro-batches; bit for bit, also under activation checkpointing."""
+    for told in run:
+        assert told["watched"] == told["alone"] and len(set(told["alone"])) == 3
+        assert told["recomputed"][0] == told["recomputed"][1]
+        np.testing.assert_array_equal(told["watching"], run[0]["watching"])
+    assert np.abs(run[0]["watching"]).max() > 0
+
+
+def test_a_fault_on_one_stage_is_told_by_all_and_leaves_no_trace(run):
+    for told in (told["faults"] for told in run):
+        assert told.pop("none") == ["measured", True]
+        assert set(told) == set(REASONS)
+        for kind, (reason, kept) in told.items():
+            rank, text = REASONS[kind]
+            assert rank in reason and text in reason and kept, (kind, reason)
+
+
+def test_half_precision_is_measured_in_float32():
+    told = ranks.run(half, 2, timeout=200)
+    weights = told[1]["weights"] | told[0]["weights"]  # the last stage never uses its positions
+    module = stacks.Stack()
+    names = {"words": "tied_modules.words", "last": str(stacks.BLOCKS + 1)}
+    names |= {f"blocks.{i}": str(i + 1) for i in range(stacks.BLOCKS)}
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            old = next(n for n in names if name.startswith(n + "."))
+            p.copy_(weights[name.replace(old, names[old], 1)])
+    expected = alone(module=module)
+    size = np.abs(expected.M).max()
+    for one in told:
+        assert np.abs(one["P"] - expected.P).max() <= 1e-4 * size and one["kept"]
+        assert (
+            "method exact needs a model that one rank runs as a whole: write method difference"
+            in one["exact"]
+        )
+        assert one["loss"] == "the PipelineModule has no loss_fn: give it one, as training needs it too"

@@ -1,0 +1,155 @@
+"""Two nodes of two ranks on one machine, each with a launcher of its own: train, lose a node, start again."""
+
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import jobs
+import numpy as np
+import pytest
+import ranks
+
+from megatron_commute.record import log as record
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "launch" / "multi_node.sh"
+ITERS, DIES = 20, 13  # the second node dies before this step; checkpoints are written every 5 steps
+
+# the trainer, and on the second node's first life a death of all its processes at once, as of a machine that loses power
+TRAINER = f"""
+import os, signal, sys
+sys.path[:0] = [{str(ROOT / "tests" / "support")!r}, {str(ROOT)!r}]
+import jobs
+trainer = jobs.trainer()
+step_of = trainer.train_step
+def train_step(engine, batches, args, step, rank):
+    if step == {DIES} and os.environ.get("DIES") == os.environ["CROSS_RANK"]:
+        os.killpg(0, signal.SIGKILL)
+    return step_of(engine, batches, args, step, rank)
+trainer.train_step = train_step
+trainer.main()
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("two nodes")
+    data = tmp_path_factory.mktemp("data")
+    jobs.write_data(data)
+    mixture = jobs.write_mixture(data, mode="fixed", iters=ITERS, extra="probe: {samples: 16, splits: 4}")
+    (path / "trainer.py").write_text(TRAINER)
+    (path / "hosts").write_text("# one machine, two names\nnode-0 slots=2\r\nnode-1 slots=2")
+    return path, data, mixture
+
+
+def flags(data, mixture, run, *more):
+    fixed = ["--commute", mixture, "--save", run, "--load", run, "--save-interval", 5]
+    return jobs.flags(data, *fixed, "--hidden-dropout", 0, "--attention-dropout", 0, *more, iters=ITERS)
+
+
+def nodes(path, argv, dies=""):
+    """(exit status, output) of both nodes; each is a process group of its own. Killed as a whole when time runs out."""
+    surroundings = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    port, started = str(ranks.free_port()), []
+    for number in "01":
+        command = ["bash", SCRIPT, "--hostfile", path / "hosts", "--node-rank", number, "--master-addr"]
+        command += ["127.0.0.1", "--master-port", port, "--", path / "trainer.py", *argv]
+        output = open(path / f"output{number}", "w+")  # noqa: SIM115  the node writes to it until it ends
+        started.append((
+            subprocess.Popen(
+                [str(word) for word in command], stdout=output, stderr=subprocess.STDOUT,
+                start_new_session=True, env={**surroundings, "DIES": dies},
+            ),
+            output,
+        ))  # fmt: skip
+    return ranks.ended(started, 400)
+
+
+def test_a_node_dies_and_the_restart_loses_no_sample_and_repeats_none(folder):
+    """TP 2 x DP 2. The uninterrupted run has one rank: the stream is the same in every layout."""
+    path, data, mixture = folder
+    run = path / "run with spaces"
+    argv = flags(data, mixture, run, "--tensor-model-parallel-size", 2, "--distributed-timeout-minutes", 5)
+    (survivor, told), (dead, _) = nodes(path, argv, dies="1")
+    assert dead == -signal.SIGKILL and survivor not in (0, None)
+    assert "has lost the others (" in told and "a rank or node has ended" in told, told
+    assert "resumes from global_step10" in told and "error: the job ended here with status" in told
+    before = record.read(run)
+    assert max(line.get("step", 0) for line in before) == 10 and "probe" in [line["event"] for line in before]
+
+    again = nodes(path, argv)
+    assert [status for status, _ in again] == [0, 0], again
+    whole = path / "whole"
+    ranks.run(jobs.train, 1, [flags(data, mixture, whole)], timeout=120)
+    for line, expected in zip(record.read(run), record.read(whole), strict=True):
+        assert line["event"] == expected["event"]
+        for key in {"step", "sample", "fingerprint", "served", "weights", "lr"} & expected.keys():
+            assert line[key] == expected[key], key
+        for key in {"train", "valid"} & expected.keys():
+            same(line[key], expected[key])
+
+
+def same(found, expected):
+    assert found.keys() == expected.keys()
+    for name, loss in expected.items():
+        assert (found[name] is None) == (loss is None)
+        if loss is not None:
+            np.testing.assert_allclose(found[name], loss, rtol=1e-5)
+
+
+REFUSALS = {
+    "hostfile is missing": (["--hostfile", "nowhere"], "hostfile.example"),
+    "node rank too high": (["--hostfile", "hosts", "--node-rank", "2", "--", "trainer.py"], "write 0 to 1"),
+    "node rank no number": (
+        ["--hostfile", "hosts", "--node-rank", "one", "--", "trainer.py"],
+        "write 0 to 1",
+    ),
+    "a value is missing": (["--hostfile"], "write a value after it"),
+    "an unknown flag": (["--hostfile", "hosts", "--num_gpus", "2"], "go after --"),
+    "no script": (["--hostfile", "hosts", "--"], "launch/pretrain_gpt.py"),
+    "script is missing": (["--hostfile", "hosts", "--", "nowhere.py"], "no such training script"),
+    "bad line": (["--hostfile", "bad", "--", "trainer.py"], "bad:2: 'b 4': write NAME slots=RANKS"),
+    "node twice": (["--hostfile", "twice", "--", "trainer.py"], "twice:2: a a second time"),
+    "port": (["--hostfile", "hosts", "--master-port", "0", "--", "trainer.py"], "between 1 and 65535"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_what_cannot_start_is_refused_with_the_cure(folder, case):
+    words, cure = REFUSALS[case]
+    (folder[0] / "bad").write_text("a slots=4\nb 4\n")
+    (folder[0] / "twice").write_text("a slots=4\na slots=2\n")
+    done = subprocess.run(["bash", SCRIPT, *words], cwd=folder[0], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and cure in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_over_ssh_the_variables_travel_in_a_file(folder, tmp_path):
+    if shutil.which("deepspeed") is None:
+        pytest.skip("the deepspeed command is not on PATH")
+    (tmp_path / ".deepspeed_env").write_text("# mine\nNCCL_DEBUG=WARN\n")
+    command = ["bash", SCRIPT, "--hostfile", folder[0] / "hosts", "--env", "MINE", "--dry-run", "--"]
+    command += [folder[0] / "trainer.py", "--words", "a b"]
+    outside = {
+        **os.environ, "HOME": str(tmp_path), "MINE": "a b", "NCCL_DEBUG": "INFO", "GLOO_SOCKET_IFNAME": "eth0",
+        "DS_ACCELERATOR": "cpu", "SECRET": "stays",
+    }  # fmt: skip
+    done = subprocess.run(command, env=outside, cwd=tmp_path, capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert "--launcher pdsh" in done.stdout and "--words a\\ b" in done.stdout
+    assert {"MINE=a b", "GLOO_SOCKET_IFNAME=eth0", "DS_ACCELERATOR=cpu"} <= set(lines)
+    assert [line for line in lines if "NCCL_DEBUG" in line][-1] == "NCCL_DEBUG=WARN"  # the user's file wins
+    assert "SECRET" not in done.stdout
+    outside["MINE"] = "$(boom)"
+    done = subprocess.run(command, env=outside, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and "does not survive ssh" in done.stderr
+
+
+def test_shell_scripts_parse_and_the_configurations_name_their_stage():
+    for script in (SCRIPT, ROOT / "launch" / "slurm.sbatch"):
+        subprocess.run(["bash", "-n", script], check=True)
+    for stage in range(4):
+        text = (ROOT / "launch" / f"ds_zero{stage}.json").read_text()
+        assert f'"stage": {stage}' in text

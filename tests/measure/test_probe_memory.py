@@ -1,0 +1,371 @@
+"""The three ways a probe can hold its vectors: the same numbers, the memory they state, the traffic, and the choice."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ranks
+import records
+import torch
+
+from megatron_commute import cli, config, reduce
+from megatron_commute.adapters import torch_loop
+from megatron_commute.measure import probe
+from megatron_commute.record import lines as events
+from megatron_commute.report import plots, series
+from megatron_commute.settings import memory
+
+K, WIDTH = 3, 5
+WEIGHTS, FLOW = np.array([0.5, 0.2, 0.3]), (0.1, (0.02, 0.01))
+MIXED, EACH = np.array([[0.6, 0.4, 0.0]]), np.eye(K)
+FIELDS = ("s", "s_se", "u_g", "h_theta", "score", "score_se")
+
+
+def network():
+    """Layers with biases (no weight decay) whose 59 parameters no number of ranks can share evenly."""
+    torch.manual_seed(3)
+    first, second = torch.nn.Linear(WIDTH, WIDTH), torch.nn.Linear(WIDTH, 4)
+    return torch.nn.Sequential(first, torch.nn.Tanh(), second, torch.nn.Linear(4, 1)).double()
+
+
+def draw(part, domain, numbers):
+    """Inputs and one label a sequence, float64 [n, WIDTH + 1], of a domain's own distribution."""
+    rows = [
+        np.random.default_rng([domain, int(n), part == "direction"]).normal(size=WIDTH + 1) for n in numbers
+    ]
+    return torch.from_numpy(np.array(rows)) * (1 + torch.arange(WIDTH + 1) * domain / 4)
+
+
+def loss(module, rows):
+    return (module(rows[:, :-1])[:, 0] - rows[:, -1]).square().mean()
+
+
+def moments(module):
+    generator = torch.Generator().manual_seed(5)
+    return [torch.rand(p.shape, generator=generator, dtype=torch.float64) for p in module.parameters()]
+
+
+def measured(mode, method, metric, targets, groups, splits=2, weights=WEIGHTS):
+    module = network()
+    model = torch_loop.probe_model(module, loss, 2, lambda: moments(module), groups=groups)
+    how = types.SimpleNamespace(samples=6 * splits, splits=splits, method=method, metric=metric, memory=mode)
+    team = reduce.team(groups, splits, together=mode == "sharded")
+    return probe.measure(model, groups, team, draw, how, targets, weights, FLOW)
+
+
+CASES = list(itertools.product(("difference", "exact"), ("identity", "adam"), ("single", "each")))
+
+
+def everything(rank):
+    """On 3 ranks: the measurements of all ways on two of them and, fewer splits than ranks, on all; what was sent."""
+    pair, world = torch.distributed.new_group([0, 1]), reduce.everyone()
+    both, sent = {2: reduce.Groups(pair, None, pair), 3: reduce.Groups(world, None, world)}, {}
+    found = {}
+    for size, groups in both.items():
+        for method, metric, target in CASES if rank < size else ():
+            for mode in memory.MODES:
+                reduce.traffic.reset()
+                targets = MIXED if target == "single" else EACH
+                found[size, mode, method, metric, target] = measured(mode, method, metric, targets, groups)
+                sent[size, mode, method, metric, target] = dict(reduce.traffic.by_kind)
+    scatters, reduce._scatters = reduce._scatters, lambda group: True  # as with NCCL
+    found["scatter"] = measured("sharded", "difference", "adam", MIXED, both[3])
+    reduce._scatters = scatters
+    found["agreed"] = agreed(rank, both[3])
+    return found, sent
+
+
+def agreed(rank, groups):
+    """What each rank is told when only rank 1 is short of memory."""
+    module = network()
+    model = torch_loop.probe_model(module, loss, 2, lambda: moments(module), groups=groups)
+    free = probe._free_memory
+    probe._free_memory = lambda device, groups: 15 * 8 * 59 if rank == 1 else 1e12
+    chosen = probe.choose_memory(model, groups, config.Probe(), K)
+    probe._free_memory = free
+    return chosen
+
+
+@pytest.fixture(scope="module")
+def run():
+    return ranks.run(everything, 3, timeout=120)
+
+
+@pytest.mark.parametrize(("size", "case"), list(itertools.product((2, 3), CASES)), ids=str)
+def test_the_three_ways_agree(run, size, case):
+    """To rounding: 1e-12 of double backward, and of differences what rounding becomes when it is divided by eps."""
+    method, metric, target = case
+    alone = measured("full", method, metric, MIXED if target == "single" else EACH, reduce.Groups())
+    scale, rounding = np.abs(alone.M).max(), 1e-12 if method == "exact" else 1e-10
+    for rank, mode in itertools.product(range(size), memory.MODES):
+        found = run[rank][0][(size, mode, *case)]
+        for name in FIELDS if mode == "scores" else (*FIELDS, "M", "P", "P_se", "replicates"):
+            value, expected = getattr(found, name), getattr(alone, name)
+            own = name in ("u_g", "h_theta", "score", "score_se")
+            unit, tolerance = (np.abs(expected).max(), 10 * rounding) if own else (scale, rounding)
+            assert np.abs(value - expected).max() <= tolerance * unit, (mode, name)
+        assert found.step == (alone.step if alone.step is None else pytest.approx(alone.step, rel=1e-12))
+
+
+def test_scores_know_neither_M_nor_P(run):
+    found = run[0][0][2, "scores", "exact", "identity", "each"]
+    for name, shape in {
+        "M": (K, K, K),
+        "P": (K, K, K),
+        "P_se": (K, K, K),
+        "replicates": (2, K, K, K),
+    }.items():
+        assert getattr(found, name).shape == shape and np.isnan(getattr(found, name)).all()
+
+
+def test_scores_of_domains_without_weight_are_measured_too():
+    weights, groups = np.array([0.0, 1.0, 0.0]), reduce.Groups()
+    full, scores = (measured(mode, "exact", "adam", MIXED, groups, 2, weights) for mode in ("full", "scores"))
+    np.testing.assert_allclose(scores.s, full.s, rtol=0, atol=1e-12 * np.abs(full.M).max())
+    assert np.abs(full.s[0, [0, 2]]).min() > 1e-3 * np.abs(full.M).max() and full.s[0, 1] == 0
+
+
+def test_what_the_network_carries(run):
+    """Payload of vectors, in bytes, of one probe on ranks 1 and 2 of 3, that share the second of two splits."""
+    vector = 8 * sum(p.numel() for p in network().parameters())
+    piece = -(-vector // 8 // 3) * 8
+    for method, metric, target in CASES:
+        T = 1 if target == "single" else K
+        for rank in (1, 2):
+            sent = {mode: run[rank][1][3, mode, method, metric, target] for mode in memory.MODES}
+            # full: a direction and K gradients; scores: a direction and the mixture's two
+            assert sent["full"]["vector"][1] == (1 + K) * T * vector
+            assert sent["scores"]["vector"][1] == 3 * T * vector
+            # sharded, both splits on every rank: a direction whole, each domain twice (both signs, or g and h) by ranges
+            assert sent["sharded"]["vector"][1] == 2 * T * vector
+            assert sent["sharded"]["scatter"] == (2 * T * 2 * K, 2 * T * 2 * K * 3 * piece)
+            assert sent["scores"]["sum"] == (1, 8 * T * (2 * 5 * K + 6 * K))
+        assert "vector" not in run[0][1][3, "full", method, metric, target]
+
+
+def test_scattering_collectives_bring_the_same_bits(run):
+    for rank in range(3):
+        found, reduced = run[rank][0]["scatter"], run[rank][0][3, "sharded", "difference", "adam", "single"]
+        np.testing.assert_allclose(found.M, reduced.M, rtol=1e-9)
+
+
+# --- choice -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_most_frugal_wish_wins(run):
+    """Three data-parallel ranks, K = 3, float64: full holds 10 vectors, sharded 7.33, of which 7.5 fit on rank 1."""
+    assert {found["agreed"] for found, _ in run} == {memory.Memory("sharded", 3462, "(2K+1)/3+5")}
+
+
+def chosen(monkeypatch, vectors_free, ranks_=1, **settings):
+    module = network()
+    model = torch_loop.probe_model(module, loss, 2)
+    size = 8 * sum(p.numel() for p in module.parameters())
+    monkeypatch.setattr(probe, "_free_memory", lambda device, groups: vectors_free * size)
+    monkeypatch.setattr(reduce, "size", lambda group: ranks_ if group == "data" else 1)
+    groups = types.SimpleNamespace(data="data", world=None)
+    return probe.choose_memory(model, groups, config.Probe(**settings), K)
+
+
+@pytest.mark.parametrize(
+    ("free", "ranks_", "mode", "words"),
+    [
+        (20, 1, "full", "2K+4"),
+        (19.9, 1, "scores", "6"),
+        (20, 3, "full", "2K+4"),
+        (19.9, 3, "sharded", "(2K+1)/3+5"),
+        (14.6, 3, "scores", "6"),  # 2 x 7.33 vectors are needed
+        (0, 1, "scores", "6"),
+    ],
+)
+def test_auto_takes_what_fits_in_half_of_the_free_memory(monkeypatch, free, ranks_, mode, words):
+    found = chosen(monkeypatch, free, ranks_)
+    assert (found.mode, found.words) == (mode, words)
+    assert found.sentence.startswith(f"probe memory: {mode}, {words} vectors, ")
+    assert found.sentence.endswith(" per rank beside the activations of one micro-batch")
+
+
+@pytest.mark.parametrize("wish", memory.MODES)
+def test_a_wish_is_taken_literally_but_one_rank_shares_with_nobody(monkeypatch, wish):
+    assert chosen(monkeypatch, 0, 4, memory=wish).mode == wish
+    assert chosen(monkeypatch, 0, 1, memory=wish).mode == ("full" if wish == "sharded" else wish)
+
+
+def test_free_memory_of_a_host_is_shared_by_its_ranks(monkeypatch):
+    import psutil
+
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(available=1200))
+    monkeypatch.setattr(reduce, "size", lambda group: 4)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert probe._free_memory(torch.device("cpu"), reduce.Groups()) == 300
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert probe._free_memory(torch.device("cpu"), reduce.Groups()) == 600
+
+
+def test_vectors_by_hand():
+    """Direction, displaced copy, gradient; +1 Adam, +1 float32 copy; g and h of K, of K/R with a sum and a piece, of two."""
+    cases = {
+        ("full", 4, "difference", "identity", 1, False): 11,
+        ("full", 4, "difference", "adam", 1, True): 13,
+        ("full", 8, "exact", "adam", 1, False): 20,
+        ("full", 2, "exact", "identity", 1, True): 13,  # the first probe verifies itself with a dozen
+        ("sharded", 4, "difference", "adam", 3, False): 8,
+        ("sharded", 4, "exact", "adam", 1, False): 15,
+        ("scores", 4, "difference", "adam", 1, False): 6,
+        ("scores", 400, "difference", "identity", 8, False): 5,
+    }
+    assert {case: probe.vectors(*case) for case in cases} == cases
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+PROBE_OF_A_WIDE_MODEL = """
+import json, sys, threading, types
+import numpy as np, torch
+from megatron_commute import reduce
+from megatron_commute.measure import probe
+from megatron_commute.adapters import torch_loop
+
+mode, K, width = sys.argv[1], int(sys.argv[2]), 3200
+torch.set_num_threads(1)
+
+def measure(width):
+    module = torch.nn.Sequential(*[torch.nn.Linear(width, width, bias=False) for _ in range(2)])
+    moments = lambda: [torch.full_like(p, 2.0) for p in module.parameters()]
+    loss = lambda module, x: module(x).square().mean()
+    model = torch_loop.probe_model(module, loss, 1, moments)
+    how = types.SimpleNamespace(samples=2, splits=2, method="difference", metric="adam", memory=mode)
+    draw = lambda part, k, n: torch.full((len(n), width), 1.0 + k)
+    team = reduce.team(reduce.Groups(), 2)
+    before, peak, done = resident(), [0], threading.Event()
+    def watch():
+        while not done.wait(0.0005):
+            peak[0] = max(peak[0], resident())
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    probe.measure(model, reduce.Groups(), team, draw, how, np.eye(K)[:1], np.full(K, 1 / K), (0.1, (1.0, 1.0)))
+    done.set(); watcher.join()
+    return (peak[0] - before) / sum(p.numel() * p.element_size() for p in module.parameters())
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+
+measure(8)  # what torch loads at first use is no memory of the probe
+print(json.dumps(measure(width)))
+"""
+
+
+def peak_in_vectors(mode, domains):
+    """Growth of resident memory during one probe of 20 million parameters, over the size of these, in a fresh process."""
+    limits = {
+        "MALLOC_MMAP_THRESHOLD_": "8388608",
+        "MALLOC_TRIM_THRESHOLD_": "8388608",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-c", PROBE_OF_A_WIDE_MODEL, mode, str(domains)]
+    env = {**os.environ, **limits, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/statm").exists(), reason="resident memory is read from Linux's /proc"
+)
+@pytest.mark.parametrize(("mode", "domains"), [("full", 4), ("scores", 4), ("scores", 2)])
+def test_the_peak_of_a_probe_is_what_it_states(mode, domains):
+    stated = probe.vectors(mode, domains, "difference", "adam", 1, False)
+    assert 0.95 * stated <= peak_in_vectors(mode, domains) <= 1.05 * stated
+    assert stated == (12 if mode == "full" else 6)
+
+
+# --- what is said about it --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("each", "unknown"), [(False, "all"), (True, "first")])
+def test_a_record_without_P_is_drawn_and_told(tmp_path, each, unknown):
+    lines = records.lines(K=3, each=each)
+    probes = [line for line in lines if line["event"] == "probe"]
+    for line in probes if unknown == "all" else probes[:1]:
+        line |= {"P": None, "P_se": None, "M": None}
+    lines[0]["memory"] = {"mode": "scores", "bytes": 43_000_000}
+    records.write(tmp_path, lines)
+    told = Path(plots.report(tmp_path)).read_text(encoding="utf-8")
+    of = len(probes) if unknown == "all" else 1
+    assert f"{of} of {len(probes)} probes worked with probe.memory scores, which does not measure P." in told
+    assert "scores, 43 MB a rank" in told
+    headers, rows = series.summary_rows(lines)
+    column = next(i for i, header in enumerate(headers) if header.startswith("largest P"))
+    assert all((row[column] == "not measured") == (unknown == "all") for row in rows)
+    assert "not measured" not in [
+        row[headers.index(h)] for row in rows for h in headers if h.startswith("score")
+    ]
+    assert [path.stat().st_size > 0 for path in plots.export(tmp_path, tmp_path / "out")]
+    assert (tmp_path / "out" / "P.csv").read_text().count("\n") == 1 + (len(probes) - of) * 6 * (
+        3 if each else 1
+    )
+
+
+def test_a_probe_line_says_null_for_what_was_not_measured(run):
+    for target, targets in (("single", MIXED), ("each", EACH)):
+        plan = types.SimpleNamespace(targets=targets)
+        settings = types.SimpleNamespace(probe=config.Probe())
+        stays = types.SimpleNamespace(weights=None, reason="measured")
+        for mode in memory.MODES:
+            found = run[0][0][2, mode, "difference", "adam", target]
+            line = events.probe(settings, plan, found, WEIGHTS, stays, 0)
+            assert [name for name in events.MEASURED if line[name] is None] == (
+                ["P", "P_se", "M"] if mode == "scores" else []
+            )
+            assert np.shape(line["s"]) == ((K,) if target == "single" else (K, K))
+
+
+def test_plan_shows_what_a_probe_would_hold():
+    run = config.Run(8, 8, 1, 4, 100)
+    domains = tuple(config.Domain(name, (name,)) for name in "abc")
+    held = cli.probe_memory(config.Config(domains), run, 25e6)
+    assert held["full"] == {"vectors": 10, "words": "2K+4", "bytes": 1_000_000_000}
+    assert held["sharded"] == {"vectors": 6.75, "words": "(2K+1)/4+5", "bytes": 675_000_000}
+    assert held["scores"] == {"vectors": 6, "words": "6", "bytes": 600_000_000}
+    assert cli.memory_words(held) == (
+        "full holds 2K+4 = 10 vectors of model size, 1 GB a rank; "
+        "sharded holds (2K+1)/4+5 = 6.75 vectors of model size, 675 MB a rank; "
+        "scores holds 6 vectors of model size, 600 MB a rank"
+    )
+    alone = config.Run(8, 8, 1, 1, 100)
+    assert set(cli.probe_memory(config.Config(domains), alone, None)) == {"full", "scores"}
+    wish = config.Config(domains, probe=config.Probe(memory="sharded"))
+    assert (
+        cli.memory_words(cli.probe_memory(wish, alone, None)) == "full holds 2K+4 = 10 vectors of model size"
+    )
+
+
+# --- configuration ----------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_way_is_refused(tmp_path):
+    file = tmp_path / "mixture.yaml"
+    file.write_text("domains: {en: {path: en}}\nprobe: {memory: shared}\n")
+    with pytest.raises(
+        config.ConfigError, match=r"probe\.memory: got shared; write one of auto, full, sharded"
+    ):
+        config.load(file)
+    file.write_text("domains: {en: {path: en}}\nprobe: {memory: scores}\n")
+    assert config.load(file).probe.memory == "scores"
+
+
+def test_scores_cost_twice_the_products():
+    costs = {}
+    for mode in ("auto", "full", "sharded", "scores"):
+        settings = config.Config(
+            (config.Domain("a", ("a",)), config.Domain("b", ("b",))), probe=config.Probe(memory=mode)
+        )
+        costs[mode] = config.probe_cost(settings, config.Run(8, 8, 8, 1, 2000)).gradients
+    # 2 domains, 64 sequences, 2 gradients each, 4 x 8 a domain for the direction and 4 for the error of a difference
+    assert costs == {"auto": 328, "full": 328, "sharded": 328, "scores": 584}

@@ -1,0 +1,196 @@
+"""A small language model as a stack of layers that DeepSpeed can cut into pipeline stages or shards, with tied words."""
+
+import os
+import types
+import warnings
+
+import numpy as np
+import oracles
+import torch
+
+VOCABULARY, LENGTH, WIDTH, BLOCKS = 24, 7, 12, 2
+WEIGHTS, FLOW = np.array([0.5, 0.2, 0.3]), (0.1, (0.02, 0.01))
+TARGET = np.array([[0.6, 0.4, 0.0]])
+K = 3
+
+
+def seeded(layer, seed):
+    """Weights that depend on the seed alone, large enough for brackets of some size."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in layer.named_parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            p.copy_(noise * 0.3 if p.dim() > 1 else noise * 0.1 + name.endswith("norm.weight"))
+    return layer
+
+
+class Words(torch.nn.Module):
+    """Word and position embeddings; the words are the output layer's too."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.empty(VOCABULARY, WIDTH))
+        self.positions = torch.nn.Parameter(torch.empty(LENGTH, WIDTH))
+        seeded(self, 1)
+
+    def forward(self, inputs):
+        tokens, mask = inputs
+        return torch.nn.functional.embedding(tokens, self.weight) + self.positions, mask
+
+
+class Block(torch.nn.Module):
+    def __init__(self, seed):
+        super().__init__()
+        self.norm, self.mixed = (
+            torch.nn.LayerNorm(WIDTH, bias=False),
+            torch.nn.Linear(WIDTH, 3 * WIDTH, bias=False),
+        )
+        self.first, self.second = torch.nn.Linear(WIDTH, 17), torch.nn.Linear(17, WIDTH, bias=False)
+        self.dropout = torch.nn.Dropout(0.1)
+        seeded(self, seed)
+
+    def forward(self, inputs):
+        x, mask = inputs
+        q, k, v = self.mixed(self.norm(x)).chunk(3, -1)
+        scores = (q @ k.transpose(-1, -2) / WIDTH**0.5).masked_fill(mask, float("-inf"))
+        x = x + self.dropout(scores.softmax(-1) @ v)
+        return x + self.dropout(self.second(torch.tanh(self.first(x)))), mask
+
+
+class Last(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.LayerNorm(WIDTH, bias=False)
+        seeded(self, 99)
+
+    def forward(self, inputs):
+        return self.norm(inputs[0])
+
+
+def logits(words, x):
+    return torch.nn.functional.linear(x, words.weight)
+
+
+def cross_entropy(outputs, labels):
+    return torch.nn.functional.cross_entropy(outputs.flatten(0, 1), labels.flatten())
+
+
+def batch(tokens):
+    """((tokens, mask), labels) of tokens i64[b, LENGTH + 1]."""
+    mask = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)
+    return (tokens[:, :-1].contiguous(), mask), tokens[:, 1:].contiguous()
+
+
+class Stack(torch.nn.Module):
+    """The whole model in one process."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = Words()
+        self.blocks = torch.nn.ModuleList([Block(10 + i) for i in range(BLOCKS)])
+        self.last = Last()
+
+    def forward(self, inputs):
+        x = self.words(inputs)
+        for block in self.blocks:
+            x = block(x)
+        return logits(self.words, self.last(x))
+
+
+def loss(module, tokens):
+    inputs, labels = batch(tokens)
+    return cross_entropy(module(inputs), labels)
+
+
+def draw(part, domain, numbers):
+    return oracles.sequences(part, domain, numbers, VOCABULARY, LENGTH)
+
+
+def settings(method="difference", metric="identity", memory="full", samples=6, splits=2):
+    return types.SimpleNamespace(samples=samples, splits=splits, method=method, metric=metric, memory=memory)
+
+
+def start():
+    """Let DeepSpeed work on CPU by gloo alone, in silence; on a gloo rank that is set up."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    warnings.simplefilter("ignore")
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel("ERROR")
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("gloo", verbose=False)
+
+
+def config(ranks, accumulation=2, stage=0, bf16=False):
+    return {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": accumulation,
+        "train_batch_size": 2 * accumulation * ranks,
+        "steps_per_print": 10**9,
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": bf16},
+        "gradient_clipping": 1.0,
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+    }
+
+
+def optimizer(module):
+    return torch.optim.AdamW(module.parameters(), lr=3e-3, weight_decay=0.1)
+
+
+def pipeline_engine(stages, data, accumulation=2, bf16=False, checkpoint_interval=0):
+    import deepspeed
+    from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+
+    words = {"key": "words", "typename": Words, "tied_weight_attr": "weight"}
+    layers = [
+        TiedLayerSpec(**words),
+        *(LayerSpec(Block, 10 + i) for i in range(BLOCKS)),
+        LayerSpec(Last),
+        TiedLayerSpec(**words, forward_fn=logits),
+    ]
+    module = PipelineModule(
+        layers,
+        num_stages=stages,
+        loss_fn=cross_entropy,
+        partition_method="uniform",
+        activation_checkpoint_interval=checkpoint_interval,
+        activation_checkpoint_func=deepspeed.checkpointing.non_reentrant_checkpoint,
+    )
+    made = config(data, accumulation, stage=1 if bf16 else 0, bf16=bf16)
+    return deepspeed.initialize(model=module, optimizer=optimizer(module), config=made)[0]
+
+
+def zero3_engine(ranks, bf16=False):
+    import deepspeed
+
+    with deepspeed.zero.Init(config_dict_or_path=config(ranks, stage=3, bf16=bf16), enabled=False):
+        module = Stack()
+    made = config(ranks, stage=3, bf16=bf16)
+    return deepspeed.initialize(model=module, optimizer=optimizer(module), config=made)[0]
+
+
+def same(one, two):
+    """Whether two states of an engine, (tensors, the rest), are the same to the last bit."""
+    return one[1] == two[1] and all(torch.equal(a, b) for a, b in zip(one[0], two[0], strict=True))
+
+
+def faulty(kind, rank, calls):
+    """Block.forward with a fault of `kind` on rank 1 at the sixth of its `calls` (an itertools.count)."""
+    forward = Block.forward
+
+    def failing(self, inputs):
+        x, mask = forward(self, inputs)
+        if next(calls) == 5 and rank == 1:
+            if kind == "forward":
+                raise KeyError("a bug in a layer")
+            if kind == "memory":
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            if kind == "nan":
+                x = x * float("nan")
+            if kind == "backward":
+                x.register_hook(lambda slope: 1 / 0)
+        return x, mask
+
+    return failing

@@ -15,7 +15,7 @@ import torch
 from megatron_commute.decide import flow
 from megatron_commute.experiments import bilingual_cells as cells
 from megatron_commute.experiments import bilingual_flow_tables as tables
-from megatron_commute.experiments.bilingual_schedules import Decider, with_share
+from megatron_commute.experiments.bilingual_schedules import Decider, Pace, changes
 from megatron_commute.experiments.bilingual_trainer import Text, Trainer
 from megatron_commute.mixture import Mixture
 from megatron_commute.settings.rates import RateSchedule, rates
@@ -26,8 +26,8 @@ TWO, THREE = ("cosine", "WSD"), ("cosine", "WSD", "constant")
 BASE = {"english": 0.6, "russian": 0.1, "code": 0.3}
 UNTRAINED = ("handbook_english", "handbook_russian")
 LAWS = ("late", "tau-tail", "tilt", "odm")
-MEMORIES, KEPT, STRENGTHS = (1.0, 2.5, 5.0, 10.0), (0.05, 0.1, 0.2), (0.25, 0.5, 1.0)
-WINDOWS = ((0.6, 0.9, 3.0), (0.7, 1.0, 3.3), (0.3, 0.7, 2.0), (0.5, 1.0, 1.8))  # begin, end, times its share
+MEMORIES, STRENGTHS = (1.0, 2.5, 5.0, 10.0), (0.25, 0.5, 1.0)
+WINDOWS = ((0.6, 0.9, 3.0), (0.7, 1.0, 3.3), (0.3, 0.7, 2.0))  # begin, end, times its share
 FIRST_CHOOSING = 101  # seeds from here on choose, smaller ones report
 
 
@@ -170,7 +170,7 @@ def run(settings, folder, variant, style, steps, kind, options, seed):
     planned = rates(rate_of(style, steps, own.lr))
     trainer = Trainer(own, text, seed, rates=planned)
     mixture = Mixture(shares, budgets, samples=steps * BATCH)
-    for sample, weights in changes(kind, options, planned, budgets, shares):
+    for sample, weights in changes(kind, options, planned, budgets, shares, BATCH):
         mixture.schedule(weights, sample)
     pace = Pace(steps, max(1, steps // 20), max(2, steps // 5))
     name = {"late": "low-resource-last"}.get(kind, kind if kind in LAWS else "constant")
@@ -187,32 +187,6 @@ def run(settings, folder, variant, style, steps, kind, options, seed):
         name: _judging(text, name, seed >= FIRST_CHOOSING).to(trainer.device) for name in trainer.held
     }
     return {"losses": trainer.losses(), "served": budgets, "told": told}
-
-
-class Pace(NamedTuple):
-    """What a Decider asks of a run: its steps, steps between decisions, and those of the end."""
-
-    steps: int
-    every: int
-    end: int
-
-
-def changes(kind, options, planned, budgets, shares):
-    """[(sample, weights f64[K])] of a schedule that is known before the run; none where it is not."""
-    steps, K = len(planned), len(shares)
-    if kind == "flow":
-        about = {"rates": planned, "batches": np.full(steps, BATCH), "budgets": budgets, "weights": shares}
-        about |= {"target": np.ones(K), "low": np.zeros(K), "high": np.ones(K)}
-        own = {"memory": options["memory"], "kept": options["kept"], "reach": options["ranges"]}
-        return flow.planned(**about, **own).changes
-    if kind == "window":
-        begin, end, times = options["window"]
-        low, at = int(np.argmin(shares)), [round(part * steps) for part in (begin, end)]
-        length = at[1] - at[0]
-        outside = shares[low] * max(0.0, steps - times * length) / (steps - length)
-        parts = [(0, outside), (at[0], times * shares[low]), (at[1], outside)]
-        return [(step * BATCH, np.array(with_share(shares, low, share))) for step, share in parts]
-    return []
 
 
 @functools.lru_cache(maxsize=2)
@@ -233,7 +207,7 @@ def cases(part, size, found):
     """The cases of a part; those of `main` need the cells of its windows."""
     return {
         "rules": lambda: _rules(size),
-        "middle": lambda: _constants(size, size.middle),
+        "middle": lambda: _constants(size, size.middle, TWO),
         "windows": lambda: _windows(size),
         "main": lambda: _main(size, found),
         "length": lambda: _lengths(size),
@@ -248,32 +222,31 @@ PARTS = Size().parts
 
 
 def _rules(size):
-    """Choosing seeds only: constants of the law, ranges of other targets and shares, and the strength."""
-    found = _constants(size, size.steps)
+    """Choosing seeds only: constants of the law, its strength, ranges of other targets, and other shares."""
+    found = _constants(size, size.steps, TWO)
     for style in THREE:
         case = Case("strength", 0, style, "", _choosing(size), size.steps)
         found += [flowing(case._replace(x=s), f"strength {s:g}", strength=s) for s in STRENGTHS]
     for style in TWO:
-        case = Case("target", 0, style, "", _choosing(size), size.steps)
-        for target in ("even", "code"):
-            to = case._replace(target=target, x=target)
-            found += [flowing(to, f"linear x {s:g}", strength=s) for s in (1.0, 2.0)]
-            found += [flowing(to, "logarithmic", rule=logarithmic)]
+        case = Case("target", "even", style, "", _choosing(size), size.steps, target="even")
+        found += [flowing(case, f"linear x {s:g}", strength=s) for s in (1.0, 2.0)]
+        found += [flowing(case, "logarithmic", rule=logarithmic)]
+    for style in TWO:
+        case = Case("shares", 0, style, "", _choosing(size), size.steps)
         for variant in ("low-resource code", "low-resource English"):
-            found += [flowing(case._replace(question="shares", variant=variant, x=variant))]
+            found += [flowing(case._replace(variant=variant, x=variant))]
     return found
 
 
-def _constants(size, steps):
+def _constants(size, steps, styles):
     """Memory and kept steps of the law in runs of `steps`."""
     found, kept = [], flow.kept_steps(steps)
-    for style in THREE:
+    for style in styles:
         case = Case("memory", 0, style, "", _choosing(size), steps)
         found += [flowing(case._replace(x=c), f"memory {c:g}", memory=c, kept=kept) for c in MEMORIES]
-        if style in TWO:
-            for n in (kept // 2, kept, kept * 2):
-                to = case._replace(question="kept", x=n)
-                found += [flowing(to, f"kept {n}", memory=2.5, kept=n)]
+        for n in (kept // 2, kept, kept * 2):
+            to = case._replace(question="kept", x=n)
+            found += [flowing(to, f"kept {n}", memory=2.5, kept=n)]
     return found
 
 

@@ -1,17 +1,45 @@
-"""Schedules that decide while a run trains: a wish for a later phase, and laws of controller.py on what they measure.
+"""Schedules of the whole-run studies: known before a run, or decided while it trains, as laws of controller.py do.
 
 Every `size.every` steps a Decider schedules weights on the run's own Mixture, which keeps the budgets. The low-resource
 domain is the one of the smallest share.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
 from megatron_commute.adapters import torch_loop
-from megatron_commute.decide import controller
+from megatron_commute.decide import controller, flow
 from megatron_commute.decide.situation import Situation
 from megatron_commute.experiments.bilingual_trainer import mean_loss, team
 from megatron_commute.measure import probe
 from megatron_commute.settings.mixture_file import Probe
+
+
+class Pace(NamedTuple):
+    """What a Decider asks of a run: its steps, steps between decisions, and those of the end."""
+
+    steps: int
+    every: int
+    end: int
+
+
+def changes(kind, options, planned, budgets, shares, batch):
+    """[(sample, weights f64[K])] of a schedule that is known before a run of the learning rates f64[T] `planned`."""
+    steps, K = len(planned), len(shares)
+    if kind == "flow":
+        about = {"rates": planned, "batches": np.full(steps, batch), "budgets": budgets, "weights": shares}
+        about |= {"target": np.ones(K), "low": np.zeros(K), "high": np.ones(K)}
+        own = {"memory": options["memory"], "kept": options["kept"], "reach": options["ranges"]}
+        return flow.planned(**about, **own).changes
+    if kind == "window":
+        begin, end, times = options["window"]
+        low, at = int(np.argmin(shares)), [round(part * steps) for part in (begin, end)]
+        length = at[1] - at[0]
+        outside = shares[low] * max(0.0, steps - times * length) / (steps - length)
+        parts = [(0, outside), (at[0], times * shares[low]), (at[1], outside)]
+        return [(step * batch, np.array(with_share(shares, low, share))) for step, share in parts]
+    return []
 
 
 class Decider:
@@ -91,10 +119,10 @@ class Decider:
         wish = Probe(samples=half, splits=4, method="difference", metric="adam")
         at, every = self.trainer.done, self.size.every
         coming = [self.trainer.rate(at + i) for i in range(2 * every)]
-        flow = (self.settings.weight_decay, (sum(coming[:every]), sum(coming[every:])))
+        total = (self.settings.weight_decay, (sum(coming[:every]), sum(coming[every:])))
         weights = np.asarray(self.mixture.weights, dtype=np.float64)
         target = np.eye(len(self.shares))[self.low][None]
-        found = probe.measure(model, *team(wish.splits), draw, wish, target, weights, flow)
+        found = probe.measure(model, *team(wish.splits), draw, wish, target, weights, total)
         return {"score": found.score[0], "score_se": found.score_se[0], "dof": 3}
 
 

@@ -21,8 +21,8 @@ from megatron_commute.mixture import Mixture
 from megatron_commute.settings.rates import RateSchedule, rates
 
 BATCH, JUDGED = 30, 768  # sequences of a step; of every domain at most, on which a reported run is judged
-STYLES = ("constant", "linear", "cosine", "WSD")
-TWO, THREE = ("cosine", "WSD"), ("cosine", "WSD", "constant")
+STYLES = ("WSD", "cosine", "constant", "linear")
+TWO, THREE = STYLES[:2], STYLES[:3]
 BASE = {"english": 0.6, "russian": 0.1, "code": 0.3}
 UNTRAINED = ("handbook_english", "handbook_russian")
 LAWS = ("late", "tau-tail", "tilt", "odm")
@@ -35,7 +35,10 @@ FIRST_CHOOSING = 101  # seeds from here on choose, smaller ones report
 class Size:
     """How much of the study is run."""
 
-    parts: tuple = ("rules", "main", "middle", "length", "epochs", "rate", "domains", "size")
+    parts: tuple = (
+        *("strength", "target", "shares", "constants", "main", "length", "longer-constants"),
+        *("epochs", "rate", "domains", "size"),
+    )
     # of the study, in their order
     steps: int = 500
     # of a run
@@ -53,7 +56,7 @@ class Size:
     # paired, that choose
 
 
-QUICK = Size(("rules", "main", "length", "epochs", "domains"), 20, 40, (20, 40), 40, 2, 2, 2)
+QUICK = Size(steps=20, middle=40, lengths=(20, 40), long=40, seeds=2, few=2, choosing=2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,9 +209,11 @@ def _judging(text, name, choosing):
 def cases(part, size, found):
     """The cases of a part; those of `main` need the cells of its windows."""
     return {
-        "rules": lambda: _rules(size),
-        "middle": lambda: _constants(size, size.middle, TWO),
-        "windows": lambda: _windows(size),
+        "strength": lambda: _strength(size),
+        "target": lambda: _target(size),
+        "shares": lambda: _shares(size),
+        "constants": lambda: _constants(size, size.steps),
+        "longer-constants": lambda: _constants(size, size.middle),
         "main": lambda: _main(size, found),
         "length": lambda: _lengths(size),
         "epochs": lambda: _variants("epochs", size, ("1 epoch", "4 epochs", "16 epochs")),
@@ -221,27 +226,36 @@ def cases(part, size, found):
 PARTS = Size().parts
 
 
-def _rules(size):
-    """Choosing seeds only: constants of the law, its strength, ranges of other targets, and other shares."""
-    found = _constants(size, size.steps, TWO)
-    for style in THREE:
-        case = Case("strength", 0, style, "", _choosing(size), size.steps)
-        found += [flowing(case._replace(x=s), f"strength {s:g}", strength=s) for s in STRENGTHS]
+def _strength(size):
+    """Strengths of the law; like all parts up to `main`, on seeds that choose."""
+    return [
+        flowing(Case("strength", x, style, "", _choosing(size), size.steps), f"strength {x:g}", strength=x)
+        for style in THREE
+        for x in STRENGTHS
+    ]
+
+
+def _target(size):
+    """Rules for the ranges of another target than one domain."""
+    found = []
     for style in TWO:
         case = Case("target", "even", style, "", _choosing(size), size.steps, target="even")
         found += [flowing(case, f"linear x {s:g}", strength=s) for s in (1.0, 2.0)]
         found += [flowing(case, "logarithmic", rule=logarithmic)]
-    for style in TWO:
-        case = Case("shares", 0, style, "", _choosing(size), size.steps)
-        for variant in ("low-resource code", "low-resource English"):
-            found += [flowing(case._replace(variant=variant, x=variant))]
     return found
 
 
-def _constants(size, steps, styles):
+def _shares(size):
+    """The law as it is, in other shares."""
+    case = Case("shares", "", "", "", _choosing(size), size.steps)
+    names = ("low-resource code", "low-resource English")
+    return [flowing(case._replace(style=style, x=x, variant=x)) for style in TWO for x in names]
+
+
+def _constants(size, steps):
     """Memory and kept steps of the law in runs of `steps`."""
     found, kept = [], flow.kept_steps(steps)
-    for style in styles:
+    for style in TWO:
         case = Case("memory", 0, style, "", _choosing(size), steps)
         found += [flowing(case._replace(x=c), f"memory {c:g}", memory=c, kept=kept) for c in MEMORIES]
         for n in (kept // 2, kept, kept * 2):
@@ -298,12 +312,14 @@ def _choosing(size):
 
 
 def jobs(wanted):
-    """Jobs of cases and of the constant mixture beside them, each once, seed after seed."""
+    """Jobs of cases and of the constant mixture beside them, each once: the low-resource target first, seed after seed."""
     seeds = dict.fromkeys(seed for case in wanted for seed in case.seeds)
+    first = [case for case in wanted if case.kind == "flow" and case.target == "low-resource"]
     ordered = [
         each.job(seed)
+        for some in (first, wanted)
         for seed in seeds
-        for case in wanted
+        for case in some
         if seed in case.seeds
         for each in (case.base, case)
     ]
@@ -319,6 +335,8 @@ def study(settings, folder, size, processes, say):
     text, files = [], []
     for part in size.parts:
         if part == "main":
+            first = [case for case in cases(part, size, {}) if case.kind == "flow"]
+            cells.fill(folder, settings, jobs(first), processes, tell)
             cells.fill(folder, settings, jobs(_windows(size)), processes, tell)
         wanted = cases(part, size, cells.read(folder))
         found = cells.fill(folder, settings, jobs(wanted), processes, tell)

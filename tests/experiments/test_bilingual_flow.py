@@ -47,7 +47,7 @@ def test_pieces_and_limits_of_a_domain(settings):
 
 
 def test_a_study_spends_budgets_resumes_and_redraws(settings, tmp_path):
-    parts = size("length", "epochs", "domains")
+    parts = size("target", "length", "epochs", "domains")
     said = []
     first = bilingual.study("flow", settings, tmp_path, True, 1, said.append, parts)
     cells = tmp_path / "flow" / "cells.jsonl"
@@ -67,7 +67,7 @@ def test_a_study_spends_budgets_resumes_and_redraws(settings, tmp_path):
     bilingual.study(
         "flow", settings, tmp_path, True, 1, said.append, size("length")
     )  # other parts, one folder
-    with pytest.raises(ValueError, match="parts=mian: write some of rules,main"):
+    with pytest.raises(ValueError, match="parts=mian: write some of strength,target"):
         bilingual.study("flow", settings, tmp_path, True, 1, said.append, size("mian"))
 
 

@@ -18,22 +18,16 @@ ODM_SMOOTHING = 0.9  # of the moving average of rewards, as published
 
 
 class Wish(NamedTuple):
-    """What a law asks for.
-
-    weights f64[K]; active: whether it is more than the remaining-budget shares; why: one clause; expected, expected_se:
-    predicted change of the final target loss in nats against the shares (negative: better) with its standard error, None
-    where the law does not predict; dof: of that error, None for a normal one; memory: for the next decision; loss: the
-    target loss at the end under the shares, None where the law does not know it.
-    """
+    """What a law asks for."""
 
     weights: np.ndarray
+    """f64[K]"""
     active: bool
+    """whether it is more than the remaining-budget shares"""
     why: str
-    expected: float | None = None
-    expected_se: float | None = None
-    dof: int | None = None
+    """one clause"""
     memory: dict | None = None
-    loss: float | None = None
+    """JSON values for the next decision"""
 
 
 def shares_of(situation):

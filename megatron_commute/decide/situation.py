@@ -45,8 +45,6 @@ class Situation:
     """f64[K] mean training loss of each domain since the last decision, nats"""
     scheduled: np.ndarray | None = None
     """f64[K], the schedule's weights for this window"""
-    loss: float | None = None
-    """target loss, nats"""
     memory: dict = dataclasses.field(default_factory=dict)
     """what the law's last decision asked to keep"""
     decisions_since_change: int = 2**31

@@ -14,6 +14,7 @@ from megatron_commute.decide.situation import Situation
 from megatron_commute.experiments.bilingual_trainer import mean_loss, team
 from megatron_commute.measure import probe
 from megatron_commute.settings.mixture_file import Probe
+from megatron_commute.settings.rates import flow_times
 
 
 class Pace(NamedTuple):
@@ -117,12 +118,12 @@ class Decider:
             return text.probe(self.settings.domains[domain], first + np.asarray(numbers) % half)
 
         wish = Probe(samples=half, splits=4, method="difference", metric="adam")
-        at, every = self.trainer.done, self.size.every
-        coming = [self.trainer.rate(at + i) for i in range(2 * every)]
-        total = (self.settings.weight_decay, (sum(coming[:every]), sum(coming[every:])))
+        times = flow_times(self.trainer.rate, self.trainer.done, self.size.every, self.size.steps)
         weights = np.asarray(self.mixture.weights, dtype=np.float64)
         target = np.eye(len(self.shares))[self.low][None]
-        found = probe.measure(model, *team(wish.splits), draw, wish, target, weights, total)
+        found = probe.measure(
+            model, *team(wish.splits), draw, wish, target, weights, (self.settings.weight_decay, times)
+        )
         return {"score": found.score[0], "score_se": found.score_se[0], "dof": 3}
 
 

@@ -50,7 +50,7 @@ def signals(rng, K, left):
     """What the other laws look at, and the other guardrails."""
     total = left + int(rng.integers(5000))
     return {
-        "target": rng.dirichlet(np.ones(K)), "losses": rng.exponential(size=K), "loss": float(rng.exponential()),
+        "target": rng.dirichlet(np.ones(K)), "losses": rng.exponential(size=K),
         "scheduled": rng.dirichlet(np.ones(K)),
         "progress": 1 - left / total, "frozen": bool(rng.random() < 0.1),
         "freeze": float(rng.choice([0.5, 1.0])),
@@ -332,10 +332,10 @@ def test_a_law_given_as_a_function_has_the_properties_of_every_law(s, seed, nois
         test_after_the_window_the_rest_of_every_budget_can_still_be_served,
         test_a_replayed_situation_gives_the_same_decision_and_is_not_touched,
     ):
-        test.hypothesis.inner_test(s, functools.partial(receding_law.receding, model=model))
+        test.hypothesis.inner_test(s, functools.partial(receding_law.receding, model=model, loss=1.0))
     for name in ("H", "g", "target"):
         assert np.array_equal(getattr(model.full, name), getattr(before.full, name))
-    noisy = functools.partial(receding_law.receding, model=model_of(len(s.weights), seed, 10.0))
+    noisy = functools.partial(receding_law.receding, model=model_of(len(s.weights), seed, 10.0), loss=1.0)
     test_no_law_acts_inside_its_error.hypothesis.inner_test(s, noisy)
 
 

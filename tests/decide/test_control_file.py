@@ -85,9 +85,9 @@ def test_situations_survive_the_record():
 
 
 def settings(law, mode="act", compare=(), **more):
-    domains = tuple(Domain(name, (name,)) for name in NAMES)
+    domains = tuple(Domain(name=name, path=(name,)) for name in NAMES)
     law = Controller(law=law, compare=compare)
-    return Config(domains, mode=mode, controller=law, **more)
+    return Config(domains=domains, mode=mode, controller=law, **more)
 
 
 def test_weights_move_in_mode_act_only():

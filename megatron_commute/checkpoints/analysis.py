@@ -67,7 +67,7 @@ def analyze(paths, data, out, wanted=None, say=print, bar=None):
     left_out = []
     with one_process():
         first, asked_for = _first(todo, data, wanted, extra, left_out, say)
-        work = _Work(first, asked_for, log, say)
+        work = _Work(checkpoint=first, setting=asked_for, log=log, say=say)
         lines = work.begin(lines)
         done = {line["step"]: line for line in lines if line["event"] == "probe"}
         for step, folder in todo:
@@ -124,7 +124,7 @@ def _leave(left_out, step, folder, fault, say):
 class _Work:
     """The model that stands, and the record it is told to."""
 
-    def __init__(self, checkpoint, setting, log, say):
+    def __init__(self, *, checkpoint, setting, log, say):
         self.setting, self.log, self.say = setting, log, say
         config, plan, run = setting.config, setting.plan, setting.run
         self.architecture = architecture(checkpoint)
@@ -230,7 +230,14 @@ class _Work:
         decay = float(getattr(found.arguments, "weight_decay", 0.0) or 0.0)
         losses = self._losses(draw, used["direction"])
         measured = probe.measure(
-            *(self.model, self.groups, self.team, draw, self.settings, plan.targets, weights, (decay, times))
+            self.model,
+            self.groups,
+            self.team,
+            draw,
+            self.settings,
+            targets=plan.targets,
+            weights=weights,
+            flow=(decay, times),
         )
         self.log.append("valid", step=step, sample=sample, valid=dict(zip(plan.names, losses, strict=True)))
         config = dataclasses.replace(setting.config, probe=self.settings)

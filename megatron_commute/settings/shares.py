@@ -14,14 +14,20 @@ from megatron_commute.settings.mixture_file import SHARE_TOLERANCE, Config
 
 @dataclass(frozen=True)
 class Run:
-    """The run's size. `prefetched`: micro-batches a loader holds ahead (prefetch_factor * num_workers)."""
+    """The run's size."""
 
     seq_length: int
+    # tokens of a sequence
     global_batch: int
+    # sequences of a step
     micro_batch: int
+    # sequences of a forward pass on a rank
     data_parallel: int
+    # ranks that see other samples
     train_iters: int
+    # steps
     prefetched: int = 0
+    # micro-batches that a loader holds ahead (prefetch_factor * num_workers)
 
     @property
     def samples(self) -> int:

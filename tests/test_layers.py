@@ -154,7 +154,7 @@ def test_the_whole_chain_loads_no_heavy_library():
     everything = "\n".join(f"import megatron_commute.{name}" for name in names)
     beyond = set(modules_after(f"import torch\n{everything}")) - set(modules_after("import torch"))
     assert not {name.partition(".")[0] for name in beyond} & set(HEAVY)
-    assert len(beyond) < 160, f"{len(beyond)} modules beyond torch, half a second"
+    assert len(beyond) < 170, f"{len(beyond)} modules beyond torch, half a second"
 
 
 def functions(path):

@@ -13,9 +13,9 @@ import ranks
 import test_checkpoints
 from click.testing import CliRunner
 
-from megatron_commute import cli
 from megatron_commute.checkpoints import analysis as checkpoints
 from megatron_commute.checkpoints import results as checkpoint_results
+from megatron_commute.cli import main as cli
 from megatron_commute.record import log as record
 
 

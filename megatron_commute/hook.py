@@ -12,7 +12,7 @@ import time
 import numpy as np
 
 from megatron_commute import reduce
-from megatron_commute.decide import control_file
+from megatron_commute.decide import control_file, flow_run
 from megatron_commute.decide.laws import LAWS
 from megatron_commute.decide.steering import Steering
 from megatron_commute.measure import probe
@@ -34,7 +34,8 @@ class Hook:
     data.takeover.Ledger. model: measure.model.Model. groups: reduce.Groups. draw: (part, domain, numbers i64[n]) ->
     tokens, numbers counted from 0 over the whole run and wrapped by the caller. record: record.log.Record (written on
     rank 0 only). learning_rate: step -> rate. decay: the optimiser's decoupled weight decay. say: prints one line.
-    listeners: called on every rank with every line of the record, a dict; they must not raise.
+    listeners: called on every rank with every line of the record, a dict; they must not raise. flow: flow_run.FlowRun
+    where law flow planned the weights.
     """
 
     def __init__(
@@ -53,10 +54,12 @@ class Hook:
         decay,
         say,
         listeners=(),
+        flow=None,
     ):
         self.config, self.plan, self.run, self.stream, self.model = config, plan, run, stream, model
         self.groups, self.draw, self.record, self.say, self.ledger = groups, draw, record, say, ledger
         self.learning_rate, self.decay, self.listeners = learning_rate, decay, tuple(listeners)
+        self.flow = flow
         self._work_in(config.probe.memory)
         self.probes, self.failures, self.off = 0, 0, False
         self.tally = Tally(
@@ -107,9 +110,12 @@ class Hook:
             memory={"mode": self.memory.mode, "bytes": self.memory.bytes},
             sample=self.stream.index,
             news=news,
+            **({} if self.flow is None else {"flow": flow_run.told(self.flow, run.global_batch)}),
         )
         for note in (*news, *plan.warnings):
             self.say(f"note: {note}")
+        if self.flow is not None:
+            self.say(flow_run.sentence(self.flow, plan.names))
         if settings.mode == "act" and LAWS[settings.controller.law].measured:
             self.say(
                 f"ACTING ON AN UNCALIBRATED SIGNAL: mode act lets the law `{settings.controller.law}` move the weights; "
@@ -300,6 +306,7 @@ class Hook:
             "seed": self.config.seed,
             "memory": self.memory.mode,
             "steering": self.steering.state_dict(),
+            "flow": None if self.flow is None else flow_run.state_of(self.flow),
         }
 
     def load_state_dict(self, state, rewind=True):

@@ -107,6 +107,8 @@ def decide(law, situation):
     s = situation
     if s.samples_left <= 0:
         return Decision(None, "the run ends before new weights could take effect", dict(s.memory))
+    if not callable(law) and LAWS[law].planned:
+        return Decision(None, f"weights follow the plan of law {law}", dict(s.memory))
     wish = wished(law, s)
     low, high, relaxed = bounds(s)
     asked = wish.weights

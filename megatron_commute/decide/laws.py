@@ -30,6 +30,12 @@ class Wish(NamedTuple):
     """JSON values for the next decision"""
 
 
+def left_evenly(mixture, initial):
+    """The remaining-budget shares f64[K] of a mixture.Mixture, to its end; initial f64[K]: the planned weights."""
+    budgets = np.array([np.nan if budget is None else budget for budget in mixture.budgets], dtype=np.float64)
+    return remaining_shares(budgets - mixture.served, mixture.samples - mixture.index, initial)
+
+
 def shares_of(situation):
     """The remaining-budget shares f64[K] of a Situation: the mixture that every law is judged against."""
     return owed_shares(situation.remaining, situation.samples_left, situation.initial)
@@ -48,7 +54,7 @@ def hold(situation):
 
 
 def schedule(situation):
-    """The weights that the schedule file names for this window; the remaining-budget shares where it names none."""
+    """The weights that a schedule, of a file or of law flow, names for this window; else the remaining-budget shares."""
     if situation.scheduled is None:
         return hold(situation)
     return Wish(np.asarray(situation.scheduled, dtype=np.float64), True, "the schedule's weights")
@@ -148,11 +154,14 @@ class Law(NamedTuple):
     """fields of a Situation without which it only holds"""
     measured: bool = False
     """acts on a measured signal: rests after a change, and is loud while nothing calibrates it"""
+    planned: bool = False
+    """weights are planned before the run (flow_run.py), in mode fixed; a probe decides nothing"""
 
 
 LAWS = {
     "hold": Law(hold),
     "schedule": Law(schedule, needs=("scheduled",)),
+    "flow": Law(schedule, planned=True),
     "proportional": Law(proportional),
     "tau-tail": Law(tau_tail, needs=("target",)),
     "tilt": Law(tilt, needs=("score", "score_se"), measured=True),
@@ -177,3 +186,18 @@ def check(config):
                 if missing.get(need):
                     problem = f"{name} needs `{need}`, which this run does not have"
                     raise config.error(f"controller.{key}", problem, CURES[need])
+            if LAWS[name].planned:
+                _check_planned(config, key, name)
+
+
+def _check_planned(config, key, name):
+    """Refuses a planned law where it cannot plan."""
+    if name != config.controller.law:
+        problem = f"{name} is planned before a run, not at probes"
+        raise config.error(f"controller.{key}", problem, "take it out, or write it as controller.law")
+    if config.mode != "fixed":
+        raise config.error(f"controller.{key}", f"{name} works in mode fixed only", "write mode: fixed")
+    if config.schedule is not None:
+        raise config.error("schedule", f"law {name} plans the weights", "take it out, or write law: schedule")
+    if config.target == "each":
+        raise config.error("target", f"law {name} plans for one target", "write shares of the domains")

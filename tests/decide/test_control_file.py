@@ -96,7 +96,7 @@ def settings(law, mode="act", compare=(), **more):
     ("config", "words"),
     [
         (settings("tilt", compare=("schedule",)), "controller.compare: schedule needs `scheduled`"),
-        (settings("odd"), "controller.law: got odd; write one of hold, schedule, proportional, tau-tail, tilt"),
+        (settings("odd"), "controller.law: got odd; write one of hold, schedule, flow, proportional, tau-tail, tilt"),
         (settings("schedule"), "controller.law: schedule needs `scheduled`, which this run does not have; write schedule"),
         (settings("tau-tail", mode="act", target="each"), "needs `target`"),
     ],

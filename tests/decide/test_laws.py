@@ -11,7 +11,7 @@ from megatron_commute.decide.laws import LAWS
 
 def test_every_law_says_what_it_needs_and_holds_without_it():
     assert set(LAWS) == {
-        "hold", "schedule", "proportional", "tau-tail", "tilt", "odm",
+        "hold", "schedule", "flow", "proportional", "tau-tail", "tilt", "odm",
     }  # fmt: skip
     s = situation((0.5, 0.3, 0.2), score=(np.nan,) * 3, score_se=(np.nan,) * 3)
     for name, law in LAWS.items():

@@ -14,8 +14,9 @@ import ranks
 import records
 import torch
 
-from megatron_commute import cli, config, reduce
+from megatron_commute import config, reduce
 from megatron_commute.adapters import torch_loop
+from megatron_commute.cli import plan as plan_command
 from megatron_commute.measure import probe
 from megatron_commute.record import lines as events
 from megatron_commute.report import plots, series
@@ -231,6 +232,7 @@ import numpy as np, torch
 from megatron_commute import reduce
 from megatron_commute.measure import probe
 from megatron_commute.adapters import torch_loop
+from megatron_commute.cli import plan as plan_command
 
 mode, K, width = sys.argv[1], int(sys.argv[2]), 3200
 torch.set_num_threads(1)
@@ -329,20 +331,21 @@ def test_a_probe_line_says_null_for_what_was_not_measured(run):
 def test_plan_shows_what_a_probe_would_hold():
     run = config.Run(8, 8, 1, 4, 100)
     domains = tuple(config.Domain(name=name, path=(name,)) for name in "abc")
-    held = cli.probe_memory(config.Config(domains=domains), run, 25e6)
+    held = plan_command.probe_memory(config.Config(domains=domains), run, 25e6)
     assert held["full"] == {"vectors": 10, "words": "2K+4", "bytes": 1_000_000_000}
     assert held["sharded"] == {"vectors": 6.75, "words": "(2K+1)/4+5", "bytes": 675_000_000}
     assert held["scores"] == {"vectors": 6, "words": "6", "bytes": 600_000_000}
-    assert cli.memory_words(held) == (
+    assert plan_command.memory_words(held) == (
         "full holds 2K+4 = 10 vectors of model size, 1 GB a rank; "
         "sharded holds (2K+1)/4+5 = 6.75 vectors of model size, 675 MB a rank; "
         "scores holds 6 vectors of model size, 600 MB a rank"
     )
     alone = config.Run(8, 8, 1, 1, 100)
-    assert set(cli.probe_memory(config.Config(domains=domains), alone, None)) == {"full", "scores"}
+    assert set(plan_command.probe_memory(config.Config(domains=domains), alone, None)) == {"full", "scores"}
     wish = config.Config(domains=domains, probe=config.Probe(memory="sharded"))
     assert (
-        cli.memory_words(cli.probe_memory(wish, alone, None)) == "full holds 2K+4 = 10 vectors of model size"
+        plan_command.memory_words(plan_command.probe_memory(wish, alone, None))
+        == "full holds 2K+4 = 10 vectors of model size"
     )
 
 

@@ -128,14 +128,6 @@ def test_a_loader_that_brings_other_samples_is_told(tmp_path):
     assert "THE LOADER BROUGHT OTHER SAMPLES than the mixture drew for 8..12" in loop.said
 
 
-def test_windows_are_those_of_the_schedule_and_end_with_the_run(tmp_path):
-    hook = Loop(tmp_path, steps=24).hook
-    rate = [1e-2 * (1 - step / 24) for step in range(25)]
-    assert hook._windows(8) == pytest.approx((sum(rate[8:12]), sum(rate[12:16])))
-    assert hook._windows(20) == pytest.approx((sum(rate[20:22]), sum(rate[22:24])))
-    assert hook._windows(23) == pytest.approx((rate[23], 1e-30))
-
-
 def test_each_probe_goes_on_in_the_holdout(tmp_path):
     seen = []
 

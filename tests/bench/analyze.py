@@ -1,6 +1,6 @@
-"""What `megatron-commute analyze` costs beside the gradients that it counts: `python tests/bench/analyze.py [32] [600]`.
+"""What `megatron-commute analyze` costs beside the gradients that it counts: `python tests/bench/analyze.py`.
 
-Writes analyze.csv beside itself, the rows of the numbers of samples named (default: all).
+Writes analyze.csv beside itself.
 
 Twelve checkpoints of the quickstart's model (4 layers, width 128, sequence 256, vocabulary 4096) over three domains of
 made-up text, analysed in one process. A gradient of one micro-batch is timed between the checkpoints, in the same process;
@@ -34,28 +34,28 @@ from megatron_commute.checkpoints import model as checkpoint_model
 
 CHECKPOINTS, EVERY, BATCH, MICRO, SEQUENCE = 12, 2, 8, 4, 256
 METHODS = ("difference", "exact", "fused")
-DOCUMENTS = {32: 1500, 600: 11000}  # so many that a fifth of them is twice the samples
+SAMPLES, DOCUMENTS = 32, 1500  # so many that a fifth of them is twice the samples
 COLUMNS = ("what", "method", "samples", "checkpoints", "counted", "seconds", "a_gradient", "ratio", "busy",
            "training_mb", "analysis_mb")  # fmt: skip
 MODEL = f"""--num-layers 4 --hidden-size 128 --num-attention-heads 4 --seq-length {SEQUENCE} --vocab-size 4096
     --micro-batch-size {MICRO} --hidden-dropout 0 --attention-dropout 0"""
 
 
-def run(folder, samples):
-    """A short run with its checkpoints in folder/run; the mixture file asks for `samples` of a domain."""
-    jobs.write_data(folder, DOCUMENTS[samples])
+def run(folder):
+    """A short run with its checkpoints in folder/run."""
+    jobs.write_data(folder, DOCUMENTS)
     (folder / "zero1.json").write_text(json.dumps({"zero_optimization": {"stage": 1}}))
-    iters = CHECKPOINTS * EVERY if samples == 32 else EVERY
-    asked = f"probe: {{samples: {samples}, splits: 4, metric: adam}}"
+    iters = CHECKPOINTS * EVERY
+    asked = f"probe: {{samples: {SAMPLES}, splits: 4, metric: adam}}"
     path = Path(jobs.write_mixture(folder, mode="fixed", iters=iters, extra=asked))
     text = path.read_text().replace("every: 8", f"every: {iters}")  # no probe while it trains
-    path.write_text(text.replace("_train, ", f"_train, holdout: {2 * samples}, "))
+    path.write_text(text.replace("_train, ", f"_train, holdout: {2 * SAMPLES}, "))
     saved = ["--save", folder / "run", "--save-interval", EVERY, "--deepspeed_config", folder / "zero1.json"]
     argv = jobs.flags(folder, *saved, *MODEL.split(), "--commute", path, iters=iters, batch=BATCH)
     ranks.run(jobs.train, 1, [argv], timeout=600)
 
 
-def timed(folder, samples, method):
+def timed(folder, method):
     """One row: the whole analysis against its counted gradients."""
     spent, own = [], []
     found = checkpoint_model.read(sorted((folder / "run").glob("global_step*"))[0])
@@ -83,7 +83,7 @@ def timed(folder, samples, method):
     number = len(list((folder / "run").glob("global_step*")))
     counted = number * gradients(folder, method)
     one = statistics.median(spent)
-    row = {"what": "time", "method": method, "samples": samples, "checkpoints": number, "counted": counted}
+    row = {"what": "time", "method": method, "samples": SAMPLES, "checkpoints": number, "counted": counted}
     return {**row, "seconds": whole, "a_gradient": one, "ratio": whole / (counted * one), "busy": busy(spent)}
 
 
@@ -154,36 +154,28 @@ def in_a_process(work, folder):
     return found
 
 
-def measured(samples):
-    """The rows of one number of samples, printed as they come."""
+def measured():
+    """The rows, as they come."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        run(folder, samples)
-        for method in METHODS if samples == 32 else ("fused",):
-            yield timed(folder, samples, method)
-        if samples == 32:
-            sizes = [in_a_process(work, folder) for work in (training, analysing)]
-            row = {"what": "memory", "method": "fused", "samples": samples, "checkpoints": 1}
-            row |= {"training_mb": sizes[0] / 1e6, "analysis_mb": sizes[1] / 1e6}
-            yield {**row, "ratio": sizes[1] / sizes[0]}
+        run(folder)
+        for method in METHODS:
+            yield timed(folder, method)
+        sizes = [in_a_process(work, folder) for work in (training, analysing)]
+        row = {"what": "memory", "method": "fused", "samples": SAMPLES, "checkpoints": 1}
+        row |= {"training_mb": sizes[0] / 1e6, "analysis_mb": sizes[1] / 1e6}
+        yield {**row, "ratio": sizes[1] / sizes[0]}
 
 
-def main(asked):
-    """asked: numbers of samples; rows of the others stay in the file."""
+def main():
     torch.set_num_threads(1)
-    path, kept = Path(__file__).with_suffix(".csv"), []
-    if path.exists():
-        with path.open(encoding="utf-8") as file:
-            kept = [row for row in csv.DictReader(file) if int(row["samples"]) not in asked]
-    for samples in asked:
-        for row in measured(samples):
-            kept.append({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
-            print(kept[-1], flush=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with Path(__file__).with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(kept)
+        for row in measured():
+            print(row, flush=True)
+            writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
 
 
 if __name__ == "__main__":
-    main([int(word) for word in sys.argv[1:]] or list(DOCUMENTS))
+    main()

@@ -1,6 +1,6 @@
 """What the sampler costs, beside the tables it replaces: python tests/bench/mixture.py [FOLDER]
 
-Writes mixture.csv and mixture.png into FOLDER (default: here). Every start-up runs in a process of its own, so that its
+Writes mixture.csv into FOLDER (default: here). Every start-up runs in a process of its own, so that its
 peak memory is its own; throughputs are the best of five. One core is enough.
 """
 
@@ -170,22 +170,6 @@ def step_rows(steps=200):
     )
 
 
-def draw(rows, path):
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5, 3.2), layout="constrained")
-    axes = figure.subplots()
-    for what, marker in (("ours, compiled", "o"), ("Megatron helper", "s"), ("ours, numpy", "^")):
-        mine = [r for r in rows if r["what"] == f"stream: {what}"]
-        cost = [1e9 / float(r["samples_per_second"]) for r in mine]
-        axes.loglog([r["domains"] for r in mine], cost, marker=marker, label=what)
-    axes.axhline(200, color="grey", linestyle=":", label="5 million samples a second")
-    axes.set_xlabel("domains K")
-    axes.set_ylabel("nanoseconds a sample, one core")
-    figure.legend(loc="outside upper left", ncols=2, frameon=False)
-    figure.savefig(path, dpi=150, metadata={"Software": None})
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", nargs="?", type=Path, default=HERE)
@@ -202,7 +186,6 @@ def main():
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    draw(rows, options.folder / "mixture.png")
     for line in rows:
         print("  ".join(str(value) for value in line.values()))
 

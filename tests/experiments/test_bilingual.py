@@ -1,8 +1,8 @@
 """The language-model studies: states that restore, pairs that share their data, tables against hand counts, restarts."""
 
 import json
-import warnings
 
+import jobs
 import numpy as np
 import pytest
 import torch
@@ -12,31 +12,21 @@ from megatron_commute.experiments import bilingual_tables as tables
 from megatron_commute.experiments.bilingual_trainer import Settings, Text, Trainer
 
 NAMES = ("english", "russian", "code", "handbook_english", "handbook_russian")
-VOCABULARY, SMALL = (
-    40,
-    {"layers": 1, "hidden": 8, "sequence": 8, "vocabulary": 40, "held": 16, "probe": 16, "warmup": 2},
-)
+SMALL = {
+    "layers": 1,
+    "hidden": 8,
+    "sequence": 8,
+    "vocabulary": jobs.VOCABULARY,
+    "held": 16,
+    "probe": 16,
+    "warmup": 2,
+}
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Indexed data of five domains, Markov chains with transitions of their own."""
     folder = tmp_path_factory.mktemp("text")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # megatron-core's own, on import
-        from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-        for d, name in enumerate(NAMES):
-            follows = np.random.default_rng(d).permutation(VOCABULARY)
-            for part, count in (("train", 40), ("valid", 12)):
-                rng = np.random.default_rng([d, count])
-                builder = IndexedDatasetBuilder(f"{folder}/{name}_{part}.bin", dtype=np.uint16)
-                for _ in range(count):
-                    text = rng.integers(VOCABULARY, size=60)
-                    for i in range(1, 60):
-                        text[i] = follows[text[i - 1]] if rng.random() < 0.7 else text[i]
-                    builder.add_document(torch.from_numpy(text), [60])
-                builder.finalize(f"{folder}/{name}_{part}.idx")
+    jobs.write_data(folder, 40, NAMES)
     return str(folder)
 
 
@@ -141,15 +131,17 @@ def test_every_schedule_spends_its_budgets(settings, tmp_path, monkeypatch):
         assert json.loads(line)["served"] == [360, 60, 180]
 
 
-def test_settings_by_name():
-    found, _ = bilingual.asked("paper", "d", ["hidden=768", "lr=1.5e-4", "domains=a,b,c"])
-    assert (found.hidden, found.lr, found.domains) == (768, 1.5e-4, ("a", "b", "c"))
+def test_too_little_text_names_the_cure(data):
+    with pytest.raises(ValueError, match="valid-share"):
+        Text(Settings(data, **{**SMALL, "held": 1000}))
+
+
+def test_settings_and_sizes_by_name():
+    words = ["hidden=768", "lr=1.5e-4", "domains=a,b,c", "others=", "starts=2000,8000", "window=4000"]
+    found, size = bilingual.asked("paper", "d", words)
+    assert (found.hidden, found.lr, found.domains, found.others) == (768, 1.5e-4, ("a", "b", "c"), ())
+    assert size == bilingual_paper.Size(starts=(2000, 8000), window=4000)
     with pytest.raises(ValueError, match="hidden is of type int"):
         bilingual.asked("paper", "d", ["hidden=x"])
     with pytest.raises(ValueError, match="--set depth=3: write NAME=VALUE with one of"):
         bilingual.asked("paper", "d", ["depth=3"])
-
-
-def test_too_little_text_names_the_cure(data):
-    with pytest.raises(ValueError, match="valid-share"):
-        Text(Settings(data, **{**SMALL, "held": 1000}))

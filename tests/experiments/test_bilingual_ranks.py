@@ -81,8 +81,8 @@ def numbers(value):
     return [value] if isinstance(value, (int, float)) else []
 
 
-def changes(settings, size):
-    """The same as flags of the command line."""
+def changes(size):
+    """SMALL and a size as flags of the command line."""
     fields = {**SMALL, **vars(size)}
     words = {k: ",".join(map(str, v)) if isinstance(v, tuple) else v for k, v in fields.items()}
     return [word for name, value in words.items() for word in ("--set", f"{name}={value}")]
@@ -103,7 +103,7 @@ def test_two_ranks_fill_what_is_missing_with_the_numbers_of_one(data, alone, tmp
     command = ["bash", ROOT / "launch" / "paper" / "study.sh", "paper", out, "--data", data]
     surroundings = {**os.environ, "LAUNCH": launch, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(
-        [*command, *changes(SMALL, SIZE), "--set", "lr=1e-3", "--set", "dtype=float32"],
+        [*command, *changes(SIZE), "--set", "lr=1e-3", "--set", "dtype=float32"],
         env={**surroundings, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
@@ -199,18 +199,6 @@ def test_the_estimate_of_quick_by_hand(tmp_path):
     assert {**even, "run": "skewed"} == skewed and whole["gpu_hours"] == 2 * even["gpu_hours"]
     assert (tmp_path / "paper" / "estimate.csv").read_text().startswith("study,run,cells,steps,tokens,")
     assert "N = 82752 parameters" in found["text"] and "not a measurement" in found["text"]
-
-
-def test_sizes_by_name(data, tmp_path):
-    settings, size = bilingual.asked(
-        "paper", "d", ["starts=2000,8000", "window=4000", "others=", "hidden=768"]
-    )
-    assert (settings.others, settings.hidden) == ((), 768)
-    assert size == bilingual_paper.Size(starts=(2000, 8000), window=4000)
-    with pytest.raises(ValueError, match="--set stretch=2: write NAME=VALUE with one of"):
-        bilingual.asked("paper", "d", ["stretch=2"])
-    with pytest.raises(ValueError, match="--set starts=x: starts is of type int"):
-        bilingual.asked("paper", "d", ["starts=x"])
 
 
 def test_a_folder_keeps_its_size_and_older_folders_are_read(data, alone, tmp_path):

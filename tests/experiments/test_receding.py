@@ -5,10 +5,8 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from situations import situation
 
-from megatron_commute import ops
 from megatron_commute.experiments import quadratic_domains, receding, receding_law, receding_plan
 
 TARGET = np.full(3, 1 / 3)
@@ -59,47 +57,6 @@ def test_on_its_basis_a_model_has_the_true_curvature_and_it_is_never_negative_th
     np.testing.assert_allclose(model.full.H[:, :5, :5], V @ problem.A @ V.T, atol=1e-10)
     np.testing.assert_allclose(model.full.g[:, :5], np.array(gradients) @ V.T, atol=1e-12)
     assert np.linalg.eigvalsh(model.full.H).min() > -1e-9
-
-
-def test_completion_foretells_a_product_better_than_the_basis_alone():
-    """Median over seeds of the error of the loss at the end, against the exact model."""
-    errors = []
-    for seed in range(6):
-        problem, _, recycled, gradients = learned(8, seed, n=30)
-        w, times = np.tile(TARGET, (4, 1)), np.full(4, 1.0)
-        exact = receding_plan.loss_change(
-            receding_plan.Quadratic(problem.A, np.array(gradients), TARGET), w, times
-        )
-        found = recycled.model(gradients, TARGET, [0.0, 4.0]).full
-        recycled.completed = 0
-        alone = recycled.model(gradients, TARGET, [0.0, 4.0]).full
-        errors.append([abs(receding_plan.loss_change(m, w, times) - exact) for m in (found, alone)])
-    ours, plain = np.median(errors, 0)
-    assert ours < 0.5 * plain
-
-
-def test_lists_of_tensors_give_the_same_model_as_rows():
-    problem, _, rows, gradients = learned(6)
-
-    def split(vector):
-        tensor = torch.tensor(vector)
-        return [tensor[:5].reshape(5, 1), tensor[5:]]
-
-    def combine(coefficients, X):
-        return [sum(float(c) * x[i] for c, x in zip(coefficients, X, strict=True)) for i in range(2)]
-
-    lists = receding.Recycled(3, dots=lambda X, Y: ops.gram(X, Y).numpy(), combine=combine)
-    slopes = [split(g) for g in gradients]
-    for _ in range(6):
-        direction = lists.direction(slopes, TARGET)
-        flat = torch.cat([t.reshape(-1) for t in direction]).numpy()
-        lists.add(direction, [split(row) for row in problem.A @ flat])
-    w, times = np.tile(TARGET, (3, 1)), np.full(3, 0.5)
-    found, expected = (
-        receding_plan.loss_change(r.model(g, TARGET, [0, 1.5]).full, w, times)
-        for r, g in ((lists, slopes), (rows, gradients))
-    )
-    assert found == pytest.approx(expected, rel=1e-8)
 
 
 @pytest.mark.parametrize("noise", [0.1, 1.0])
@@ -175,39 +132,6 @@ def test_where_the_models_disagree_or_noise_is_large_nothing_is_done():
     model = recycled.model(gradients, TARGET, [0.0, 4.0])
     other = dataclasses.replace(model.lean, g=-100 * model.lean.g)
     assert not even(dataclasses.replace(model, lean=other)).active
-
-
-def test_with_little_noise_plans_are_chosen_freely_and_gain_in_truth():
-    """Equal budgets, a tenth of noise on every gradient and product, ten problems: half of them acted on at least, a gain in
-    all of those but one, and never a loss of more than a tenth of what the others gain on average."""
-    gained = []
-    for seed in range(10):
-        problem, theta, recycled, gradients = learned(12, seed, n=20, noise=0.1)
-        size = 0.1 * np.linalg.norm(gradients, axis=1) / np.sqrt(20)
-        rest = np.full(3, 8 / 3)
-        found = even(recycled.model(gradients, TARGET, [0.0, 4.0], size), rest=rest)
-        if found.active:
-            exact = receding_plan.Quadratic(problem.A, problem.gradients(theta), TARGET)
-            base, times = np.tile(TARGET, (8, 1)), np.full(8, 0.5)
-            tried = receding_plan.spread(np.vstack([found.wish, found.plan[1:]]) + 1e-9, np.ones(8), rest)
-            ends = [float(receding_plan.loss_change(exact, w, times)) for w in (base, tried)]
-            gained.append(ends[0] - ends[1])
-    assert len(gained) >= 5
-    assert sum(g > 0 for g in gained) >= len(gained) - 1
-    assert min(gained) > -0.1 * np.mean(gained)
-
-
-def test_segments_begin_with_the_window_and_follow_the_clock():
-    times, sizes = receding_law.segments(1000, 100, [0.0, 3.0])
-    assert sizes.tolist() == [100.0] * 10 and times.sum() == pytest.approx(3)
-    times, sizes = receding_law.segments(950, 100, [0.0, 3.0])
-    assert sizes[-1] == 50 and sizes.sum() == 950
-    times, sizes = receding_law.segments(1_000_000, 100, [0.0, 2.0, 3.0])
-    assert len(sizes) == receding_law.MOST_PIECES and sizes[0] == pytest.approx(100, rel=1e-6)
-    assert sizes.sum() == pytest.approx(1_000_000) and times.sum() == pytest.approx(3)
-    assert times[0] == pytest.approx(2.0 * 100 / 500_000, rel=1e-6), (
-        "the first half of the samples takes two thirds"
-    )
 
 
 def test_receding_keeps_its_plan_as_json_and_goes_on_from_it():

@@ -83,20 +83,13 @@ def adjoint(
 
 
 def stored(optimizer: torch.optim.Optimizer, params: Vector, loss: Loss) -> Step:
-    """The Step that `optimizer` (torch.optim SGD, Adam or AdamW, one set of settings) is about to take; copies of all.
+    """The Step that `optimizer` (torch.optim SGD, Adam or AdamW, one group of parameters) is about to take; copies of all.
 
-    ValueError names what the adjoint does not cover: Nesterov, dampening, AMSGrad, maximize, several settings.
+    Without Nesterov, dampening, AMSGrad and maximize.
     """
-    kinds = {"SGD": "sgd", "Adam": "adam", "AdamW": "adam"}
-    name, groups = type(optimizer).__name__, optimizer.param_groups
-    if name not in kinds:
-        raise ValueError(f"the adjoint knows SGD, Adam and AdamW, not {name}: train with one of them")
-    settings = [{k: v for k, v in group.items() if k != "params"} for group in groups]
-    asked = [k for k in ("nesterov", "dampening", "amsgrad", "maximize") if any(s.get(k) for s in settings)]
-    if asked or any(s != settings[0] for s in settings):
-        what = ", ".join(asked) or "parameter groups with different settings"
-        raise ValueError(f"the adjoint does not cover {what}: train without")
-    s, names = settings[0], ("momentum_buffer",) if kinds[name] == "sgd" else ("exp_avg", "exp_avg_sq")
+    kinds, name = {"SGD": "sgd", "Adam": "adam", "AdamW": "adam"}, type(optimizer).__name__
+    (s,) = optimizer.param_groups
+    names = ("momentum_buffer",) if kinds[name] == "sgd" else ("exp_avg", "exp_avg_sq")
     decoupled = name == "AdamW" or bool(s.get("decoupled_weight_decay"))
     rule = Rule(
         kinds[name], float(s["lr"]), s.get("momentum", 0.0), s.get("betas", (0.9, 0.999)), s.get("eps", 1e-8),

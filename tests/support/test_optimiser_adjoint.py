@@ -1,8 +1,5 @@
 """The oracle of adjoints against training itself: the end of a window differs by what it says."""
 
-import copy
-import itertools
-
 import optimiser_adjoint
 import pytest
 import torch
@@ -83,39 +80,3 @@ def test_adjoint_is_the_gradient_through_unrolled_training(optimiser):
         ends = [target(train(losses, m, optimiser, weights, warm=0)[0]) for m in moved]
         slope = sum((a * b).sum() for a, b in zip(found.direction, v, strict=True))
         assert float(slope) == pytest.approx(float(ends[0] - ends[1]) / 2e-5, rel=1e-5)
-
-
-def test_on_convex_losses_the_adjoint_only_shrinks():
-    """Below a learning rate of 1 / curvature every step forgets: nothing that is pulled back may grow."""
-    rows = torch.randn(2, 30, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    losses = [lambda p, x=x: ((x @ p[0] - x.sum(1)) ** 2).mean() for x in rows]
-    end, window = train(losses, [torch.zeros(5, dtype=torch.float64)], "sgd", [(0.5, 0.5)] * 60, keep=True)
-    lengths = optimiser_adjoint.adjoint(losses[0], end, window).lengths
-    assert len(lengths) == 60
-    assert all(before <= after * (1 + 1e-9) for before, after in itertools.pairwise(lengths))
-    assert lengths[0] < 0.1 * lengths[-1]
-
-
-def test_storing_a_step_leaves_the_optimiser_alone_and_copies():
-    losses, params = domains()
-    chosen = torch.optim.AdamW(params, lr=0.1)
-    mixture(losses, (0.5, 0.5))(params).backward()
-    before = copy.deepcopy(chosen.state_dict())
-    step = optimiser_adjoint.stored(chosen, params, losses[0])
-    assert chosen.state_dict() == before and step.number == 1
-    chosen.step()
-    assert not torch.equal(step.params[0], params[0]) and not step.state[0][0].any()
-
-
-@pytest.mark.parametrize(
-    ("optimiser", "message"),
-    [
-        (lambda p: torch.optim.RMSprop(p), "not RMSprop"),
-        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True), "nesterov"),
-        (lambda p: torch.optim.Adam([{"params": p[:1], "lr": 0.1}, {"params": p[1:]}]), "different settings"),
-    ],
-)
-def test_what_the_adjoint_does_not_cover_is_refused_by_name(optimiser, message):
-    losses, params = domains()
-    with pytest.raises(ValueError, match=message):
-        optimiser_adjoint.stored(optimiser(params), params, losses[0])

@@ -11,7 +11,8 @@ import pytest
 import records
 from click.testing import CliRunner
 
-from megatron_commute import cli, config, doctor
+from megatron_commute import config, doctor
+from megatron_commute.cli import main as cli
 
 RUN = "--seq-length 8 --global-batch-size 4 --micro-batch-size 2 --train-iters 100 --world-size 2 --num-workers 1"
 MIXTURE = """domains:
@@ -198,7 +199,7 @@ def test_every_command_has_json_and_help(command):
 
 def test_as_a_module():
     command = [sys.executable, "-W", "error", "-m", "megatron_commute", "plan", "none.yaml", *RUN.split()]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(cli.__file__).parent.parent)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(cli.__file__).parents[2])
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: none.yaml: cannot be read: No such file or directory; name a mixture file\n"
 

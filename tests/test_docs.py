@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from megatron_commute import __version__, cli, reduce
+from megatron_commute import __version__, reduce
 from megatron_commute.adapters import megatron_deepspeed, torch_loop
+from megatron_commute.cli import main as cli
 from megatron_commute.config import Run, load
 from megatron_commute.decide import control_file, replay
 from megatron_commute.decide.laws import LAWS

@@ -154,7 +154,8 @@ def test_the_whole_chain_loads_no_heavy_library():
     everything = "\n".join(f"import megatron_commute.{name}" for name in names)
     beyond = set(modules_after(f"import torch\n{everything}")) - set(modules_after("import torch"))
     assert not {name.partition(".")[0] for name in beyond} & set(HEAVY)
-    assert len(beyond) < 160, f"{len(beyond)} modules beyond torch, half a second"
+    foreign = [name for name in beyond if name.partition(".")[0] != "megatron_commute"]
+    assert len(foreign) < 80, f"{len(foreign)} modules of others beyond torch: imports get slow"
 
 
 def functions(path):

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from megatron_commute import patch as diffs
-from megatron_commute.cli import main
+from megatron_commute.cli.main import main
 
 REAL = os.environ.get("MEGATRON_DEEPSPEED")
 

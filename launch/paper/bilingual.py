@@ -3,6 +3,6 @@ the environment says as well."""
 
 import sys
 
-from megatron_commute.cli import main
+from megatron_commute.cli.main import main
 
 main(["bilingual", *(word for word in sys.argv[1:] if not word.startswith("--local_rank="))])

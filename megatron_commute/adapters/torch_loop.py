@@ -5,6 +5,7 @@ so a probe that fails half-way leaves no trace.
 """
 
 import contextlib
+import dataclasses
 import pathlib
 
 import numpy as np
@@ -16,7 +17,7 @@ from megatron_commute.data import resume, takeover
 from megatron_commute.data.indexed import domain_datasets, inspect_data
 from megatron_commute.data.sampler import MixedDataset, MixtureSampler
 from megatron_commute.data.stream import Stream
-from megatron_commute.decide import laws
+from megatron_commute.decide import flow_run, laws
 from megatron_commute.hook import Hook
 from megatron_commute.measure.model import Model, full_precision, low_precision
 from megatron_commute.mixture import Mixture
@@ -208,7 +209,7 @@ class Plugin:
         self.host_blend = tuple(host_blend)
         if not self.feeds and host_blend:
             check_blend(self.config, self.plan, host_blend)
-        self.hook = self.sampler = self.dataset = None
+        self.hook = self.sampler = self.dataset = self.flow = None
 
     def mixture(self):
         """The stream of a fresh run. In mode shadow it follows the host's own rule, which knows no budgets."""
@@ -234,9 +235,19 @@ class Plugin:
         stock = None
         if take_over and self.host_blend:
             stock = takeover.stock_weights(blend_of(self.host_blend)[1])
+        rates = None
+        if flow_run.follows(self.config):
+            rates = flow_run.rates_of(self.config, learning_rate, self.run.train_iters)
+        kept = state.get("flow") if state is not None else None
+        also = [] if state is None else flow_run.differences(kept, self.config, self.plan, rates)
+        asked = {"accept": accept, "attach": take_over, "also": also}
         mixture, ledger, news = resume.resumed(
-            self.config, self.plan, self.mixture(), state, consumed, stock, accept=accept, attach=take_over
+            self.config, self.plan, self.mixture(), state, consumed, stock, **asked
         )
+        if rates is not None:
+            self._follow(mixture, rates, groups, kept if not news else None)
+        elif news and kept is not None and not self.plan.schedule:
+            mixture.schedule(laws.left_evenly(mixture, self.plan.weights), mixture.index)
         if self.feeds:
             training, _ = domain_datasets(self.config, self.plan, self.run.seq_length)
             self.dataset = MixedDataset(training, self.config.seed, ledger.keys)
@@ -264,6 +275,7 @@ class Plugin:
             decay=decay,
             say=say,
             listeners=listeners,
+            flow=self.flow,
         )
         # what is refused is refused before a new record takes the place of the old one
         if state is not None:
@@ -271,6 +283,19 @@ class Plugin:
         if state is None or news:
             self.hook.start(news)
         return self.hook
+
+    def _follow(self, mixture, rates, groups, kept):
+        """Plan the rest of the run by law flow, as `kept` of its own checkpoint or anew from where the mixture stands."""
+        found = flow_run.planned(
+            config=self.config, plan=self.plan, run=self.run, rates=rates, mixture=mixture, state=kept
+        )
+        weights = found.schedule.weights
+        weights = reduce.broadcast_numbers(weights.ravel(), groups).reshape(weights.shape)
+        self.flow = flow_run.with_weights(found, weights, self.run.global_batch)
+        schedule, notes = self.flow.schedule.changes, self.flow.schedule.notes
+        self.plan = dataclasses.replace(self.plan, schedule=schedule, warnings=(*self.plan.warnings, *notes))
+        for at_sample, weights in () if kept else schedule:
+            mixture.schedule(weights, at_sample)
 
     def summary(self, run_dir):
         """Write the report of the run and return its closing table as text."""

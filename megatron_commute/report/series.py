@@ -58,6 +58,11 @@ class Run:
         return (self.start.get("controller") or {}).get("confidence") or 0.95
 
     @property
+    def flow(self):
+        """The plan of law flow, as the start line has it, or None."""
+        return self.start.get("flow")
+
+    @property
     def targets(self):
         """Name of each of the T targets: the domains where the target is `each`, else the one mixture."""
         if self.probes and np.ndim(self.probes[-1]["s"]) == 2:
@@ -123,8 +128,8 @@ def served(run):
 def weights(run):
     """Samples i64[n] at which weights f64[n, K] came into force or were seen in force, in order.
 
-    Planned changes (`effective_sample` of the probes that were reached) fix where a step lies; loss lines add
-    what the mixture made of them when a budget ran short. Of an analysis: what the checkpoints hold.
+    Planned changes (of law flow, and `effective_sample` of the probes that were reached) fix where a step lies; loss lines
+    add what the mixture made of them when a budget ran short. Of an analysis: what the checkpoints hold.
     """
     knots = {0: run.start["weights"]}
     if run.analysis:
@@ -132,12 +137,32 @@ def weights(run):
     for probe in moves(run):
         if probe["effective_sample"] <= run.samples:
             knots[probe["effective_sample"]] = probe["weights_next"]
-    # once every budget is used up no weights are in force
-    in_force = [line for line in run.losses if any((line.get("weights") or {}).values())]
-    seen, values = _by_domain(run, in_force, "weights")
+    seen, values = in_force(run)
     knots |= dict(zip(seen.tolist(), values.tolist(), strict=True))
+    knots |= {
+        at: w for at, w in planned(run) if at <= run.samples
+    }  # a loss line has the weights of the step before it
     sample = sorted(knots)
     return np.array(sample, dtype=np.int64), _numbers([knots[n] for n in sample])
+
+
+def planned(run):
+    """(sample, weights) of law flow's plan, up to where people wrote weights of their own."""
+    if run.flow is None:
+        return []
+    written = [line["effective_sample"] for line in run.interventions
+               if line.get("weights") is not None and line.get("effective_sample") is not None]  # fmt: skip
+    until, segments = min(written, default=float("inf")), run.flow["segments"]
+    pairs = zip(segments["sample"], segments["weights"], strict=True)
+    return [(int(at), weights) for at, weights in pairs if at < until]
+
+
+def in_force(run):
+    """Samples i64[n] of the loss lines and the weights f64[n, K] that the step before each of them used."""
+    # once every budget is used up no weights are in force
+    return _by_domain(
+        run, [line for line in run.losses if any((line.get("weights") or {}).values())], "weights"
+    )
 
 
 def moves(run):

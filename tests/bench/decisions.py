@@ -69,7 +69,7 @@ class Run:
         return halves.mean(0), np.sqrt(((halves[0] - halves[1]) ** 2).mean(1)) / 2
 
     def signals(self, law, w, left):
-        """The fields of a Situation that `law` needs; for `receding` its model is learned as well."""
+        """The fields of a Situation that `law` needs; `receding` gets a model that is learned here."""
         gradients = self.domains.gradients(self.theta)
         losses = self.domains.losses(self.theta)
         if law == "odm":
@@ -89,7 +89,7 @@ class Run:
                     self.recycled.add(direction, list(self.noisy(self.domains.A @ direction)[0]))
                     self.products += self.K
             self.model = self.recycled.model(list(seen), self.target, [0.0, left * self.h], error)
-            return {"loss": float(self.target @ losses)}
+            self.law = functools.partial(receding, model=self.model, loss=float(self.target @ losses))
         return {}
 
     def _scores(self, gradients, w):
@@ -123,8 +123,7 @@ class Run:
             minimum=np.zeros(K), maximum=np.ones(K), floors=np.zeros(K), caps=np.ones(K), rate=1.0, confidence=0.95,
             strength=0.5 if law == "tilt" else 1.0, cooldown=0, memory=self.memory, **given,
         )  # fmt: skip
-        chosen = functools.partial(receding, model=self.model) if law == "receding" else law
-        found = decide(chosen, situation)
+        found = decide(self.law if law == "receding" else law, situation)
         self.memory = found.memory
         return nearest(w if found.weights is None else found.weights, np.zeros(K), np.minimum(rest, 1.0))
 

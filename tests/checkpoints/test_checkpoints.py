@@ -17,8 +17,8 @@ from checkpoint_runs import EVERY, RICH, flags, prepare
 
 from megatron_commute.checkpoints import analysis as checkpoints
 from megatron_commute.checkpoints import files as checkpoint_files
-from megatron_commute.checkpoints import model as checkpoint_model
 from megatron_commute.checkpoints import parallel as checkpoint_parallel
+from megatron_commute.checkpoints.checkpoint import learning_rate
 from megatron_commute.checkpoints.files import CheckpointError
 
 
@@ -108,8 +108,8 @@ def test_the_learning_rate_is_the_trainers():
     for way in ({}, {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 10, "lr_wsd_decay_style": "linear"}):
         args = types.SimpleNamespace(**kept, **way)
         for step in range(45):
-            assert checkpoint_model.learning_rate(args, step) == trainer.learning_rate(args, step)
-    assert checkpoint_model.learning_rate(types.SimpleNamespace(train_iters=40), 3) is None
+            assert learning_rate(args)(step) == trainer.learning_rate(args, step)
+    assert learning_rate(types.SimpleNamespace(train_iters=40)) is None
 
 
 @pytest.fixture

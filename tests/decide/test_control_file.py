@@ -87,16 +87,16 @@ def test_situations_survive_the_record():
 
 
 def settings(law, mode="act", compare=(), **more):
-    domains = tuple(Domain(name, (name,)) for name in NAMES)
+    domains = tuple(Domain(name=name, path=(name,)) for name in NAMES)
     law = Controller(law=law, compare=compare)
-    return Config(domains, mode=mode, controller=law, **more)
+    return Config(domains=domains, mode=mode, controller=law, **more)
 
 
 @pytest.mark.parametrize(
     ("config", "words"),
     [
         (settings("tilt", compare=("schedule",)), "controller.compare: schedule needs `scheduled`"),
-        (settings("odd"), "controller.law: got odd; write one of hold, schedule, proportional, tau-tail, tilt"),
+        (settings("odd"), "controller.law: got odd; write one of hold, schedule, flow, proportional, tau-tail, tilt"),
         (settings("schedule"), "controller.law: schedule needs `scheduled`, which this run does not have; write schedule"),
         (settings("tau-tail", mode="act", target="each"), "needs `target`"),
     ],

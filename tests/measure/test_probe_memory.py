@@ -12,8 +12,9 @@ import ranks
 import records
 import torch
 
-from megatron_commute import cli, config, reduce
+from megatron_commute import config, reduce
 from megatron_commute.adapters import torch_loop
+from megatron_commute.cli import plan as plan_command
 from megatron_commute.measure import probe
 from megatron_commute.report import plots, series
 from megatron_commute.settings import memory
@@ -252,19 +253,20 @@ def test_a_record_without_P_is_drawn_and_told(tmp_path, each, unknown):
 
 def test_plan_shows_what_a_probe_would_hold():
     run = config.Run(8, 8, 1, 4, 100)
-    domains = tuple(config.Domain(name, (name,)) for name in "abc")
-    held = cli.probe_memory(config.Config(domains), run, 25e6)
+    domains = tuple(config.Domain(name=name, path=(name,)) for name in "abc")
+    held = plan_command.probe_memory(config.Config(domains=domains), run, 25e6)
     assert held["full"] == {"vectors": 10, "words": "2K+4", "bytes": 1_000_000_000}
     assert held["sharded"] == {"vectors": 6.75, "words": "(2K+1)/4+5", "bytes": 675_000_000}
     assert held["scores"] == {"vectors": 6, "words": "6", "bytes": 600_000_000}
-    assert cli.memory_words(held) == (
+    assert plan_command.memory_words(held) == (
         "full holds 2K+4 = 10 vectors of model size, 1 GB a rank; "
         "sharded holds (2K+1)/4+5 = 6.75 vectors of model size, 675 MB a rank; "
         "scores holds 6 vectors of model size, 600 MB a rank"
     )
     alone = config.Run(8, 8, 1, 1, 100)
-    assert set(cli.probe_memory(config.Config(domains), alone, None)) == {"full", "scores"}
-    wish = config.Config(domains, probe=config.Probe(memory="sharded"))
+    assert set(plan_command.probe_memory(config.Config(domains=domains), alone, None)) == {"full", "scores"}
+    wish = config.Config(domains=domains, probe=config.Probe(memory="sharded"))
     assert (
-        cli.memory_words(cli.probe_memory(wish, alone, None)) == "full holds 2K+4 = 10 vectors of model size"
+        plan_command.memory_words(plan_command.probe_memory(wish, alone, None))
+        == "full holds 2K+4 = 10 vectors of model size"
     )

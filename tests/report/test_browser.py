@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
 )
 FLAGS = "--headless=new --no-sandbox --disable-gpu --no-first-run --disable-background-networking --hide-scrollbars"
 FLAGS += " --disable-component-update --disable-sync --enable-logging=stderr"
-CASES = ("quickstart", "analysis", "eight", "long names")
+CASES = ("quickstart", "flow", "analysis", "eight", "long names")
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +30,7 @@ def pages(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pages")
     lines = {
         "quickstart": record.read(ROOT / "launch/results/quickstart.jsonl"),
+        "flow": records.of_flow(records.lines(K=3)),
         "analysis": records.analysed(records.lines(K=3)),
         "eight": records.of_0_1_0(records.lines(K=8)),
         "long names": records.of_0_1_0(records.lines(names=["x" * 60, "long name " * 6, "中文"])),

@@ -189,6 +189,41 @@ def of_0_1_0(lines):
     return found
 
 
+def of_flow(lines, segments=25):
+    """The lines of a run in mode fixed whose weights law flow planned: a hump of the last domain, the others in proportion."""
+    start, found = dict(lines[0]), []
+    K, batch, samples, steps = (
+        len(start["names"]),
+        start["global_batch"],
+        start["samples"],
+        start["train_iters"],
+    )
+    at = np.arange(segments) * (steps // segments) * batch
+    hump = 0.1 + 0.3 * np.exp(-(((at / samples - 0.6) / 0.2) ** 2))
+    others = np.array(start["weights"][:-1]) / sum(start["weights"][:-1])
+    weights = np.column_stack([np.outer(1 - hump, others), hump])
+    curve = np.linspace(0, samples - batch, 50)
+    start["flow"] = {
+        "scale": {"peak": 1e-3, "total": 0.2, "low": 0.1, "high": 0.5},
+        "memory": 2.5, "kept": 40, "begin": 0, "used": [0] * K, "retired": 0, "strength": 1.0,
+        "target": [0.0] * (K - 1) + [1.0], "ranges": [-0.35] * (K - 1) + [3.15], "notes": [],
+        "segments": {"sample": at.tolist(), "weights": weights.tolist()},
+        "curves": {"sample": curve.tolist(), "rate": (1e-3 * np.cos(curve / samples)).tolist(),
+                   "profile": np.sin(3 * curve / samples).tolist()},
+    }  # fmt: skip
+    start["mode"], start["controller"] = "fixed", {**start["controller"], "law": "flow"}
+    for line in lines[1:]:
+        line = dict(line)
+        if line["event"] == "loss":
+            now = weights[np.searchsorted(at, line["sample"] - batch, side="right") - 1]
+            line["weights"] = _named(start["names"], now)
+        if line["event"] == "probe":
+            line |= {"weights_next": line["weights"], "effective_sample": None}
+            line["reason"] = "mode fixed: measured, weights not touched"
+        found.append(line)
+    return [start, *found]
+
+
 def analysed(lines):
     """The lines of an analysis whose checkpoints are the probes of a run."""
     names = lines[0]["names"]

@@ -56,37 +56,10 @@ def megatron_table(samples):
     return blending_table(shares(DOMAINS), samples)
 
 
-class Source:
-    """As much of a MegatronDataset as BlendedDataset looks at while it is built."""
-
-    def __init__(self, k, split):
-        self.unique_identifiers, self.index_split = {"k": k}, split
-
-    def __len__(self):
-        return 2**62
-
-
-def megatron_core_dataset(samples):
-    from megatron.core.datasets.blended_dataset import BlendedDataset
-    from megatron.core.datasets.utils import Split
-
-    class Config:
-        path_to_cache, defer_npy_index_mmap, fast_cache_load, mid_level_dataset_surplus = (
-            None,
-            False,
-            False,
-            0.005,
-        )
-
-    sources = [Source(k, Split.train) for k in range(DOMAINS)]
-    return BlendedDataset(sources, shares(DOMAINS).tolist(), samples, Config())
-
-
 STARTS = {
     "ours": ours,
     "ours, resumed": resumed,
     "Megatron helper": megatron_table,
-    "megatron-core BlendedDataset": megatron_core_dataset,
 }
 
 
@@ -101,7 +74,7 @@ def measured_start(name, samples):
 
 
 def start_rows(long, short):
-    for name, samples in zip(STARTS, (long, long, short, short), strict=True):
+    for name, samples in zip(STARTS, (long, long, short), strict=True):
         command = [sys.executable, "-W", "ignore", __file__, "--start", name, str(samples)]
         answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         seconds, extra = json.loads(answer.splitlines()[-1])

@@ -312,44 +312,16 @@ def data(tmp_path_factory):
     return mixture, folder / "flags.json"
 
 
-def as_ours(found, folder):
-    """The same weights and moments as a checkpoint of pretrain_gpt.py without ZeRO."""
-    order = sorted(
-        found.parameters, key=lambda name: found.parameters[name].dim() == 1
-    )  # what decays comes first
-    matrices = sum(p.dim() > 1 for p in found.parameters.values())
-    held = [found.moments[name] * (1 - 0.999**found.iteration) for name in order]
-    groups = [
-        {"betas": (0.9, 0.999), "weight_decay": decay, "params": [*numbers]}
-        for decay, numbers in ((0.1, range(matrices)), (0.0, range(matrices, len(order))))
-    ]
-    states = {i: {"exp_avg_sq": moment, "step": found.iteration} for i, moment in enumerate(held)}
-    state = {"module": found.parameters, "optimizer": {"state": states, "param_groups": groups}}
-    state |= {"iteration": found.iteration, "arguments": json.dumps(vars(found.arguments))}
-    place = folder / f"global_step{found.iteration}"
-    place.mkdir(parents=True)
-    torch.save(state, place / "mp_rank_00_model_states.pt")
-
-
-def test_a_series_measures_what_the_same_weights_in_our_own_checkpoints_do(trained, data, tmp_path):
+def test_a_series_is_analysed_like_our_own_checkpoints_and_not_touched(trained, data, tmp_path):
+    """Weights, moments and rates are those of the optimiser, as above; the probes that follow are those of test_analyze."""
     folder, (mixture, flags) = trained["llama"][0], data
-    before = digests(folder)
-    asked = checkpoints.asked(arguments=flags)
-    checkpoints.analyze([folder], mixture, tmp_path / "theirs", asked, say=lambda line: None)
-    assert digests(folder) == before
-    for step in (2, 4):
-        as_ours(read(folder / f"checkpoint-{step}", FLAGS), tmp_path / "run")
-    checkpoints.analyze([tmp_path / "run"], mixture, tmp_path / "ours", say=lambda line: None)
-    theirs, ours = probes(tmp_path / "theirs"), probes(tmp_path / "ours")
-    assert [*theirs] == [2, 4] == [*ours]
-    for one, two in zip(theirs.values(), ours.values(), strict=True):
-        for key in ("M", "P", "P_se", "score"):  # the moments differ by a rounding of float32
-            scale = np.abs(two[key if key == "score" else "M"]).max()
-            np.testing.assert_allclose(one[key], two[key], rtol=0, atol=1e-5 * scale, err_msg=key)
-        for key in ("windows", "lr", "decay", "weights", "sample"):
-            assert one[key] == two[key], key
+    before, asked = digests(folder), checkpoints.asked(arguments=flags)
+    checkpoints.analyze([folder], mixture, tmp_path, asked, say=lambda line: None)
+    found = probes(tmp_path)
+    assert digests(folder) == before and [*found] == [2, 4]
+    assert all(np.abs(line["P"]).max() > 1e-3 * np.abs(line["M"]).max() > 0 for line in found.values())
     # Trainer's default schedule: linear to zero, after steps 2 and 4 of 4
-    assert [line["lr"] for line in theirs.values()] == pytest.approx([0.5e-2, 0.0])
+    assert [line["lr"] for line in found.values()] == pytest.approx([0.5e-2, 0.0])
 
 
 def test_what_is_missing_is_asked_for_at_the_command_line(trained, data, tmp_path):

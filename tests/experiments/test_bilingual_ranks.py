@@ -4,7 +4,6 @@ import collections
 import csv
 import dataclasses
 import itertools
-import json
 import os
 import shutil
 import subprocess
@@ -199,23 +198,6 @@ def test_the_estimate_of_quick_by_hand(tmp_path):
     assert {**even, "run": "skewed"} == skewed and whole["gpu_hours"] == 2 * even["gpu_hours"]
     assert (tmp_path / "paper" / "estimate.csv").read_text().startswith("study,run,cells,steps,tokens,")
     assert "N = 82752 parameters" in found["text"] and "not a measurement" in found["text"]
-
-
-def test_a_folder_keeps_its_size_and_older_folders_are_read(data, alone, tmp_path):
-    settings, out = Settings(data, **SMALL), tmp_path / "out"
-    shutil.copytree(alone[0], out)
-    with pytest.raises(ValueError, match=r"other settings \(size.window\)"):
-        bilingual.study("paper", settings, out, processes=1, size=dataclasses.replace(SIZE, window=3))
-    path = out / "paper" / "study.json"
-    kept = json.loads(path.read_text())
-    assert kept["size.window"] == 2
-    del kept["dtype"]  # as before there was such a field
-    path.write_text(json.dumps(kept))
-    said = []
-    bilingual.study("paper", settings, out, processes=1, say=said.append, size=SIZE)
-    assert not said
-    with pytest.raises(ValueError, match=r"other settings \(dtype\)"):
-        bilingual.study("paper", dataclasses.replace(settings, dtype="bfloat16"), out, size=SIZE)
 
 
 def test_the_table_of_the_paper_size_is_what_the_command_counts():

@@ -40,14 +40,6 @@ def test_flow_is_the_matrix_exponential(time, decay):
     assert np.abs(problem.flow(weights, decay)(theta, time) - expected).max() < 1e-11
 
 
-def test_pull_back_is_the_transposed_derivative_of_the_flow():
-    problem, theta = quadratic_domains.sample(1, n=6)
-    weights, time, after = np.array([0.3, 0.7]), 0.8, np.arange(6.0)
-    flow = problem.flow(weights, 0.1)
-    columns = [(flow(theta + e, time) - flow(theta - e, time)) @ after / 2 for e in np.eye(6)]
-    np.testing.assert_allclose(problem.pull_back(weights, 0.1)(after, time), columns, atol=1e-12)
-
-
 def test_measure_gives_the_closed_form_of_section_4_1():
     """P_12 = u . (A2 A1 (theta - b1) - A1 A2 (theta - b2)): the sign of equation 6."""
     for seed in range(5):
@@ -194,26 +186,6 @@ def test_paper_cells_are_those_of_a_problem_in_two_dimensions():
     assert far == [(3.0, 0.1)]
     cell = next(r for r in rows if (r["t"], r["dt"]) == (0.1, 0.1))
     assert cell["half_range"] == pytest.approx(cell["paper_pm"], abs=0.01)
-
-
-def test_search_gradient_against_differences():
-    problem, theta0 = quadratic_domains.sample(2, n=5, domains=3, base=0.8)
-    target = np.array([0.2, 0.3, 0.5])
-    weights = np.random.default_rng(0).dirichlet(np.ones(3), 4)
-    loss, slope = quadratic_search.gradient(problem, theta0, weights, 2.0, target)
-
-    def by_expm(w):
-        theta = theta0
-        for row in w:
-            theta = flow_by_expm(problem, theta, row, 0.5)
-        return target @ [(theta - b) @ A @ (theta - b) / 2 for A, b in zip(problem.A, problem.b, strict=True)]
-
-    assert loss == pytest.approx(by_expm(weights), rel=1e-12)
-    for index in np.ndindex(4, 3):
-        bump = np.zeros((4, 3))
-        bump[index] = 1e-5
-        difference = (by_expm(weights + bump) - by_expm(weights - bump)) / 2e-5
-        assert slope[index] == pytest.approx(difference, rel=1e-6, abs=1e-9)
 
 
 def test_search_is_no_worse_than_the_best_of_all_pure_orders():

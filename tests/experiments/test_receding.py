@@ -71,38 +71,6 @@ def test_the_noise_of_products_is_read_off_their_asymmetry(noise):
     assert learned(12, n=n)[2].noise().max() < 1e-12
 
 
-def test_what_is_least_curved_makes_room_and_products_stay_products():
-    problem, _, recycled, gradients = learned(5, n=20, width=5)
-    V, more = np.array(recycled.basis), recycled.direction(gradients, TARGET)
-    recycled.add(more, list(problem.A @ more))
-    kept = np.array(recycled.basis)
-    assert kept.shape == (5, 20) and len(recycled.products) == 5
-    np.testing.assert_allclose(kept @ kept.T, np.eye(5), atol=1e-12)
-    for k in range(3):
-        np.testing.assert_allclose([y[k] for y in recycled.products], kept @ problem.A[k], atol=1e-10)
-    span = np.linalg.qr(np.vstack([V, more]).T)[0]
-    curved = span.T @ np.einsum("kij,kjl->il", problem.A, problem.A) @ span
-    np.testing.assert_allclose(kept @ span @ np.linalg.eigh(curved)[1][:, 0], 0, atol=1e-9)
-    every = [vector for v, y in zip(recycled.basis, recycled.products, strict=True) for vector in (v, *y)]
-    np.testing.assert_allclose(recycled._gram, receding.rows_dots(every, every), atol=1e-10)
-    assert recycled.model(gradients, TARGET, [0.0, 1.0]).full.H.shape[1] > 5
-    with pytest.raises(ValueError, match="add one direction"):
-        receding.Recycled(3).model(gradients, TARGET, [0.0, 1.0])
-
-
-def test_a_step_of_training_tells_the_products_along_it():
-    problem, theta, recycled, _ = learned(4, n=20)
-    step = np.random.default_rng(7).standard_normal(20)
-    changes = problem.gradients(theta + step) - problem.gradients(theta)
-    recycled.follow(step, list(changes))
-    assert len(recycled.basis) == 5
-    V = np.array(recycled.basis)
-    np.testing.assert_allclose(V @ V.T, np.eye(5), atol=1e-10)
-    np.testing.assert_allclose(np.array(recycled.products[-1]), problem.A @ V[-1], atol=1e-9)
-    recycled.follow(step, list(changes))
-    assert len(recycled.basis) == 5, "nothing of it is left outside the basis"
-
-
 def test_a_plan_gains_what_it_expects_when_the_model_is_the_problem():
     problem, theta, recycled, gradients = learned(40)
     found = even(recycled.model(gradients, TARGET, [0.0, 4.0]))

@@ -32,8 +32,8 @@ def pages(tmp_path_factory):
         "quickstart": record.read(ROOT / "launch/results/quickstart.jsonl"),
         "flow": records.of_flow(records.lines(K=3)),
         "analysis": records.analysed(records.lines(K=3)),
-        "eight": records.of_0_1_0(records.lines(K=8)),
-        "long names": records.of_0_1_0(records.lines(names=["x" * 60, "long name " * 6, "中文"])),
+        "eight": records.lines(K=8),
+        "long names": records.lines(names=["x" * 60, "long name " * 6, "中文"]),
     }
     return {name: plots.report(records.write(folder / name, lines[name])) for name in CASES}
 

@@ -3,7 +3,7 @@
     python tests/bench/decisions.py --jobs 2   # base cells and one axis at a time
     python tests/bench/decisions.py --quick    # two seeds, two flow times, two noise levels, for CI
 
-Writes decisions.csv (a line for each cell and law) and prints the table. 32 decisions a run, all through
+Writes decisions.csv, a line for each cell and law. 32 decisions a run, all through
 controller.decide, without floors, caps, rate limit and cool-down. share: part of the attainable gain (decisions_optima.csv)
 in percent, median and worst over seeds; harm: worst increase of the final loss over the constant mixture, percent of the
 loss. noise: relative, on every gradient and product, isotropic, each the mean of two independent halves whose difference is
@@ -175,22 +175,6 @@ def write(path, rows):
     return rows
 
 
-def table(rows):
-    """The shares as text: median [worst], and the worst harm where it is above 0.01 % of the loss."""
-    from tabulate import tabulate
-
-    lines = []
-    for key in dict.fromkeys((r["axis"], r["time"], r["budgets"], r["noise"]) for r in rows):
-        mine = {r["law"]: r for r in rows if (r["axis"], r["time"], r["budgets"], r["noise"]) == key}
-        line = [*key]
-        for law in LAWS:
-            r = mine[law]
-            harm = f" +{r['harm_worst_percent']:.2g} %" if r["harm_worst_percent"] > 0.01 else ""
-            line.append(f"{r['share_median']:.0f} [{r['share_worst']:.0f}]{harm}")
-        lines.append(line)
-    return tabulate(lines, ["axis", "flow time", "budgets", "noise", *LAWS], disable_numparse=True)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true")
@@ -207,7 +191,6 @@ def main():
     path, rows = asked.out / ("decisions_quick.csv" if asked.quick else "decisions.csv"), []
     for row in study(wanted, seeds, asked.jobs):
         rows = write(path, [*rows, row])  # at every row: a study that is stopped keeps what it measured
-    print(table(rows))
     print(f"{clock.perf_counter() - started:.0f} s, {seeds} seeds, {WINDOWS} decisions a run")
 
 

@@ -8,21 +8,11 @@ from pathlib import Path
 import jobs
 import numpy as np
 import pytest
-import ranks
-from checkpoint_runs import call, digests, flags, prepare, probes
+from checkpoint_runs import call, digests, probes
 
 from megatron_commute.checkpoints import analysis as checkpoints
 from megatron_commute.checkpoints import results as checkpoint_results
 from megatron_commute.record import log as record
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A run on one rank with probes at steps 4 and 8 and checkpoints at 4, 8 and 10."""
-    path = tmp_path_factory.mktemp("analyze")
-    prepare(path)
-    ranks.run(jobs.train, 1, [flags(path, "run", 1)], timeout=200)
-    return path
 
 
 @pytest.fixture(scope="module")

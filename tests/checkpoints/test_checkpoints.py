@@ -11,31 +11,13 @@ from pathlib import Path
 import jobs
 import numpy as np
 import pytest
-import ranks
 import torch
-from checkpoint_runs import EVERY, RICH, flags, prepare
+from checkpoint_runs import EVERY
 
 from megatron_commute.checkpoints import analysis as checkpoints
 from megatron_commute.checkpoints import files as checkpoint_files
 from megatron_commute.checkpoints.checkpoint import learning_rate
 from megatron_commute.checkpoints.files import CheckpointError
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Checkpoints at steps 4, 8 and 10 of the same runs on one rank and on two: ZeRO 1 and 3, tensor-parallel."""
-    path = tmp_path_factory.mktemp("checkpoints")
-    prepare(path)
-    two = ("--tensor-model-parallel-size", 2)
-    argvs = [flags(path, "zero1", 1), flags(path, "zero3", 3, plugin=False), flags(path, "tensor", 1, *two)]
-    ranks.run(jobs.train, 2, [*argvs, flags(path, "tensor-rich", 1, *two, *RICH)], timeout=300)
-    argvs = [
-        flags(path, "one", 0),
-        flags(path, "one-stock", 0, plugin=False),
-        flags(path, "one-rich", 1, *RICH),
-    ]
-    ranks.run(jobs.train, 1, argvs, timeout=300)
-    return path
 
 
 def measured(folder, name, out, method="exact"):
@@ -49,7 +31,7 @@ def measured(folder, name, out, method="exact"):
 
 @pytest.mark.parametrize(
     ("name", "single"),
-    [("zero1", "one"), ("zero3", "one-stock"), ("tensor", "one"), ("tensor-rich", "one-rich")],
+    [("zero1", "run"), ("zero3", "run-stock"), ("tensor", "run"), ("tensor-rich", "run-rich")],
 )
 def test_a_checkpoint_of_two_ranks_measures_what_the_single_process_one_does(folder, tmp_path, name, single):
     """The weights differ by what Adam makes of the order of reductions; a shard in a wrong place moves P by as much as M."""

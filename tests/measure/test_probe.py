@@ -118,13 +118,6 @@ def test_a_hand_written_pass_stands_where_double_backward_does():
         probe.measure(base, *arguments)
 
 
-def test_scores_of_one_domain_are_zero_and_harmless():
-    how = settings(samples=4, splits=2)
-    model, team = model_of(small_gpt()), reduce.team(reduce.Groups(), 2)
-    found = probe.measure(model, reduce.Groups(), team, text, how, np.ones((1, 1)), np.ones(1), FLOW)
-    assert found.P.tolist() == [[[0.0]]] and found.s.tolist() == found.score.tolist() == [[0.0]]
-
-
 @pytest.mark.parametrize("method", ["difference", "exact"])
 def test_work_grows_linearly_with_the_number_of_domains(method):
     """Loss evaluations, each of one micro-batch: K (direction) + 2 K or K (difference or exact), a split; and the four of
@@ -326,16 +319,6 @@ def test_a_fault_on_one_rank_is_told_by_all_and_leaves_no_trace():
                 layout == "model" and expected.split(": ", 2)[-1] in reason
             )
             assert found and untouched, (layout, kind, reason)
-
-
-def test_without_second_moments_the_metric_is_a_reason_to_skip_not_to_end():
-    model = torch_loop.probe_model(small_gpt(), mean_loss, 2)
-    with pytest.raises(
-        probe.ProbeFailed, match=r"metric adam needs an Adam optimiser .* write `metric: identity`"
-    ):
-        team = reduce.team(reduce.Groups(), 2)
-        how = settings(samples=4, splits=2, metric="adam")
-        probe.measure(model, reduce.Groups(), team, text, how, MIXED, WEIGHTS, FLOW)
 
 
 def test_an_infinite_product_is_no_measurement():

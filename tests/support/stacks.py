@@ -7,6 +7,7 @@ import warnings
 
 import numpy as np
 import oracles
+import pytest
 import torch
 
 from megatron_commute import reduce
@@ -192,6 +193,17 @@ def zero3_engine(ranks, bf16=False):
 def same(one, two):
     """Whether two states of an engine, (tensors, the rest), are the same to the last bit."""
     return one[1] == two[1] and all(torch.equal(a, b) for a, b in zip(one[0], two[0], strict=True))
+
+
+def assert_close(found, expected, names=("M", "P", "s", "P_se")):
+    """float32 differences: 1e-4 of max|M|, scores and what they are made of to a thousandth of their own size."""
+    size = np.abs(expected.M).max()
+    for name in names:
+        assert np.abs(getattr(found, name) - getattr(expected, name)).max() <= 1e-4 * size, name
+    assert found.step == pytest.approx(expected.step, rel=1e-5)
+    for name in ("u_g", "h_theta", "score"):
+        value = getattr(expected, name)
+        assert np.abs(getattr(found, name) - value).max() <= 1e-3 * np.abs(value).max(), name
 
 
 FAULTS = {

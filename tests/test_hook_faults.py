@@ -100,13 +100,6 @@ def test_a_controller_that_fails_leaves_weights_and_training_alone(tmp_path, mon
     assert loop.drawn == alone.drawn and loop.losses == alone.losses
 
 
-def test_a_record_shorter_than_the_checkpoint_is_refused(tmp_path):
-    kept = Loop(tmp_path).until(9).checkpoint()
-    (tmp_path / record.NAME).write_text("")
-    with pytest.raises(ValueError, match="has 0 lines, the checkpoint was written after"):
-        Loop(tmp_path, state=kept)
-
-
 def test_a_loader_that_has_read_too_far_keeps_its_weights_and_ends_nothing(tmp_path):
     loop = Loop(tmp_path)
     ahead = loop.mixture.copy()

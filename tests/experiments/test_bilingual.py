@@ -119,15 +119,17 @@ def test_every_schedule_spends_its_budgets(settings, tmp_path, monkeypatch):
         assert json.loads(line)["served"] == [360, 60, 180]
 
 
-def test_settings_by_name():
-    found, _ = bilingual.asked("paper", "d", ["hidden=768", "lr=1.5e-4", "domains=a,b,c"])
-    assert (found.hidden, found.lr, found.domains) == (768, 1.5e-4, ("a", "b", "c"))
+def test_too_little_text_names_the_cure(data):
+    with pytest.raises(ValueError, match="valid-share"):
+        Text(Settings(data, **{**SMALL, "held": 1000}))
+
+
+def test_settings_and_sizes_by_name():
+    words = ["hidden=768", "lr=1.5e-4", "domains=a,b,c", "others=", "starts=2000,8000", "window=4000"]
+    found, size = bilingual.asked("paper", "d", words)
+    assert (found.hidden, found.lr, found.domains, found.others) == (768, 1.5e-4, ("a", "b", "c"), ())
+    assert size == bilingual_paper.Size(starts=(2000, 8000), window=4000)
     with pytest.raises(ValueError, match="hidden is of type int"):
         bilingual.asked("paper", "d", ["hidden=x"])
     with pytest.raises(ValueError, match="--set depth=3: write NAME=VALUE with one of"):
         bilingual.asked("paper", "d", ["depth=3"])
-
-
-def test_too_little_text_names_the_cure(data):
-    with pytest.raises(ValueError, match="valid-share"):
-        Text(Settings(data, **{**SMALL, "held": 1000}))

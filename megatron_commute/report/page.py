@@ -30,19 +30,18 @@ def page(run, pictures, torn=0):
     """The report as HTML text. run: series.Run; pictures: drawing.Picture each; torn: unreadable lines."""
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    shown = f'<div class="pictures">{"".join(map(figure, pictures))}</div>' if pictures else ""
+    if run.analysis:
+        tables = [section("Checkpoints", report_analysis.checkpoints(run))]
+    else:
+        tables = [section("Decisions", decisions(run)), section("Skipped probes", skips(run))]
     body = [
         header(run),
         loud(run),
         section("Summary", summary(run)),
         section("What this record lacks", missing(run, torn)),
-        section(
-            "Pictures", f'<div class="pictures">{"".join(map(figure, pictures))}</div>' if pictures else ""
-        ),
-        *(
-            [section("Checkpoints", report_analysis.checkpoints(run))]
-            if run.analysis
-            else [section("Decisions", decisions(run)), section("Skipped probes", skips(run))]
-        ),
+        section("Pictures", shown),
+        *tables,
         section("Interventions", interventions(run)),
     ]
     return f"""<!doctype html>

@@ -44,7 +44,7 @@ def test_with_a_full_basis_the_model_is_the_problem():
     assert recycled.direction(gradients, TARGET) is None
     model = recycled.model(gradients, TARGET, [0.0, 4.0])
     w, times = np.random.default_rng(1).dirichlet(np.ones(3), 5), np.full(5, 0.8)
-    exact = receding_plan.Quadratic(problem.A, problem.gradients(theta), TARGET)
+    exact = receding_plan.Quadratic(H=problem.A, g=problem.gradients(theta), target=TARGET)
     assert receding_plan.loss_change(model.full, w, times) == pytest.approx(
         receding_plan.loss_change(exact, w, times), rel=1e-9
     )
@@ -68,7 +68,7 @@ def test_completion_foretells_a_product_better_than_the_basis_alone():
         problem, _, recycled, gradients = learned(8, seed, n=30)
         w, times = np.tile(TARGET, (4, 1)), np.full(4, 1.0)
         exact = receding_plan.loss_change(
-            receding_plan.Quadratic(problem.A, np.array(gradients), TARGET), w, times
+            receding_plan.Quadratic(H=problem.A, g=np.array(gradients), target=TARGET), w, times
         )
         found = recycled.model(gradients, TARGET, [0.0, 4.0]).full
         recycled.completed = 0
@@ -150,7 +150,7 @@ def test_a_plan_gains_what_it_expects_when_the_model_is_the_problem():
     problem, theta, recycled, gradients = learned(40)
     found = even(recycled.model(gradients, TARGET, [0.0, 4.0]))
     assert found.active and found.expected < 0 and found.error < 0.01 * -found.expected
-    exact = receding_plan.Quadratic(problem.A, problem.gradients(theta), TARGET)
+    exact = receding_plan.Quadratic(H=problem.A, g=problem.gradients(theta), target=TARGET)
     times, constant = np.full(8, 0.5), np.tile([0.25, 0.375, 0.375], (8, 1))
     gain = receding_plan.loss_change(exact, found.plan, times) - receding_plan.loss_change(
         exact, constant, times
@@ -187,7 +187,7 @@ def test_with_little_noise_plans_are_chosen_freely_and_gain_in_truth():
         rest = np.full(3, 8 / 3)
         found = even(recycled.model(gradients, TARGET, [0.0, 4.0], size), rest=rest)
         if found.active:
-            exact = receding_plan.Quadratic(problem.A, problem.gradients(theta), TARGET)
+            exact = receding_plan.Quadratic(H=problem.A, g=problem.gradients(theta), target=TARGET)
             base, times = np.tile(TARGET, (8, 1)), np.full(8, 0.5)
             tried = receding_plan.spread(np.vstack([found.wish, found.plan[1:]]) + 1e-9, np.ones(8), rest)
             ends = [float(receding_plan.loss_change(exact, w, times)) for w in (base, tried)]

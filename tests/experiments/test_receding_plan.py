@@ -10,7 +10,7 @@ from megatron_commute.experiments import quadratic_domains, quadratic_search, re
 def small(seed=0, n=6, domains=3):
     problem, theta = quadratic_domains.sample(seed, n=n, domains=domains, base=0.8)
     target = np.random.default_rng(seed).dirichlet(np.ones(domains))
-    return problem, theta, receding_plan.Quadratic(problem.A, problem.gradients(theta), target)
+    return problem, theta, receding_plan.Quadratic(H=problem.A, g=problem.gradients(theta), target=target)
 
 
 @pytest.mark.parametrize("time", [0.05, 1.0, 40.0, 900.0])
@@ -32,7 +32,7 @@ def test_the_change_of_the_loss_is_that_of_matrix_exponentials(time):
 def test_the_gradient_is_that_of_differences_also_in_a_batch():
     models = [small(seed)[2] for seed in range(2)]
     batch = receding_plan.Quadratic(
-        *(np.stack([getattr(m, name) for m in models]) for name in ("H", "g", "target"))
+        **{name: np.stack([getattr(m, name) for m in models]) for name in ("H", "g", "target")}
     )
     w = np.random.default_rng(2).dirichlet(np.ones(3), (2, 4))
     times = np.array([[0.3, 2.0, 1.0, 0.1], [1.0, 1.0, 5.0, 0.5]])
@@ -89,9 +89,9 @@ def test_what_is_measured_with_noise_is_nearer_the_truth_after_shrinking():
         g = H @ rng.standard_normal(n)
         noise = np.tril(rng.standard_normal((n, n)))
         seen = receding_plan.Quadratic(
-            (H + s * (noise + np.tril(noise, -1).T))[None],
-            (g + 10 * s * rng.standard_normal(n))[None],
-            np.ones(1),
+            H=(H + s * (noise + np.tril(noise, -1).T))[None],
+            g=(g + 10 * s * rng.standard_normal(n))[None],
+            target=np.ones(1),
         )
         found = receding_plan.shrunk(seen, H_se, g_se)
         errors.append(
@@ -101,10 +101,10 @@ def test_what_is_measured_with_noise_is_nearer_the_truth_after_shrinking():
     raw_H, shrunk_H, raw_g, shrunk_g = np.mean(errors, 0)
     assert raw_H == pytest.approx(n**2 * s**2, rel=0.1)
     assert shrunk_H < 0.5 * raw_H and shrunk_g < 0.5 * raw_g
-    empty = receding_plan.Quadratic(seen.H - H, seen.g - g, np.ones(1))
+    empty = receding_plan.Quadratic(H=seen.H - H, g=seen.g - g, target=np.ones(1))
     rest = receding_plan.shrunk(empty, H_se, g_se)
     assert (rest.H**2).sum() < 0.05 * (empty.H**2).sum() and (rest.g**2).sum() < 0.5 * (empty.g**2).sum()
-    exact = receding_plan.Quadratic(H[None], g[None], np.ones(1))
+    exact = receding_plan.Quadratic(H=H[None], g=g[None], target=np.ones(1))
     same = receding_plan.shrunk(exact, 0 * H_se, 0 * g_se)
     np.testing.assert_allclose(same.H, exact.H, atol=1e-12)
     np.testing.assert_allclose(same.g, exact.g, atol=1e-12)

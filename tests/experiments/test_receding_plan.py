@@ -10,7 +10,7 @@ from megatron_commute.experiments import quadratic_domains, quadratic_search, re
 def small(seed=0, n=6, domains=3):
     problem, theta = quadratic_domains.sample(seed, n=n, domains=domains, base=0.8)
     target = np.random.default_rng(seed).dirichlet(np.ones(domains))
-    return problem, theta, receding_plan.Quadratic(problem.A, problem.gradients(theta), target)
+    return problem, theta, receding_plan.Quadratic(H=problem.A, g=problem.gradients(theta), target=target)
 
 
 @pytest.mark.parametrize("time", [0.05, 1.0, 40.0, 900.0])
@@ -32,7 +32,7 @@ def test_the_change_of_the_loss_is_that_of_matrix_exponentials(time):
 def test_the_gradient_is_that_of_differences_also_in_a_batch():
     models = [small(seed)[2] for seed in range(2)]
     batch = receding_plan.Quadratic(
-        *(np.stack([getattr(m, name) for m in models]) for name in ("H", "g", "target"))
+        **{name: np.stack([getattr(m, name) for m in models]) for name in ("H", "g", "target")}
     )
     w = np.random.default_rng(2).dirichlet(np.ones(3), (2, 4))
     times = np.array([[0.3, 2.0, 1.0, 0.1], [1.0, 1.0, 5.0, 0.5]])

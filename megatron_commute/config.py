@@ -1,12 +1,20 @@
 """From a mixture file, a run and the data to the `Plan` that sampler, probe and controller follow."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
 from megatron_commute.settings.mixture_file import Budget, Config, Controller, Domain, Probe, load
+from megatron_commute.settings.probe_cost import (
+    HoldoutParts,
+    ProbeCost,
+    direction_samples,
+    holdout_parts,
+    probe_cost,
+    probe_steps,
+    sequences_drawn,
+)
 from megatron_commute.settings.schedule import planned_counts
 from megatron_commute.settings.shares import (
     Run,
@@ -30,6 +38,7 @@ __all__ = [
     "Probe",
     "ProbeCost",
     "Run",
+    "direction_samples",
     "holdout_parts",
     "load",
     "probe_cost",
@@ -37,9 +46,6 @@ __all__ = [
     "resolve",
 ]
 
-# Gradients that one sequence costs in a probe: counted for `difference`, the most in tests/bench/hvp.csv for `exact`.
-GRADIENTS_PER_SAMPLE = {"difference": 2.0, "exact": 3.1, "fused": 3.0}
-CHECK_GRADIENTS = 4  # of one sequence a domain and target: the estimate of what a difference errs by
 LARGEST_HOLDOUT = 0.2
 
 
@@ -67,58 +73,6 @@ class Plan:
     warnings: tuple[str, ...]
     shares: np.ndarray
     schedule: tuple[tuple[int, np.ndarray], ...] = ()
-
-
-class HoldoutParts(NamedTuple):
-    """Disjoint positions in a holdout: gradients get half, direction and the targets of a design a quarter each."""
-
-    gradients: range
-    direction: range
-    targets: range
-
-
-def holdout_parts(n: int) -> HoldoutParts:
-    """Splits the positions 0..n-1 of a holdout; what does not divide goes to the last part."""
-    half, quarter = n // 2, n // 4
-    return HoldoutParts(range(half), range(half, half + quarter), range(half + quarter, n))
-
-
-def probe_steps(every: int, train_iters: int) -> range:
-    """Numbers of finished steps after which a probe runs: none before the first step or after the last."""
-    return range(every, train_iters, every)
-
-
-class ProbeCost(NamedTuple):
-    """`probes` in the run; `gradients` of sequences in one probe; `share` of what training takes."""
-
-    probes: int
-    gradients: float
-    share: float
-
-
-def probe_cost(config: Config, run: Run) -> ProbeCost:
-    """Counted, not timed: training costs one gradient per sequence, a probe those of method and direction.
-
-    probe.memory auto counts as full or sharded: only the running job knows whether it must fall back to scores.
-    """
-    domains = len(config.domains)
-    targets = domains if config.target == "each" else 1
-    in_target = (
-        sum(1 for share in config.target.values() if share) if isinstance(config.target, Mapping) else domains
-    )
-    products = GRADIENTS_PER_SAMPLE[config.probe.method] * config.probe.samples * domains * targets
-    products *= 2 if config.probe.memory == "scores" else 1  # it takes every product twice
-    if config.probe.method == "difference":
-        products += CHECK_GRADIENTS * domains * targets
-    direction = config.probe.splits * direction_samples(config.probe.samples, config.probe.splits)
-    gradients = products + direction * in_target
-    probes = len(probe_steps(config.every, run.train_iters))
-    return ProbeCost(probes, gradients, probes * gradients / run.samples)
-
-
-def direction_samples(samples: int, splits: int) -> int:
-    """Sequences per domain for the direction of one split: half of what its gradients take, at least one."""
-    return max(1, samples // splits // 2)
 
 
 def resolve(
@@ -204,10 +158,9 @@ def _holdouts(config: Config, sequences: Sequence[int], apart: Sequence[int | No
                     key, problem, f"write {largest} or less, name a separate prefix, or add text"
                 )
         parts = holdout_parts(count)
-        samples, splits = config.probe.samples, config.probe.splits
-        need = {"gradients": samples, "direction": splits * direction_samples(samples, splits)}
-        if len(parts.gradients) < need["gradients"] or len(parts.direction) < need["direction"]:
-            enough = max(2 * need["gradients"], 4 * need["direction"])
+        need = sequences_drawn(config.probe)
+        if len(parts.gradients) < need["gradient"] or len(parts.direction) < need["direction"]:
+            enough = max(2 * need["gradient"], 4 * need["direction"])
             problem = f"{count} sequences are too few for one probe of {config.probe.samples} samples"
             raise config.error(key, problem, f"hold out {enough} or more, or lower probe.samples")
         held.append(count)

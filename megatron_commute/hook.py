@@ -12,13 +12,14 @@ import time
 import numpy as np
 
 from megatron_commute import reduce
-from megatron_commute.config import direction_samples
 from megatron_commute.decide import control_file, flow_run
 from megatron_commute.decide.laws import LAWS
 from megatron_commute.decide.steering import Steering
 from megatron_commute.measure import probe
 from megatron_commute.record import lines, log
 from megatron_commute.record.tally import Tally
+from megatron_commute.settings.probe_cost import sequences_drawn
+from megatron_commute.settings.rates import flow_times
 
 STATE_VERSION = 3
 WRITTEN_BY = {2: "0.1.0"}  # versions of megatron_commute whose state this one cannot go on from
@@ -211,7 +212,7 @@ class Hook:
 
     def _probe(self, step):
         begun = time.monotonic()
-        flow = (self.decay, self._windows(step))
+        times = flow_times(self.learning_rate, step, self.config.every, self.run.train_iters)
         weights = self.stream.weights
         first = self.probes
         self.probes += 1
@@ -227,7 +228,7 @@ class Hook:
                 self.settings,
                 self.plan.targets,
                 weights,
-                flow,
+                (self.decay, times),
                 self.config.probe.time_limit,
             )
         except probe.ProbeFailed as fault:
@@ -240,23 +241,15 @@ class Hook:
                 f"skips this probe"
             ) from fault
         self.failures = 0
-        self._measured(step, begun, measured, weights, self.steering.decide(measured))
+        self._measured(step, begun, measured, times, weights, self.steering.decide(measured))
 
     def _drawn(self, number):
         """draw for probe `number`: each probe goes on in the held-out sequences where the last one stopped."""
-        samples, splits = self.config.probe.samples, self.config.probe.splits
-        used = {"gradient": samples, "direction": splits * direction_samples(samples, splits)}
+        used = sequences_drawn(self.config.probe)
         return lambda part, domain, numbers: self.draw(part, domain, number * used[part] + numbers)
 
-    def _windows(self, step):
-        """Flow times (learning rate x steps) of the two windows that a decision weighs against each other."""
-        length = max(1, min(self.config.every, (self.run.train_iters - step) // 2))
-        rates = [self.learning_rate(step + i) for i in range(2 * length)]
-        first, second = sum(rates[:length]), sum(rates[length:])
-        return max(first, 1e-30), max(second, 1e-30)
-
-    def _measured(self, step, begun, measured, weights, outcome):
-        rates = {"lr": self.learning_rate(step), "decay": self.decay, "windows": self._windows(step)}
+    def _measured(self, step, begun, measured, times, weights, outcome):
+        rates = {"lr": self.learning_rate(step), "decay": self.decay, "windows": times}
         decided = outcome.decision, outcome.effective
         fields = lines.probe(self.config, self.plan, measured, weights, *decided) | outcome.fields
         self._write(

@@ -18,7 +18,7 @@ import torch.distributed as dist
 WAIT = datetime.timedelta(minutes=30)  # the most that one rank may keep the others waiting in `joined`
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Traffic:
     """What this process has sent through collectives since the last `reset`."""
 
@@ -38,12 +38,14 @@ traffic = Traffic()
 
 @dataclass(frozen=True)
 class Groups:
-    """The process groups of one model: `data` (replicas that see other samples), `model` (ranks that hold other
-    parameters of the same replica), `world` (all of them). None stands for a single rank."""
+    """The process groups of one model; None stands for a single rank."""
 
     data: object = None
+    # replicas, which see other samples
     model: object = None
+    # ranks that hold other parameters of the same replica
     world: object = None
+    # all of them
 
     @property
     def data_rank(self):
@@ -263,16 +265,20 @@ def gather_text(text, groups, size_limit=480):
     return [bytes(b.tolist()).rstrip(b"\0").decode(errors="replace") for b in boxes]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Team:
-    """The data-parallel ranks that share one replicate of a probe. splits: those this rank works on, one a round;
-    rounds: the same on every rank; group: None for a team of one."""
+    """The data-parallel ranks that share one replicate of a probe."""
 
     splits: tuple
+    # those that this rank works on, one a round
     rounds: int
-    group: object
-    rank: int
-    size: int
+    # the same on every rank
+    group: object = None
+    # None for a team of one
+    rank: int = 0
+    # of this process in its team
+    size: int = 1
+    # ranks of the team
 
 
 def team(groups, splits, together=False):
@@ -281,9 +287,9 @@ def team(groups, splits, together=False):
     work on every replicate in turn. Collective: every rank calls it once."""
     ranks, own = size(groups.data), groups.data_rank
     if together:
-        return Team(tuple(range(splits)), splits, groups.data, own, ranks)
+        return Team(splits=tuple(range(splits)), rounds=splits, group=groups.data, rank=own, size=ranks)
     if ranks <= splits:
-        return Team(tuple(range(own, splits, ranks)), -(-splits // ranks), None, 0, 1)
+        return Team(splits=tuple(range(own, splits, ranks)), rounds=-(-splits // ranks))
     cuts = [ranks * i // splits for i in range(splits + 1)]
     mine = next(i for i in range(splits) if cuts[i] <= own < cuts[i + 1])
     lines = [None] * dist.get_world_size()
@@ -294,7 +300,8 @@ def team(groups, splits, together=False):
             members = list(line[start:stop])
             made = dist.new_group(members) if len(members) > 1 else None
             group = made if dist.get_rank() in members else group
-    return Team((mine,), 1, group, own - cuts[mine], cuts[mine + 1] - cuts[mine])
+    members = cuts[mine + 1] - cuts[mine]
+    return Team(splits=(mine,), rounds=1, group=group, rank=own - cuts[mine], size=members)
 
 
 def _device():

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import indexed_files
 import numpy as np
 import pytest
 import records
@@ -32,19 +33,10 @@ def invoke(*arguments):
 def mixture(tmp_path):
     """A mixture file beside its data: en 2000, ru 80 and held 64 sequences of 8 tokens."""
     for name, sequences in (("en", 2000), ("ru", 80), ("held", 64)):
-        write_indexed(tmp_path / name, np.arange(8 * sequences + 1))
+        indexed_files.write(tmp_path / name, np.arange(8 * sequences + 1))
     path = tmp_path / "mixture.yaml"
     path.write_text(MIXTURE)
     return path
-
-
-def write_indexed(prefix, tokens):
-    """One document as Megatron's .bin/.idx, written by hand from the format's description."""
-    prefix.with_suffix(".bin").write_bytes(tokens.astype("<u2").tobytes())
-    head = b"MMIDIDX\0\0" + (1).to_bytes(8, "little") + bytes([8])
-    counts = (1).to_bytes(8, "little") + (2).to_bytes(8, "little")
-    arrays = np.array([len(tokens)], "<i4").tobytes() + np.array([0], "<i8").tobytes()
-    prefix.with_suffix(".idx").write_bytes(head + counts + arrays + np.array([0, 1], "<i8").tobytes())
 
 
 def test_plan_in_json(mixture):

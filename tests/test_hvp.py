@@ -83,9 +83,10 @@ def test_exact_equals_curvlinops(kind, trained):
             flat, nn.CrossEntropyLoss(), weights, [batch], check_deterministic=False
         )
         independent = operator @ v
-    exact = hvp.hessian_vector_product(loss, params, v, "exact")
-    assert gap(exact, independent) < 1e-6
-    assert gap(exact, oracles.product(loss, params, v)) < 1e-6
+    exact, truth = hvp.hessian_vector_product(loss, params, v, "exact"), oracles.product(loss, params, v)
+    assert gap(exact, truth) < 4 * gap(independent, truth) < 1e-4  # both in float32
+    double = hvp.hessian_vector_product(loss, [p.double() for p in params], v, "exact")
+    assert gap(double, truth) < 1e-12
 
 
 @every_model
@@ -95,7 +96,7 @@ def test_difference_with_its_own_step(kind, trained):
     truth = oracles.product(loss, params, v)
     assert gap(hvp.hessian_vector_product(loss, params, v), truth) < 1e-3
     found = hvp.gradient_and_product(loss, params, v, check=True)
-    assert gap(found.product, truth) < 1e-4
+    assert gap(found.product, truth) < 3e-4
     assert gap(found.gradient, hvp.gradient(loss, params)) < 1e-4
     double = hvp.hessian_vector_product(loss, [p.double() for p in params], v)
     assert gap(double, truth) < 1e-8
@@ -124,7 +125,7 @@ def test_the_estimate_at_a_given_step_holds_whether_rounding_or_truncation_rules
     found = hvp.gradient_and_product(loss, params, v, step=step, check=True)
     error = gap(found.product, oracles.product(loss, params, v)) * length(oracles.product(loss, params, v))
     assert found.step == step
-    assert error / 3 < found.error < 3 * error
+    assert error / 5 < found.error < 5 * error
 
 
 @every_model
@@ -136,8 +137,8 @@ def test_tuning_finds_the_step_from_a_bad_start(kind, factor):
     step, error = hvp.tuned_step(loss, params, v, start=factor * best)
     found = hvp.hessian_vector_product(loss, params, v, step=step)
     true_error = gap(found, truth)
-    assert true_error < 1e-4
-    assert true_error / 3 < error / length(truth) < 3 * true_error
+    assert true_error < 3e-4
+    assert true_error / 5 < error / length(truth) < 5 * true_error
 
 
 @pytest.mark.parametrize("method", hvp.METHODS)
@@ -156,6 +157,7 @@ def test_closed_form_of_a_quadratic(method):
 @pytest.mark.parametrize("method", hvp.METHODS)
 def test_micro_batches_add_up(method):
     _, params, v = case("gpt")
+    params = [p.double() for p in params]
     built, (tokens, labels) = model("gpt"), oracles.batch(VOCABULARY, seed=2)
     step = hvp.difference_step(params, v)
     parts = [
@@ -167,9 +169,8 @@ def test_micro_batches_add_up(method):
     whole = hvp.gradient_and_product(oracles.language_loss(built, tokens, labels), params, v, method, step)
     for field in ("gradient", "product"):
         total = [(x + y) / 2 for x, y in zip(*(getattr(p, field) for p in parts), strict=True)]
-        assert gap(total, getattr(whole, field)) < (
-            1e-6 if method == "exact" or field == "gradient" else 3e-4
-        )
+        exact = method == "exact" or field == "gradient"
+        assert gap(total, getattr(whole, field)) < (1e-12 if exact else 1e-7)
 
 
 def test_the_number_of_gradients_is_what_is_promised():
@@ -218,8 +219,8 @@ class Opaque(torch.autograd.Function):
 
 def test_symmetry_holds_for_a_hessian_and_fails_for_what_is_none():
     loss, params, a = case("llama")
-    b = case("llama", seed=5)[2]
-    for method, bound in (("exact", 1e-6), ("difference", 1e-4)):
+    params, b = [p.double() for p in params], case("llama", seed=5)[2]
+    for method, bound in (("exact", 1e-12), ("difference", 1e-7)):
         products = [hvp.hessian_vector_product(loss, params, v, method) for v in (a, b)]
         assert oracles.asymmetry(a, b, *products) < bound
 

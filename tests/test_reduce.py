@@ -145,9 +145,8 @@ def test_one_process_without_a_group_is_the_identity():
         and reduce.any_rank(1, None)
         and not reduce.any_rank("", None)
     )
-    assert reduce.gather_text("x", alone) == ["x"] and reduce.team(alone, 3) == reduce.Team(
-        (0, 1, 2), 3, None, 0, 1
-    )
+    assert reduce.gather_text("x", alone) == ["x"]
+    assert reduce.team(alone, 3) == reduce.Team(splits=(0, 1, 2), rounds=3, group=None, rank=0, size=1)
     assert reduce.scattered_sum(vector[0], None) is vector[0]
     with pytest.raises(KeyError), reduce.agreed(None):
         raise KeyError

@@ -128,12 +128,11 @@ def stack(module):
 
     def norm(part):
         bias = getattr(part, "bias", None)
-        return Norm(
-            number(part.weight), number(bias), part.eps, "rms" if "RMS" in type(part).__name__ else "layer"
-        )
+        form = "rms" if "RMS" in type(part).__name__ else "layer"
+        return Norm(weight=number(part.weight), bias=number(bias), eps=part.eps, kind=form)
 
     def linear(part):
-        return Linear(number(part.weight), number(part.bias))
+        return Linear(weight=number(part.weight), bias=number(part.bias))
 
     read = _core if kind(module) == "megatron-core" else _deepspeed
     embedding, layers, last, output, rotary = read(module, params[0].device)
@@ -141,13 +140,13 @@ def stack(module):
     words = number(embedding.word_embeddings.weight)
     positions = getattr(embedding, "position_embeddings", None)
     return Stack(
-        words,
-        None if positions is None else number(positions.weight),
-        blocks,
-        norm(last),
-        words if output is None else number(output),
-        rotary,
-        names,
+        words=words,
+        positions=None if positions is None else number(positions.weight),
+        blocks=blocks,
+        norm=norm(last),
+        output=words if output is None else number(output),
+        rotary=rotary,
+        names=names,
     )
 
 
@@ -159,7 +158,8 @@ def _core(module, device):
     rotary = None
     if position == "rope":
         angles = module.rotary_pos_emb.get_freqs_non_repeated(module.max_sequence_length).to(device)
-        rotary = Rotary(angles.cos(), angles.sin(), bool(module.rotary_pos_emb.rotary_interleaved))
+        interleaved = bool(module.rotary_pos_emb.rotary_interleaved)
+        rotary = Rotary(cos=angles.cos(), sin=angles.sin(), interleaved=interleaved)
     output = None if module.share_embeddings_and_output_weights else module.output_layer.weight
     return module.embedding, module.decoder.layers, module.decoder.final_layernorm, output, rotary
 
@@ -189,7 +189,7 @@ def _rotation(model, device):
         turned = module.apply_rotary_pos_emb(unit, table)[:, 0, 0]
     finally:
         module.cos_cached, module.sin_cached = kept
-    return Rotary(turned[:, :half].contiguous(), turned[:, half:].contiguous())
+    return Rotary(cos=turned[:, :half].contiguous(), sin=turned[:, half:].contiguous())
 
 
 def _block(layer, norm, linear, rotary):
@@ -219,9 +219,19 @@ def _block(layer, norm, linear, rotary):
     # query-key layer scaling divides the scores by the layer's number and multiplies them again in the softmax
     scale *= core.scale_mask_softmax.scale or 1.0
     qkv, out, up, down = (linear(part) for part in parts)
-    activation = _activation(mlp, layer.layer_number)
     return Block(
-        norm(norms[0]), qkv, out, norm(norms[1]), up, down, *heads, layout, scale, rotary, activation
+        norm1=norm(norms[0]),
+        qkv=qkv,
+        out=out,
+        norm2=norm(norms[1]),
+        up=up,
+        down=down,
+        heads=heads[0],
+        groups=heads[1],
+        layout=layout,
+        scale=scale,
+        rotary=rotary,
+        activation=_activation(mlp, layer.layer_number),
     )
 
 

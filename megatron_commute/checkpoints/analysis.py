@@ -15,18 +15,21 @@ import torch
 
 from megatron_commute import reduce
 from megatron_commute.adapters import torch_loop
-from megatron_commute.checkpoints import model as checkpoint_model
-from megatron_commute.checkpoints import results as results
+from megatron_commute.adapters.one_process import one_process
+from megatron_commute.checkpoints import results
+from megatron_commute.checkpoints.checkpoint import architecture, learning_rate
 from megatron_commute.checkpoints.files import CheckpointError, content, series
+from megatron_commute.checkpoints.model import LoadedModel
+from megatron_commute.checkpoints.readers import read
 from megatron_commute.checkpoints.setting import Asked, asked, extra_flags, setting
-from megatron_commute.config import direction_samples
 from megatron_commute.decide import controller
 from megatron_commute.measure import probe
 from megatron_commute.mixture import Mixture
 from megatron_commute.record import lines as events
 from megatron_commute.record import log as record
 from megatron_commute.report import plots
-from megatron_commute.settings import memory
+from megatron_commute.settings import memory, rates
+from megatron_commute.settings.probe_cost import sequences_drawn
 
 __all__ = ["Asked", "CheckpointError", "analyze", "asked"]
 NOTHING = controller.Decision(None, "analysed from a checkpoint: nothing was decided")
@@ -62,9 +65,9 @@ def analyze(paths, data, out, wanted=None, say=print, bar=None):
     log = record.Record(out / record.NAME)
     lines = _reopen(log)
     left_out = []
-    with checkpoint_model.one_process():
+    with one_process():
         first, asked_for = _first(todo, data, wanted, extra, left_out, say)
-        work = _Work(first, asked_for, log, say)
+        work = _Work(checkpoint=first, setting=asked_for, log=log, say=say)
         lines = work.begin(lines)
         done = {line["step"]: line for line in lines if line["event"] == "probe"}
         for step, folder in todo:
@@ -103,7 +106,7 @@ def _first(todo, data, wanted, extra, left_out, say):
     """(the first checkpoint that can be read, its Setting); those before it go to left_out."""
     for step, folder in todo:
         try:
-            found = checkpoint_model.read(folder, extra)
+            found = read(folder, extra)
         except CheckpointError as fault:
             if len(todo) == 1:
                 raise
@@ -121,18 +124,18 @@ def _leave(left_out, step, folder, fault, say):
 class _Work:
     """The model that stands, and the record it is told to."""
 
-    def __init__(self, checkpoint, setting, log, say):
+    def __init__(self, *, checkpoint, setting, log, say):
         self.setting, self.log, self.say = setting, log, say
         config, plan, run = setting.config, setting.plan, setting.run
-        self.architecture = checkpoint_model.architecture(checkpoint)
+        self.architecture = architecture(checkpoint)
         size = checkpoint.bytes
-        self.standing = checkpoint_model.Standing(checkpoint)
+        self.loaded = LoadedModel(checkpoint)
         self.groups = reduce.Groups()
-        self.model = self.standing.probe_model(run.micro_batch, config.probe.method)
+        self.model = self.loaded.probe_model(run.micro_batch, config.probe.method)
         chosen = probe.choose_memory(self.model, self.groups, config.probe, len(plan.names))
         self.settings = dataclasses.replace(config.probe, memory=chosen.mode)
         self.team = reduce.team(self.groups, config.probe.splits)
-        self.parameters = sum(p.numel() for p in self.standing.module.parameters())
+        self.parameters = sum(p.numel() for p in self.loaded.module.parameters())
         self.draw = torch_loop.drawer(config, plan, run.seq_length, setting.vocabulary)
         self.memory, self.waiting = chosen, checkpoint
         say(memory_words(chosen, size, self.parameters))
@@ -184,27 +187,27 @@ class _Work:
     def _take(self, folder, extra):
         found, self.waiting = self.waiting, None
         if found is None or found.folder != str(folder):
-            found = checkpoint_model.read(folder, extra)
-        mine = checkpoint_model.architecture(found)
+            found = read(folder, extra)
+        mine = architecture(found)
         for name, value in self.architecture.items():
             if mine[name] != value:
                 raise CheckpointError(
                     f"{folder}: {name} is {mine[name]}, it was {value} in the series so far; analyse one model"
                 )
-        self.standing.take(found)
-        if self.settings.metric == "adam" and self.standing.moments is None:
+        self.loaded.load(found)
+        if self.settings.metric == "adam" and self.loaded.moments is None:
             raise CheckpointError(
                 f"{folder}: holds no second moments of Adam, or in an unknown order; write --metric identity, or copy the "
                 "optimiser states too"
             )
-        return self.standing.checkpoint
+        return self.loaded.checkpoint
 
     def _sequences(self):
         """Sequences that one checkpoint's probe draws, for the progress bar."""
         settings, targets = self.settings, self.setting.plan.targets
         twice = {"difference": 2}.get(settings.method, 1) * (2 if settings.memory == "scores" else 1)
         one = twice * settings.samples * targets.shape[1] * len(targets)
-        direction = settings.splits * direction_samples(settings.samples, settings.splits)
+        direction = sequences_drawn(settings)["direction"]
         once = 1 + (
             4 * targets.size if settings.method == "difference" else 0
         )  # a look, and the check of eps
@@ -215,21 +218,26 @@ class _Work:
         sample = step * setting.run.global_batch
         weights = self._weights(found, sample, folder)
         number = first_number(found.commute, step, setting.config.every)
-        used = {"gradient": self.settings.samples}
-        used["direction"] = self.settings.splits * direction_samples(
-            self.settings.samples, self.settings.splits
-        )
+        used = sequences_drawn(self.settings)
 
         def draw(part, domain, numbers):
             if shown is not None:
                 shown.update(len(numbers))
             return self.draw(part, domain, number * used[part] + numbers)
 
-        steps, times = windows(found.arguments, step, setting.config.every, setting.run.train_iters)
+        rate = learning_rate(found.arguments)
+        steps, times = windows(rate, step, setting.config.every, setting.run.train_iters)
         decay = float(getattr(found.arguments, "weight_decay", 0.0) or 0.0)
         losses = self._losses(draw, used["direction"])
         measured = probe.measure(
-            *(self.model, self.groups, self.team, draw, self.settings, plan.targets, weights, (decay, times))
+            self.model,
+            self.groups,
+            self.team,
+            draw,
+            self.settings,
+            targets=plan.targets,
+            weights=weights,
+            flow=(decay, times),
         )
         self.log.append("valid", step=step, sample=sample, valid=dict(zip(plan.names, losses, strict=True)))
         config = dataclasses.replace(setting.config, probe=self.settings)
@@ -237,7 +245,7 @@ class _Work:
         fields = record._plain(fields) | {
             "windows": list(times),
             "window_steps": steps,
-            "lr": checkpoint_model.learning_rate(found.arguments, step),
+            "lr": None if rate is None else rate(step),
             "decay": decay,
             "first_number": number,
         }
@@ -289,14 +297,12 @@ def first_number(state, step, every):
     return state["probes"] if state is not None else max(0, -(-step // every) - 1)
 
 
-def windows(arguments, step, every, train_iters):
-    """(steps, flow times) of the two windows that a decision at `step` weighs against each other; (1, 1) where the flags
-    say no rate."""
-    length = max(1, min(every, (train_iters - step) // 2))
-    rates = [checkpoint_model.learning_rate(arguments, step + i) for i in range(2 * length)]
-    if rates[0] is None:
+def windows(rate, step, every, train_iters):
+    """(steps, flow times) of the two windows that a decision at `step` weighs against each other; one step of flow time 1
+    each where nothing says the rate."""
+    if rate is None:
         return 1, (1.0, 1.0)
-    return length, (max(sum(rates[:length]), 1e-30), max(sum(rates[length:]), 1e-30))
+    return rates.window_steps(step, every, train_iters), rates.flow_times(rate, step, every, train_iters)
 
 
 def memory_words(held, checkpoint, parameters):

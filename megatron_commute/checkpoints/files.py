@@ -27,15 +27,16 @@ class CheckpointError(ValueError):
 
 
 class Files(NamedTuple):
-    """Files of one checkpoint. model: {model-parallel rank: path}; shards: {(data-parallel rank, model-parallel rank):
-    path} of ZeRO-3's model states; optimizer: likewise, of sharded optimisers; layers: {(layer, tensor-parallel rank):
-    path} of pipelines.
-    """
+    """Files of one checkpoint."""
 
     model: dict
+    # {model-parallel rank: path}
     shards: dict
+    # {(data-parallel rank, model-parallel rank): path} of ZeRO-3's model states
     optimizer: dict
+    # likewise, of sharded optimisers
     layers: dict
+    # {(layer, tensor-parallel rank): path} of pipelines
 
 
 class _Plain:
@@ -148,7 +149,7 @@ def files(folder):
         raise CheckpointError(
             f"{folder}: model states of ranks {sorted(model)} only; the checkpoint is incomplete, copy the whole folder"
         )
-    return Files(model, shards, optimizer, layers)
+    return Files(model=model, shards=shards, optimizer=optimizer, layers=layers)
 
 
 def _holes(found):

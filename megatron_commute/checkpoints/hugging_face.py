@@ -1,8 +1,8 @@
 """Model folders and Trainer's checkpoints of Hugging Face: GPT-2 and Llama told in megatron-core's names and layouts.
 
-Weights come from safetensors or from torch files that checkpoint_files.load reads; transformers is not needed, and what only
-unpickling could read (training_args.bin) is left alone. Source of names, orders and formulas: modeling_gpt2, modeling_llama
-and trainer of transformers 5.23.
+Weights come from safetensors or from torch files that checkpoints.files.load reads; transformers is
+not needed, and what only unpickling could read (training_args.bin) is left alone. Source of names,
+orders and formulas: modeling_gpt2, modeling_llama and trainer of transformers 5.23.
 """
 
 import types
@@ -11,42 +11,45 @@ from pathlib import Path
 import torch
 
 from megatron_commute.checkpoints import hugging_face_models as models
-from megatron_commute.checkpoints import zero as checkpoint_zero
+from megatron_commute.checkpoints.checkpoint import Checkpoint
 from megatron_commute.checkpoints.files import CheckpointError, files, iteration, load, read_json
-from megatron_commute.checkpoints.model import Checkpoint
+from megatron_commute.checkpoints.zero import corrected_moments, coupled_decay, rank_state
 
 # buffers of earlier releases, which hold nothing that was learnt
 _BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 
 
-def read(folder, extra=None):
-    """The checkpoint_model.Checkpoint in a folder of Hugging Face. extra: {flag: value} for what the folder does not say:
+def read(folder, extra):
+    """The Checkpoint in a folder of Hugging Face. extra: {flag: value} for what the folder does not say:
     seq_length and global_batch_size always; vocab_size, the tokenizer's, goes before config.json, which has the rows.
 
     Raises CheckpointError, naming the cure, for what is damaged or partial and for models that megatron_core.gpt_model does
     not build.
     """
-    folder, extra = Path(folder), extra or {}
+    folder = Path(folder)
     config = models.configuration(folder)
     family, step = models.FAMILIES[config["model_type"]], iteration(folder, extra.get("iteration", 0))
     flags = _arguments(folder, config, step, extra)
     parts = dict(models.parts(family, flags))
     zero = _under_deepspeed(folder, step)
-    weights = _weights(folder, {} if zero is None else zero.parameters)
-    held = _fitting(folder, _bare(weights, family), parts, config)
+    stored = _weights(folder, {} if zero is None else zero.parameters)
+    weights = _fitting(folder, _bare(stored, family), parts, config)
     if zero is not None:
         decays = _bare(zero.decays, family)
         moments = None if zero.moments is None else _bare(zero.moments, family)
         flags.weight_decay = 0.0 if zero.coupled else getattr(flags, "weight_decay", 0.0)
     else:
-        moments, decays = _of_optimizer(folder / "optimizer.pt", held, flags)
+        moments, decays = _of_optimizer(folder / "optimizer.pt", weights, flags)
     return Checkpoint(
-        *(str(folder), step, flags, _told(folder, held, parts, flags)),
-        None if moments is None else _told(folder, moments, parts, flags),
-        {ours: decays[theirs[0]] for ours, theirs in parts.items() if theirs[0] in decays},
-        None,
-        f"Hugging Face ({config['model_type']}{'' if zero is None else ', under DeepSpeed'})",
-        config.get("activation_function") in models.TANH,
+        folder=str(folder),
+        iteration=step,
+        arguments=flags,
+        parameters=_converted(folder, weights, parts, flags),
+        moments=None if moments is None else _converted(folder, moments, parts, flags),
+        decays={ours: decays[theirs[0]] for ours, theirs in parts.items() if theirs[0] in decays},
+        commute=None,
+        ranks=f"Hugging Face ({config['model_type']}{'' if zero is None else ', under DeepSpeed'})",
+        tanh=config.get("activation_function") in models.TANH,
     )
 
 
@@ -90,9 +93,9 @@ def _bare(by_name, family):
 
 
 def _under_deepspeed(folder, step):
-    """checkpoint_zero.Held of the shards that Trainer under DeepSpeed leaves in a folder of their own, or None."""
+    """RankState of the shards that Trainer under DeepSpeed leaves in a folder of their own, or None."""
     shards = folder / f"global_step{step}"
-    return checkpoint_zero.held(files(shards), 0) if shards.is_dir() else None
+    return rank_state(files(shards), 0) if shards.is_dir() else None
 
 
 def _weights(folder, otherwise):
@@ -166,8 +169,8 @@ def _fitting(folder, weights, parts, config):
     return {name: weights[name] for name in names}
 
 
-def _of_optimizer(path, held, flags):
-    """(second moments {name: tensor} or None, whether weight decay acts {name: bool}) of Trainer's AdamW over `held`, and
+def _of_optimizer(path, weights, flags):
+    """(second moments {name: tensor} or None, whether weight decay acts {name: bool}) of Trainer's AdamW over `weights`, and
     its decay into `flags`; (None, {}) without it and for states in an order that is not known.
 
     Trainer's two groups are what decays (matrices) and what does not (biases and norms), each in the model's own order.
@@ -177,34 +180,38 @@ def _of_optimizer(path, held, flags):
     stored = load(path)
     if not isinstance(stored, dict) or "param_groups" not in stored:
         return None, {}
-    groups, states, order = stored["param_groups"], stored["state"], list(held)
+    groups, states, order = stored["param_groups"], stored["state"], list(weights)
     if len(groups) == 2:
-        order = [name for matrices in (True, False) for name in order if (held[name].dim() > 1) == matrices]
+        order = [
+            name for matrices in (True, False) for name in order if (weights[name].dim() > 1) == matrices
+        ]
     numbered = [(number, group) for group in groups for number in group["params"]]
     if len(numbered) != len(order):
         return None, {}
     moments, decays = {}, {}
     for name, (number, group) in zip(order, numbered, strict=True):
-        found = checkpoint_zero._corrected(states.get(number, {}), group, path)
-        if found is None or found.shape != held[name].shape:
+        found = corrected_moments(states.get(number, {}), group, path)
+        if found is None or found.shape != weights[name].shape:
             return None, {}
         moments[name], decays[name] = found, bool(group.get("weight_decay"))
-    coupled = checkpoint_zero._coupled(stored)
+    coupled = coupled_decay(stored)
     flags.weight_decay = 0.0 if coupled else max(group.get("weight_decay", 0.0) for group in groups)
     return moments, decays
 
 
-def _told(folder, held, parts, flags):
+def _converted(folder, vectors, parts, flags):
     """Vectors {name: tensor} in our names and layouts, float32."""
     try:
-        return {ours: _laid(ours, [held[name] for name in theirs], flags) for ours, theirs in parts.items()}
+        return {
+            ours: _arranged(ours, [vectors[name] for name in theirs], flags) for ours, theirs in parts.items()
+        }
     except RuntimeError as fault:
         raise CheckpointError(
             f"{folder}: its weights do not fit config.json ({fault}); copy both again"
         ) from None
 
 
-def _laid(ours, tensors, flags):
+def _arranged(ours, tensors, flags):
     if not flags.swiglu and ".linear_" in ours:  # GPT-2 keeps [in, out]
         tensors = [tensor.t() if tensor.dim() == 2 else tensor for tensor in tensors]
     if "linear_qkv" in ours:  # by groups: the group's queries, its key, its value

@@ -4,32 +4,37 @@ Source of names, orders and formulas: modeling_gpt2 and modeling_llama of transf
 cannot build is refused by name.
 """
 
-from typing import NamedTuple
+import dataclasses
 
 from megatron_commute.checkpoints.files import CheckpointError, read_json
 
 TANH = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
 
 
-class Family(NamedTuple):
-    """A kind of model. prefix: of all names but the output layer's; first, layer, last: {module of ours: theirs, in the
-    order of their parameters}, layer within `layers`; known: {key of config.json: the values that are read}, the first of
-    which a missing key means."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+    """A kind of model: its modules by those of megatron-core, {module of ours: theirs in the order of their parameters}."""
 
     prefix: str
+    # of all names but the output layer's
     first: dict
+    # modules before the layers
     layers: str
+    # name of the list of layers
     layer: dict
+    # modules of each layer
     last: dict
+    # modules after them
     known: dict
+    # {key of config.json: the values that are read}, the first of which a missing key means
 
 
 FAMILIES = {
     "gpt2": Family(
-        "transformer.",
-        {"embedding.word_embeddings": ["wte"], "embedding.position_embeddings": ["wpe"]},
-        "h",
-        {
+        prefix="transformer.",
+        first={"embedding.word_embeddings": ["wte"], "embedding.position_embeddings": ["wpe"]},
+        layers="h",
+        layer={
             "input_layernorm": ["ln_1"],
             "self_attention.linear_qkv": ["attn.c_attn"],
             "self_attention.linear_proj": ["attn.c_proj"],
@@ -37,8 +42,8 @@ FAMILIES = {
             "mlp.linear_fc1": ["mlp.c_fc"],
             "mlp.linear_fc2": ["mlp.c_proj"],
         },
-        {"decoder.final_layernorm": ["ln_f"]},
-        {
+        last={"decoder.final_layernorm": ["ln_f"]},
+        known={
             "activation_function": (*TANH, "gelu"),
             "scale_attn_weights": (True,),
             "scale_attn_by_inverse_layer_idx": (False,),
@@ -47,10 +52,10 @@ FAMILIES = {
         },
     ),
     "llama": Family(
-        "model.",
-        {"embedding.word_embeddings": ["embed_tokens"]},
-        "layers",
-        {
+        prefix="model.",
+        first={"embedding.word_embeddings": ["embed_tokens"]},
+        layers="layers",
+        layer={
             "self_attention.linear_qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
             "self_attention.linear_proj": ["self_attn.o_proj"],
             "mlp.linear_fc1": ["mlp.gate_proj", "mlp.up_proj"],
@@ -58,8 +63,8 @@ FAMILIES = {
             "input_layernorm": ["input_layernorm"],
             "pre_mlp_layernorm": ["post_attention_layernorm"],
         },
-        {"decoder.final_layernorm": ["norm"]},
-        {"hidden_act": ("silu", "swish"), "quantization_config": (None,)},
+        last={"decoder.final_layernorm": ["norm"]},
+        known={"hidden_act": ("silu", "swish"), "quantization_config": (None,)},
     ),
 }
 

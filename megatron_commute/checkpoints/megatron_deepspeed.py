@@ -9,10 +9,10 @@ import json
 import re
 import types
 
-from megatron_commute.checkpoints import zero as checkpoint_zero
+from megatron_commute.checkpoints.checkpoint import Checkpoint
 from megatron_commute.checkpoints.files import CheckpointError, load
-from megatron_commute.checkpoints.model import Checkpoint, described
 from megatron_commute.checkpoints.parallel import merged
+from megatron_commute.checkpoints.zero import layout, rank_state
 
 _PARTS = {
     "embedding.word_embeddings": "embedding.word_embeddings",
@@ -37,7 +37,7 @@ _KNOWN = {
 
 
 def read(folder, files):
-    """The checkpoint_model.Checkpoint in a folder that Megatron-DeepSpeed wrote. Raises CheckpointError for what is damaged,
+    """The Checkpoint in a folder that Megatron-DeepSpeed wrote. Raises CheckpointError for what is damaged,
     partial, or of a model that megatron_core.gpt_model does not build."""
     ranks = sorted(files.model or {model for _, model in files.shards})
     state = load(next(iter((files.model or files.shards).values())))
@@ -58,7 +58,8 @@ def read(folder, files):
     shards, moments, decays = [{} for _ in range(size)], [{} for _ in range(size)], {}
     for rank in ranks:  # of a pipeline stage by stage, the tensor-parallel ranks of each in order
         own = layers[rank % size] if layers else None
-        held = checkpoint_zero.held(files, rank, _of_stage(own, load(files.model[rank])) if own else None)
+        own_files = _of_stage(own, load(files.model[rank])) if own else None
+        held = rank_state(files, rank, own_files)
         arguments.weight_decay = 0.0 if held.coupled else arguments.weight_decay
         names = {name: _name(name, files, size, folder) for name in {**held.parameters, **held.decays}}
         # the last stage's copy of the embeddings comes after the first's, which alone has seen positions
@@ -72,14 +73,18 @@ def read(folder, files):
             moments[rank % size] |= {names[n]: _by_head(names[n], held.moments[n], flags) for n in new}
     if moments is not None:
         moments = merged(moments, arguments.swiglu, str(folder))
-    parameters = merged(shards, arguments.swiglu, str(folder))
     commute = state.get("commute")
     return Checkpoint(
-        *(str(folder), state["iteration"], arguments, parameters, moments, decays),
-        json.loads(commute) if isinstance(commute, str) else commute,
-        f"Megatron-DeepSpeed, {described(files, len(ranks))}" + (", pipeline" if layers else ""),
-        bool(flags.get("bias_gelu_fusion")) and not arguments.swiglu,
-        arguments.position_embedding_type == "rope",
+        folder=str(folder),
+        iteration=state["iteration"],
+        arguments=arguments,
+        parameters=merged(shards, arguments.swiglu, str(folder)),
+        moments=moments,
+        decays=decays,
+        commute=json.loads(commute) if isinstance(commute, str) else commute,
+        ranks=f"Megatron-DeepSpeed, {layout(files, len(ranks))}" + (", pipeline" if layers else ""),
+        tanh=bool(flags.get("bias_gelu_fusion")) and not arguments.swiglu,
+        turned=arguments.position_embedding_type == "rope",
     )
 
 

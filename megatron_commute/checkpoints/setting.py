@@ -3,31 +3,39 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from megatron_commute.adapters import torch_loop
 from megatron_commute.checkpoints.files import CheckpointError
-from megatron_commute.config import ConfigError, Run, direction_samples, holdout_parts
+from megatron_commute.config import Config, ConfigError, Plan, Run
 from megatron_commute.data.indexed import data_summary
 from megatron_commute.mixture import Mixture
+from megatron_commute.settings.probe_cost import holdout_parts, sequences_drawn
 
 
-class Asked(NamedTuple):
-    """What overrides the mixture file and the checkpoints' own flags; None: as they say. target: "each" or {name: share};
-    tokens or train_iters: length of the run; arguments: a JSON file of flags for checkpoints that keep none.
-    """
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What overrides the mixture file and the checkpoints' own flags; None: as they say."""
 
     samples: int | None = None
+    # of probe.samples
     splits: int | None = None
+    # of probe.splits
     method: str | None = None
+    # of probe.method
     metric: str | None = None
+    # of probe.metric
     target: str | dict | None = None
+    # "each" or {name: share}
     tokens: int | None = None
+    # length of the run
     train_iters: int | None = None
+    # likewise, in steps
     micro_batch: int | None = None
+    # sequences of a forward pass of the probe
     arguments: str | None = None
+    # a JSON file of flags for checkpoints that keep none
 
 
 def asked(target=None, **options):
@@ -44,17 +52,22 @@ def asked(target=None, **options):
     return Asked(target=shares, **options)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Setting:
-    """One analysis: configuration, plan and run as they count here; fresh: the run's stream at sample 0; notes: what people
-    should know of it."""
+    """One analysis."""
 
-    config: object
-    plan: object
+    config: Config
+    # the mixture file with what was asked for
+    plan: Plan
+    # of the run
     run: Run
+    # its size
     fresh: Mixture
+    # its stream at sample 0
     vocabulary: int | None
+    # tokens that the model knows
     notes: list
+    # what people should know of it
 
 
 def extra_flags(asked):
@@ -90,7 +103,13 @@ def setting(checkpoint, data, asked):
     micro = asked.micro_batch or min(getattr(flags, "micro_batch_size", None) or 1, batch)
     # budgets and shares need the run's own batch, the probe may take another micro-batch
     fitting = micro if batch % micro == 0 else 1
-    run = Run(flags.seq_length, batch, fitting, 1, iters)
+    run = Run(
+        seq_length=flags.seq_length,
+        global_batch=batch,
+        micro_batch=fitting,
+        data_parallel=1,
+        train_iters=iters,
+    )
     plugin = torch_loop.Plugin(data, run)
     config = _overridden(plugin.config, asked)
     plan = plugin.plan
@@ -100,7 +119,7 @@ def setting(checkpoint, data, asked):
         parts = holdout_parts(held)
         samples, splits = config.probe.samples, config.probe.splits
         most = min(len(parts.gradients), 2 * len(parts.direction)) // splits * splits
-        if samples > most or splits * direction_samples(samples, splits) > len(parts.direction):
+        if samples > most or sequences_drawn(config.probe)["direction"] > len(parts.direction):
             raise CheckpointError(
                 f"--samples {samples}: the holdout of {name} has {held} sequences; write {most} or less, or name a longer "
                 "holdout file"
@@ -113,7 +132,14 @@ def setting(checkpoint, data, asked):
             "effects have no scale: name lr, lr_decay_style and lr_warmup_iters with --arguments"
         )
     _check_vocabulary(config, plan, run, checkpoint, vocabulary)
-    return Setting(config, plan, run, plugin.mixture(), vocabulary, notes)
+    return Setting(
+        config=config,
+        plan=plan,
+        run=run,
+        fresh=plugin.mixture(),
+        vocabulary=vocabulary,
+        notes=notes,
+    )
 
 
 def _overridden(config, asked):

@@ -5,30 +5,41 @@ ranges and say where each parameter's fragment lies (`param_slice_mappings`); Ze
 padded, one after the other. Without ZeRO the optimiser is whole.
 """
 
+import dataclasses
 import math
-from typing import NamedTuple
 
 import torch
 
 from megatron_commute.checkpoints.files import CheckpointError, load
 
 
-class Held(NamedTuple):
-    """Of one model-parallel rank, by parameter name: parameters and second moments of Adam, bias-corrected (None where the
-    checkpoint has none), and whether weight decay acts; state: all else that its model states say; coupled: whether weight
-    decay enters the gradient (torch.optim.Adam) instead of acting beside it.
-    """
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RankState:
+    """What one model-parallel rank holds, by parameter name."""
 
     parameters: dict
+    # {name: tensor}
     moments: dict | None
+    # second moments of Adam likewise, bias-corrected; None where the checkpoint has none
     decays: dict
+    # {name: whether weight decay acts}
     state: dict
+    # all else that its model states say
     coupled: bool = False
+    # whether weight decay enters the gradient (torch.optim.Adam) instead of acting beside it
 
 
-def held(files, rank, module=None):
-    """The Held of model-parallel rank `rank` of checkpoint_files.Files; module: {name: tensor} where its parameters lie in
-    files of their own (pipelines). Raises CheckpointError.
+def layout(files, model_ranks):
+    """What wrote checkpoints.files.Files of `model_ranks` model-parallel ranks, in words."""
+    data = len({data for data, _ in files.optimizer})
+    kind = "ZeRO 3" if files.shards else "ZeRO 1 or 2" if data else "no ZeRO"
+    return f"{kind}, {data or 1} x {model_ranks} ranks"
+
+
+def rank_state(files, rank, module=None):
+    """The RankState of model-parallel rank `rank` of checkpoints.files.Files.
+
+    module: {name: tensor} where its parameters lie in files of their own (pipelines). Raises CheckpointError.
     """
     own = {data: path for (data, model), path in files.optimizer.items() if model == rank}
     if files.shards:
@@ -43,10 +54,13 @@ def held(files, rank, module=None):
     else:
         inner = state.get("optimizer") or {}
         moments, decays = _of_whole(inner, module)
-    return Held(module, moments, decays, state, _coupled(inner))
+    return RankState(
+        parameters=module, moments=moments, decays=decays, state=state, coupled=coupled_decay(inner)
+    )
 
 
-def _coupled(inner):
+def coupled_decay(inner):
+    """Whether an optimiser's state dict says that weight decay enters the gradient."""
     return any(group.get("decoupled_weight_decay") is False for group in inner.get("param_groups", []))
 
 
@@ -67,7 +81,7 @@ def _expected(content, key, path):
     return content[key]
 
 
-def _corrected(state, group, path):
+def corrected_moments(state, group, path):
     """Bias-corrected second moments of one optimiser state, or None before the first step and for other optimisers."""
     if "exp_avg_sq" not in state:
         return None
@@ -96,7 +110,7 @@ def _of_fragments(shards, state, path):
         for i, mapping in enumerate(mappings):
             group = groups[i] if i < len(groups) else {}
             decays |= {name: bool(group.get("weight_decay")) for name in mapping}
-            flat = _corrected(states.get(i, {}), group, path)
+            flat = corrected_moments(states.get(i, {}), group, path)
             complete &= flat is not None
             for name, place in mapping.items() if flat is not None else ():
                 begin, length = place.start, place.numel
@@ -142,7 +156,7 @@ def _of_whole(optimizer, module):
     for name, number in zip(order, numbers, strict=True):
         group = of_number[number]
         decays[name] = bool(group.get("weight_decay"))
-        found = _corrected(states.get(number, {}), group, "the model states")
+        found = corrected_moments(states.get(number, {}), group, "the model states")
         if found is None or found.shape != module[name].shape:
             return None, {}
         moments[name] = found
@@ -164,7 +178,7 @@ def _of_stage_3(files, rank, own):
     groups = [_groups(_expected(o, "optimizer_state_dict", path), path) for o in optimizers]
     decays, moments = {}, {}
     corrected = [
-        [_corrected(states.get(i, {}), _at(of, i, len(shapes)), path) for i in range(len(flat))]
+        [corrected_moments(states.get(i, {}), _at(of, i, len(shapes)), path) for i in range(len(flat))]
         for (of, states), flat in zip(groups, flats, strict=True)
     ]
     whole = _cut(flats, shapes, path)
@@ -173,7 +187,10 @@ def _of_stage_3(files, rank, own):
         moments = _cut(corrected, shapes, path)
     for names, group in zip(shapes, groups[0][0], strict=False):
         decays |= {name: bool(group.get("weight_decay")) for name in names}
-    return Held(parameters, moments or None, decays, state, _coupled({"param_groups": groups[0][0]}))
+    coupled = coupled_decay({"param_groups": groups[0][0]})
+    return RankState(
+        parameters=parameters, moments=moments or None, decays=decays, state=state, coupled=coupled
+    )
 
 
 def _at(groups, index, expected):

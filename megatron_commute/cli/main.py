@@ -98,7 +98,7 @@ def quadratic(out_dir: str, seeds: int, as_json: bool) -> None:
 @click.option("--data", required=True, help="Folder of launch/prepare_data.py --by-package --vocab-size 512.")
 @click.option(
     "--study",
-    type=click.Choice(["paper", "end-to-end"]),
+    type=click.Choice(["paper", "end-to-end", "flow"]),
     default="paper",
     show_default=True,
     help="Which one.",
@@ -111,7 +111,7 @@ def quadratic(out_dir: str, seeds: int, as_json: bool) -> None:
     multiple=True,
     metavar="NAME=VALUE",
     help="Another model, text or optimiser (a field of bilingual_trainer.Settings, such as hidden=768) or another size "
-    "of the study (a field of its Size, such as window=4000 or starts=2000,8000); repeat it.",
+    "of the study (a field of its Size, such as window=4000, starts=2000,8000 or parts=main,length); repeat it.",
 )
 @click.option("--estimate", is_flag=True, help="Only count steps, FLOPs, GPU hours, disk; reads no data.")
 @click.option(

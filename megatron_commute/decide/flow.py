@@ -151,6 +151,7 @@ def planned(
     scale=None,
     begin=0,
     used=None,
+    reach=None,
     retired=0,
 ) -> FlowSchedule:
     """The schedule of a run whose steps have the learning rates f64[T] and take batches i64[T] of samples.
@@ -159,7 +160,8 @@ def planned(
     what the others leave. target, low, high f64[K]: of the target loss, and bounds of every weight. kept: first
     steps at the planned mixture, by default kept_steps. scale: of the state of a run that goes on. begin: first
     step to plan; used f64[K]: samples of each domain before it (those planned make the same weights again, those
-    served make the rest of a changed run); retired: samples before it of domains that have left.
+    served make the rest of a changed run); retired: samples before it of domains that have left. reach: ranges
+    f64[K] in place of the target's.
     """
     batches = np.asarray(batches, dtype=np.int64)
     kept = kept_steps(len(batches)) if kept is None else kept
@@ -170,7 +172,8 @@ def planned(
         raise ValueError(f"step {begin} of a run of {len(rates)}: nothing is left to plan")
     shares = _shares(budgets, weights, int(batches.sum()))
     scale = scale_of(rates, memory, kept) if scale is None else scale
-    reach, p = ranges(target, shares, strength), profile(rates, memory, scale)
+    reach = ranges(target, shares, strength) if reach is None else np.asarray(reach, dtype=np.float64)
+    p = profile(rates, memory, scale)
     edges = _edges(len(rates), kept)
     whole = np.add.reduceat(p * batches, edges[:-1]) / np.add.reduceat(batches, edges[:-1])
     ahead = edges[1:] > begin

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from megatron_commute.feasible import owed_shares
 from megatron_commute.intervals import student
 from megatron_commute.settings.yaml_checks import did_you_mean
 
@@ -17,33 +18,16 @@ ODM_SMOOTHING = 0.9  # of the moving average of rewards, as published
 
 
 class Wish(NamedTuple):
-    """What a law asks for.
-
-    weights f64[K]; active: whether it is more than the remaining-budget shares; why: one clause; expected, expected_se:
-    predicted change of the final target loss in nats against the shares (negative: better) with its standard error, None
-    where the law does not predict; dof: of that error, None for a normal one; memory: for the next decision; loss: the
-    target loss at the end under the shares, None where the law does not know it.
-    """
+    """What a law asks for."""
 
     weights: np.ndarray
+    """f64[K]"""
     active: bool
+    """whether it is more than the remaining-budget shares"""
     why: str
-    expected: float | None = None
-    expected_se: float | None = None
-    dof: int | None = None
+    """one clause"""
     memory: dict | None = None
-    loss: float | None = None
-
-
-def remaining_shares(remaining, samples_left, initial):
-    """Weights f64[K] that would use up every budget exactly at the end; endless domains (NaN) share the rest as planned."""
-    endless = np.isnan(remaining)
-    shares = np.where(endless, 0.0, remaining) / samples_left
-    rest = max(0.0, 1.0 - shares.sum())
-    if endless.any():
-        planned = np.where(endless, np.maximum(initial, 1e-12), 0.0)
-        shares = shares + rest * planned / planned.sum()
-    return shares / shares.sum()
+    """JSON values for the next decision"""
 
 
 def left_evenly(mixture, initial):
@@ -54,7 +38,7 @@ def left_evenly(mixture, initial):
 
 def shares_of(situation):
     """The remaining-budget shares f64[K] of a Situation: the mixture that every law is judged against."""
-    return remaining_shares(situation.remaining, situation.samples_left, situation.initial)
+    return owed_shares(situation.remaining, situation.samples_left, situation.initial)
 
 
 def significant(score, score_se, dof, confidence):
@@ -82,8 +66,16 @@ def proportional(situation):
     Where every domain has a budget this is `hold`; endless domains lose their planned weights.
     """
     s = situation
-    equal = remaining_shares(s.remaining, s.samples_left, np.ones_like(s.initial))
+    equal = owed_shares(s.remaining, s.samples_left, np.ones_like(s.initial))
     return Wish(equal, bool(np.isnan(s.remaining).any()), "in proportion to what is left")
+
+
+def excess_first(rest, target):
+    """(samples, excess f64[K]): how long budgets of `rest` f64[K] samples last beyond a tail in the proportions of `target`
+    f64[K] (sum 1), as long a tail as they carry, and what of each domain is used before it."""
+    asked = target > 0
+    tail = min(float((rest[asked] / target[asked]).min()), float(rest.sum()))
+    return float(rest.sum()) - tail, np.maximum(rest - tail * target, 0.0)
 
 
 def tau_tail(situation):
@@ -97,12 +89,9 @@ def tau_tail(situation):
         return Wish(shares, False, "no target to end on")
     target = s.target / s.target.sum()
     rest = shares * s.samples_left
-    asked = target > 0
-    tail = min(float((rest[asked] / target[asked]).min()), float(s.samples_left))
-    first = s.samples_left - tail
+    first, excess = excess_first(rest, target)
     if first < 1:
         return Wish(shares, False, "the budgets left are the target's own mixture")
-    excess = np.maximum(rest - tail * target, 0.0)
     window = min(s.window, s.samples_left)
     used = excess * min(window / first, 1.0) + target * max(window - first, 0.0)
     return Wish(

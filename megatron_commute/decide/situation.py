@@ -45,8 +45,6 @@ class Situation:
     """f64[K] mean training loss of each domain since the last decision, nats"""
     scheduled: np.ndarray | None = None
     """f64[K], the schedule's weights for this window"""
-    loss: float | None = None
-    """target loss, nats"""
     memory: dict = dataclasses.field(default_factory=dict)
     """what the law's last decision asked to keep"""
     decisions_since_change: int = 2**31
@@ -100,11 +98,11 @@ def situation(*, config, plan, at, ahead, window, measured, control, **known):
 
 
 def facts(situation):
-    """A Situation as JSON values for the record; NaN is None."""
+    """A Situation as JSON values for the record, without what no law was given; NaN is None."""
     values = {}
     for field in dataclasses.fields(situation):
         value = getattr(situation, field.name)
-        if field.name == "memory":
+        if field.name == "memory" or value is None:
             continue
         values[field.name] = (
             np.asarray(value).tolist() if isinstance(value, np.ndarray | np.generic) else value

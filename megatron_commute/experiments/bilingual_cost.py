@@ -12,9 +12,9 @@ import functools
 import numpy as np
 import torch
 
-from megatron_commute.config import CHECK_GRADIENTS, GRADIENTS_PER_SAMPLE, direction_samples
 from megatron_commute.experiments import bilingual_cells as cells
 from megatron_commute.experiments.bilingual_trainer import GPT
+from megatron_commute.settings.probe_cost import CHECK_GRADIENTS, GRADIENTS_PER_SAMPLE, direction_samples
 
 FLOAT32 = 0.1  # assumed speed of float32 as a part of that of bfloat16
 
@@ -41,7 +41,7 @@ def _pair(settings, window, tails, orders=("12", "21", "base"), **_):
 
 
 def _criterion(settings, weights, samples=None, **_):
-    """Every domain is a target of its own, then the mixture is one; see config.probe_cost."""
+    """Every domain is a target of its own, then the mixture is one; see settings.probe_cost."""
     splits, domains = cells.SPLITS, len(settings.domains) + len(settings.others)
     used = (samples or settings.probe // 2) // splits * splits
     products = GRADIENTS_PER_SAMPLE["difference"] * used + CHECK_GRADIENTS

@@ -154,22 +154,35 @@ class _Commute:
             return shares
         model = self.recycled.model(gradients, self.target, [0.0, self.time * left / self.steps])
         loss = float(self.target @ self.problem.losses(theta))
-        law = functools.partial(receding, model=model)
-        found = decide(law, self._situation(remaining, left, loss))
+        law = functools.partial(receding, model=model, loss=loss)
+        found = decide(law, self._situation(remaining, left))
         self.memory = found.memory
         wish = self.before if found.weights is None else found.weights
         self.before = nearest(wish, np.zeros_like(wish), np.minimum(remaining, 1.0))
         return self.before
 
-    def _situation(self, remaining, left, loss):
+    def _situation(self, remaining, left):
         """A step counts as GRAIN samples, so that the least change of a live run is far below a weight that matters."""
         K = len(self.budgets)
-        silent = np.zeros(K), np.full(K, np.inf), 1
-        bounds = np.zeros(K), np.ones(K), np.zeros(K), np.ones(K)
         return Situation(
-            self.before, remaining * GRAIN, self.budgets, left * GRAIN, GRAIN, *silent, *bounds, 1.0, 0.95, 1.0,
-            loss=loss, memory=self.memory, cooldown=0,
-        )  # fmt: skip
+            weights=self.before,
+            remaining=remaining * GRAIN,
+            initial=self.budgets,
+            samples_left=left * GRAIN,
+            window=GRAIN,
+            score=np.zeros(K),
+            score_se=np.full(K, np.inf),
+            dof=1,
+            minimum=np.zeros(K),
+            maximum=np.ones(K),
+            floors=np.zeros(K),
+            caps=np.ones(K),
+            rate=1.0,
+            confidence=0.95,
+            strength=1.0,
+            memory=self.memory,
+            cooldown=0,
+        )
 
 
 def _tilt(problem, theta, remaining, target):

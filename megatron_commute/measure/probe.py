@@ -24,32 +24,40 @@ from megatron_commute.settings.memory import vectors
 __all__ = ["Measurement", "ProbeFailed", "choose_memory", "measure", "vectors"]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """Criterion under T targets and K domains, float64. Errors are standard errors over the S replicates.
+    """The criterion under T targets and K domains, float64, with standard errors over the S replicates.
 
-    M [T, K, K], P [T, K, K], P_se, s [T, K], s_se, u_g [T, K], h_theta [T, K]; score [T, K]: s with the weight-decay and
-    learning-rate terms, relative to the mixture's own (sum_k w_k score_k = 0); score_se.
-    gap_se [T, K, K]: of score_i - score_j. replicates: M of each, [S, T, K, K]. step: median eps of the difference, or None.
-    numerical [T]: estimated error of a difference of gradients in P, by rounding and truncation, from u.H u of one sequence
-    a domain at eps and 2 eps (hvp.difference_error), the worst domain's; part of every standard error, in quadrature. Zero
-    for other methods.
     With probe.memory scores M, P, P_se and replicates are not measured: NaN.
     """
 
     M: np.ndarray
+    # [T, K, K], of bracket
     P: np.ndarray
+    # [T, K, K], Lie brackets contracted with the direction
     P_se: np.ndarray
+    # its standard error
     s: np.ndarray
+    # [T, K], local scores
     s_se: np.ndarray
+    # their standard errors
     u_g: np.ndarray
+    # [T, K], direction times gradient
     h_theta: np.ndarray
+    # [T, K], Hessian-vector product times decayed parameters
     score: np.ndarray
+    # [T, K], s with the terms of weight decay and learning rate, less the mixture's own: sum_k w_k score_k = 0
     score_se: np.ndarray
-    replicates: np.ndarray
-    step: float | None
+    # its standard error
     gap_se: np.ndarray
+    # [T, K, K], standard error of score_i - score_j
+    replicates: np.ndarray
+    # [S, T, K, K], M of each replicate
+    step: float | None
+    # median eps of the difference of gradients, or None
     numerical: np.ndarray
+    # [T], error of that difference in P by rounding and truncation, from u.H u of one sequence a domain at eps and
+    # 2 eps (hvp.difference_error), the worst domain's; in every standard error, in quadrature. Zero for other methods
 
 
 class ProbeFailed(RuntimeError):
@@ -86,7 +94,17 @@ def measure(model, groups, team, draw, settings, targets, weights, flow, time_li
             model.verify(params, sample)
         ballot.settle()
     with ballot.section("preparing"):
-        work = way(model, groups, team, draw, settings, params, weights, ballot, direction)
+        work = way(
+            model=model,
+            groups=groups,
+            team=team,
+            draw=draw,
+            settings=settings,
+            params=params,
+            weights=weights,
+            ballot=ballot,
+            direction=direction,
+        )
     ballot.settle()
     with model.quiet(settings.method):
         with ballot.section("metric"):
@@ -143,15 +161,22 @@ def _summary(table, numerical, weights, flow):
     score = bracket.full_score(s, u_g, h_theta, decay, times, u_g_decayed)
     score = score - (score @ weights)[..., None]
     gaps = score[..., :, None] - score[..., None, :]
-    steps, apart, row = (
-        steps[..., 0],
-        (1 - np.eye(K)) * numerical[:, None, None],
-        numerical[:, None] * (K > 1),
-    )
+    steps = steps[..., 0]
+    apart, row = (1 - np.eye(K)) * numerical[:, None, None], numerical[:, None] * (K > 1)
     return Measurement(
-        *(M.mean(0), P.mean(0), _error(P, apart), s.mean(0), _error(s, row), u_g.mean(0), h_theta.mean(0)),
-        *(score.mean(0), _error(score, row), M, float(np.median(steps)) if steps.any() else None),
-        *(_error(gaps, math.sqrt(2) * apart), numerical),
+        M=M.mean(0),
+        P=P.mean(0),
+        P_se=_error(P, apart),
+        s=s.mean(0),
+        s_se=_error(s, row),
+        u_g=u_g.mean(0),
+        h_theta=h_theta.mean(0),
+        score=score.mean(0),
+        score_se=_error(score, row),
+        gap_se=_error(gaps, math.sqrt(2) * apart),
+        replicates=M,
+        step=float(np.median(steps)) if steps.any() else None,
+        numerical=numerical,
     )
 
 

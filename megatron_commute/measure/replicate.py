@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from megatron_commute import hvp, ops, reduce
-from megatron_commute.config import direction_samples
+from megatron_commute.settings.probe_cost import direction_samples
 
 
 class Replicate:
@@ -17,7 +17,7 @@ class Replicate:
     and eps in the first column. `metric` is set before the first `run`.
     """
 
-    def __init__(self, model, groups, team, draw, settings, params, weights, ballot, direction=None):
+    def __init__(self, *, model, groups, team, draw, settings, params, weights, ballot, direction=None):
         self.model, self.groups, self.team, self.draw, self.settings = model, groups, team, draw, settings
         self.params, self.weights, self.ballot, self.metric = params, weights, ballot, None
         self.direction = direction

@@ -14,8 +14,8 @@ from megatron_commute.measure.replicate import Replicate, add, gram, zeros
 class Full(Replicate):
     """All g_k and h_k on this rank: 2 K vectors."""
 
-    def __init__(self, *args):
-        super().__init__(*args)
+    def __init__(self, **given):
+        super().__init__(**given)
         self.g, self.h = ([zeros(self.params) for _ in self.weights] for _ in range(2))
 
     def _products(self, split, step, out):
@@ -50,8 +50,8 @@ class Full(Replicate):
 class Sharded(Replicate):
     """The team's g_k and h_k once among its R ranks: each domain is added up whole, then every rank keeps a range of it."""
 
-    def __init__(self, *args):
-        super().__init__(*args)
+    def __init__(self, **given):
+        super().__init__(**given)
         sizes = [p.numel() for p in self.params]
         length = -(-sum(sizes) // self.team.size)
         begin, starts = length * self.team.rank, np.cumsum([0, *sizes[:-1]])
@@ -125,8 +125,8 @@ class Scores(Replicate):
     for the mixture their noise would stay, many times the size of s.
     """
 
-    def __init__(self, *args):
-        super().__init__(*args)
+    def __init__(self, **given):
+        super().__init__(**given)
         self.g, self.h = zeros(self.params), zeros(self.params)
 
     @staticmethod

@@ -44,22 +44,24 @@ _ROWS = {"cpu": 1024, "cuda": 1 << 14}
 _LOGITS = {"cpu": 1 << 18, "cuda": 1 << 26}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Stack:
-    """A GPT on this rank: words (+ positions), blocks, norm, output.
-
-    words [vocabulary of this rank, width], positions [positions, width] or None, output [vocabulary of this rank, width]:
-    numbers of parameters; output = words where they are tied. rotary: tables of the blocks that rotate, or None.
-    names: of the parameters, for messages.
-    """
+    """A GPT on this rank: words (+ positions), blocks, norm, output; parameters by their numbers."""
 
     words: int
+    # [vocabulary of this rank, width]
     positions: int | None
+    # [positions, width], or None
     blocks: tuple[Block, ...]
+    # in order
     norm: Norm
+    # before the output
     output: int
+    # [vocabulary of this rank, width]; the words where they are tied
     rotary: Rotary | None
+    # tables of the blocks that rotate
     names: tuple[str, ...]
+    # of the parameters, for messages
 
 
 class Dual(NamedTuple):
@@ -85,7 +87,7 @@ def gradient_and_product(stack, params, u, tokens, group=None, *, gradient=True,
     FloatingPointError when the loss or its derivative along u is not finite.
     """
     dtype = _checked(stack, params, u, tokens, group, dtype)
-    weights, slopes = Weights(params, u, dtype), Slopes(params, gradient)
+    weights, slopes = Weights(params=params, u=u, dtype=dtype), Slopes(params, wanted=gradient)
     totals, length = torch.zeros(2, dtype=torch.float64), tokens.shape[1] - 1
     at_once = max(1, _ROWS["cuda" if tokens.is_cuda else "cpu"] // length)
     for part in tokens.split(at_once):
@@ -93,7 +95,8 @@ def gradient_and_product(stack, params, u, tokens, group=None, *, gradient=True,
         totals += torch.tensor(_pass(stack, part, share, weights, slopes, group), dtype=torch.float64)
     for i in range(len(params)):
         slopes.zeros(i)
-    return Dual(*totals.tolist(), slopes.gradient, slopes.product)
+    loss, slope = totals.tolist()
+    return Dual(loss=loss, slope=slope, gradient=slopes.gradient, product=slopes.product)
 
 
 def _pass(stack, tokens, share, weights, slopes, group):

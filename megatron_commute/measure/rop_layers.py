@@ -16,64 +16,77 @@ import torch
 from megatron_commute import ops, reduce
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Norm:
-    """LayerNorm ("layer") or RMSNorm ("rms"). weight, bias: numbers of parameters; bias None for "rms"."""
+    """LayerNorm or RMSNorm."""
 
     weight: int
+    # number of the parameter
     bias: int | None
+    # likewise; None for RMSNorm
     eps: float
+    # added to the variance
     kind: str
+    # "layer" or "rms"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Linear:
-    """y = x W' + bias; weight [outputs, inputs] and bias [outputs]: numbers of parameters, or None."""
+    """y = x W' + bias."""
 
     weight: int
+    # number of the parameter, [outputs, inputs]
     bias: int | None = None
+    # likewise, [outputs], or None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Block:
-    """norm1, attention, residual, norm2, MLP, residual.
-
-    heads, groups: query heads and key-value groups of this rank. layout: how the outputs of qkv lie: "grouped", per group
-    its queries, its key, its value (megatron-core), or "parts", all queries, all keys, all values (Megatron-DeepSpeed).
-    scale: of the scores. rotary: whether queries and keys are rotated. activation: see reference.ACTIVATIONS; swiglu has
-    its gate in the first half of up's outputs.
-    """
+    """norm1, attention, residual, norm2, MLP, residual."""
 
     norm1: Norm
+    # before the attention
     qkv: Linear
+    # queries, keys and values
     out: Linear
+    # of the attention
     norm2: Norm
+    # before the MLP
     up: Linear
+    # of the MLP; swiglu has its gate in the first half of the outputs
     down: Linear
+    # of the MLP
     heads: int
+    # query heads of this rank
     groups: int
+    # key-value groups of this rank
     layout: str
+    # of the outputs of qkv: "grouped", per group its queries, its key, its value (megatron-core), or "parts", all
+    # queries, all keys, all values (Megatron-DeepSpeed)
     scale: float
+    # of the scores
     rotary: bool
+    # whether queries and keys are rotated
     activation: str
+    # see reference.ACTIVATIONS
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Rotary:
-    """cos, sin float32 [positions, size / 2] of the first `size` elements of each head.
-
-    Element i is paired with element i + size / 2, or, interleaved, element 2 i with 2 i + 1.
-    """
+    """Tables of the rotation of the first `size` elements of each head."""
 
     cos: torch.Tensor
+    # float32 [positions, size / 2]
     sin: torch.Tensor
+    # likewise
     interleaved: bool = False
+    # whether element 2 i is paired with 2 i + 1; else i with i + size / 2
 
 
 class Weights:
     """Parameters and their tangents u in the dtype of the matrix products."""
 
-    def __init__(self, params, u, dtype):
+    def __init__(self, *, params, u, dtype):
         self.params, self.u, self.dtype = params, u, dtype
 
     def __call__(self, i):
@@ -87,7 +100,7 @@ class Slopes:
     wanted: whether the gradient is collected too. Half-precision contributions are added up in the dtype of params.
     """
 
-    def __init__(self, params, wanted):
+    def __init__(self, params, *, wanted):
         self.params = params
         self.gradient = [None] * len(params) if wanted else None
         self.product = [None] * len(params)

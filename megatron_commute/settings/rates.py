@@ -168,6 +168,18 @@ def after(schedule: RateSchedule, samples) -> np.ndarray:
     return np.where(n <= warmup, first + (peak - first) * n / warmup, found)
 
 
+def window_steps(step, every, train_iters):
+    """Steps of each of the two windows that a decision after `step` steps weighs against each other."""
+    return max(1, min(every, (train_iters - step) // 2))
+
+
+def flow_times(rate, step, every, train_iters):
+    """Flow times (learning rate x steps) of those two windows; rate: step (0-based) -> learning rate."""
+    length = window_steps(step, every, train_iters)
+    coming = [rate(step + i) for i in range(2 * length)]
+    return max(sum(coming[:length]), 1e-30), max(sum(coming[length:]), 1e-30)
+
+
 def _decayed(schedule, n, warmup, decay):
     """Rates f64[...] after n samples as if the warm-up were over; beyond `decay` they mean nothing."""
     peak, last, style = schedule.lr, schedule.min_lr, schedule.lr_decay_style

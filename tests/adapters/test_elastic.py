@@ -73,11 +73,11 @@ def runs(tmp_path_factory):
 @pytest.mark.parametrize("size", [1, 4])
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_sample_has_the_loss_of_the_uninterrupted_run(runs, stage, size):
-    """Up to the order of reductions: weights and moments are the same to the bit, so are the first step's losses nearly."""
+    """Up to the order of reductions; other moments would move losses by hundredths after a step."""
     _, whole, gone_on = runs
     assert whole[stage].shape == (ITERS, BATCH) and gone_on[size][stage].shape == (ITERS - SAVED, BATCH)
-    np.testing.assert_allclose(gone_on[size][stage][0], whole[stage][SAVED], rtol=1e-6)
-    np.testing.assert_allclose(gone_on[size][stage], whole[stage][SAVED:], rtol=1e-5)
+    np.testing.assert_allclose(gone_on[size][stage][0], whole[stage][SAVED], rtol=1e-5)
+    np.testing.assert_allclose(gone_on[size][stage], whole[stage][SAVED:], rtol=1e-4)
 
 
 @pytest.mark.parametrize("size", [1, 4])

@@ -1,36 +1,18 @@
 """The adapter for plain torch: losses at other weights, the metric, quiet modules, the host's blend, a loop of one's own."""
 
 import json
-import struct
 
 import numpy as np
 import oracles
 import pytest
 import torch
+from indexed_files import LENGTH, VOCABULARY, write_domain
 from torch.utils.checkpoint import checkpoint
 
 from megatron_commute import hvp, reduce
 from megatron_commute.adapters import torch_loop
 from megatron_commute.config import ConfigError, Run, holdout_parts
-from megatron_commute.measure.probe import ProbeFailed
 from megatron_commute.record import log as record
-
-VOCABULARY, LENGTH = 32, 8
-
-
-def write_domain(prefix, sequences, seed, vocabulary=VOCABULARY):
-    """Indexed data of one text: `sequences` whole sequences of LENGTH tokens in which a fixed token follows each."""
-    rng = np.random.default_rng(seed)
-    follows = np.random.default_rng(seed + 100).permutation(vocabulary)
-    tokens = rng.integers(vocabulary, size=sequences * LENGTH + 1)
-    for i in range(1, len(tokens)):
-        tokens[i] = follows[tokens[i - 1]] if rng.random() < 0.8 else tokens[i]
-    tokens.astype(np.uint16).tofile(f"{prefix}.bin")
-    head = struct.pack("<9sQBQQ", b"MMIDIDX\x00\x00", 1, 8, 1, 2)
-    body = np.array([len(tokens)], np.int32).tobytes() + np.zeros(1, np.int64).tobytes()
-    with open(f"{prefix}.idx", "wb") as file:
-        file.write(head + body + np.array([0, 1], np.int64).tobytes())
-    return str(prefix)
 
 
 def mean_loss(module, tokens):
@@ -364,17 +346,3 @@ def test_a_blend_that_the_plug_in_replaces_is_not_looked_at(data):
 def test_one_prefix_is_a_blend():
     assert torch_loop.blend_of(["x"]) == (["x"], [1.0])
     assert torch_loop.blend_of(["2", "x", "6", "y"]) == (["x", "y"], [2.0, 6.0])
-
-
-def test_a_probe_of_a_model_that_fails_tells_why():
-    from megatron_commute.measure import probe
-
-    model = torch_loop.probe_model(Checkpointing(True), lambda m, x: m(x), 2)
-    settings = type(
-        "S", (), {"samples": 4, "splits": 2, "method": "difference", "metric": "identity", "memory": "full"}
-    )
-    with pytest.raises(ProbeFailed, match="rank 0: direction: RuntimeError: activation checkpointing"):
-        probe.measure(
-            model, reduce.Groups(), reduce.team(reduce.Groups(), 2), lambda part, k, n: torch.ones(len(n), 4), settings,
-            np.eye(2)[:1], np.array([0.5, 0.5]), (0.0, (1.0, 1.0)),
-        )  # fmt: skip

@@ -29,8 +29,10 @@ import ranks
 
 from megatron_commute import config, hvp
 from megatron_commute.adapters import megatron_core
+from megatron_commute.adapters.one_process import one_process
 from megatron_commute.checkpoints import analysis as checkpoints
-from megatron_commute.checkpoints import model as checkpoint_model
+from megatron_commute.checkpoints.model import LoadedModel
+from megatron_commute.checkpoints.readers import read
 
 CHECKPOINTS, EVERY, BATCH, MICRO, SEQUENCE = 12, 2, 8, 4, 256
 METHODS = ("difference", "exact", "fused")
@@ -58,9 +60,9 @@ def run(folder, samples):
 def timed(folder, samples, method):
     """One row: the whole analysis against its counted gradients."""
     spent, own = [], []
-    found = checkpoint_model.read(sorted((folder / "run").glob("global_step*"))[0])
-    with checkpoint_model.one_process():
-        model = checkpoint_model.Standing(found).probe_model(MICRO, "difference")
+    found = read(sorted((folder / "run").glob("global_step*"))[0])
+    with one_process():
+        model = LoadedModel(found).probe_model(MICRO, "difference")
         tokens = torch.randint(256, (MICRO, SEQUENCE + 1), generator=torch.Generator().manual_seed(0))
         params = [p.detach() for p in model.parameters()]
 
@@ -105,13 +107,13 @@ def gradients(folder, method):
 def training(folder, told):
     """Bytes at the peak of training, beyond what a process holds that has trained and forgotten a model."""
     first, resident = prepared(folder)
-    with checkpoint_model.one_process():
-        standing = checkpoint_model.Standing(checkpoint_model.read(first))
-        optimizer = torch.optim.AdamW(standing.module.parameters(), lr=1e-4)
+    with one_process():
+        loaded = LoadedModel(read(first))
+        optimizer = torch.optim.AdamW(loaded.module.parameters(), lr=1e-4)
         tokens = torch.randint(256, (MICRO, SEQUENCE + 1))
         for _ in range(3):
             for _ in range(BATCH // MICRO):
-                megatron_core.mean_loss(standing.module, tokens).backward()
+                megatron_core.mean_loss(loaded.module, tokens).backward()
             optimizer.step()
             optimizer.zero_grad()
     told.send(status("VmHWM") - resident)
@@ -129,8 +131,8 @@ def prepared(folder):
     """(the first checkpoint, bytes resident) after everything that loads at its first use was used on two tokens."""
     torch.set_num_threads(1)
     first = min((folder / "run").glob("global_step*"))
-    with checkpoint_model.one_process():
-        module = checkpoint_model.Standing(checkpoint_model.read(first)).module
+    with one_process():
+        module = LoadedModel(read(first)).module
         megatron_core.mean_loss(module, torch.randint(256, (1, 3))).backward()
     del module
     gc.collect()

@@ -6,7 +6,6 @@ peak memory is its own; throughputs are the best of five. One core is enough.
 
 import argparse
 import csv
-import importlib.metadata
 import json
 import resource
 import subprocess
@@ -107,16 +106,6 @@ def start_rows(long, short):
         answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         seconds, extra = json.loads(answer.splitlines()[-1])
         yield row("start-up: " + name, DOMAINS, samples, seconds, extra)
-    yield streaming_row()
-
-
-def streaming_row():
-    try:
-        version = importlib.metadata.version("mosaicml-streaming")
-        note = f"{version} installed: its work table is built for each epoch, see its own benchmarks"
-    except importlib.metadata.PackageNotFoundError:
-        note = "does not install here: mosaicml-streaming 0.13 needs numpy < 2.2 and transformers < 5"
-    return {**dict.fromkeys(COLUMNS, ""), "what": "start-up: mosaicml-streaming", "note": note}
 
 
 def row(what, K, samples, seconds, extra="", note=""):

@@ -150,7 +150,7 @@ def train(tree, name):
     flags = f"""
         --num-layers 4 --hidden-size 128 --num-attention-heads 4 --seq-length {SEQUENCE}
         --vocab-size {VOCABULARY} --micro-batch-size 2 --global-batch-size {BATCH} --train-iters {ITERS}
-        --lr 1e-3 --min-lr 1e-4 --lr-warmup-iters 4 --weight-decay 0.01 --num-workers 1
+        --lr 1e-3 --min-lr 1e-4 --lr-warmup-iters 0 --weight-decay 0.01 --num-workers 1
         --log-interval 5 --eval-interval 20 --eval-iters 1 --hidden-dropout 0 --attention-dropout 0
         {FLAGS.get(name, "")} --commute data/{name}.yaml --save {run} --data-cache-path {run}/cache"""
     for split in ("train", "valid"):

@@ -1,6 +1,5 @@
 """analyze: the live probe's numbers, resumption, bad input at the command line, and the check of optimality."""
 
-import hashlib
 import json
 import shutil
 import types
@@ -10,12 +9,10 @@ import jobs
 import numpy as np
 import pytest
 import ranks
-import test_checkpoints
-from click.testing import CliRunner
+from checkpoint_runs import call, digests, flags, prepare, probes
 
 from megatron_commute.checkpoints import analysis as checkpoints
 from megatron_commute.checkpoints import results as checkpoint_results
-from megatron_commute.cli import main as cli
 from megatron_commute.record import log as record
 
 
@@ -23,19 +20,9 @@ from megatron_commute.record import log as record
 def folder(tmp_path_factory):
     """A run on one rank with probes at steps 4 and 8 and checkpoints at 4, 8 and 10."""
     path = tmp_path_factory.mktemp("analyze")
-    test_checkpoints.prepare(path)
-    ranks.run(jobs.train, 1, [test_checkpoints.flags(path, "run", 1)], timeout=200)
+    prepare(path)
+    ranks.run(jobs.train, 1, [flags(path, "run", 1)], timeout=200)
     return path
-
-
-def call(*words):
-    found = CliRunner().invoke(cli.main, ["analyze", *map(str, words)])
-    assert found.exit_code in (0, 2), found.output
-    return found
-
-
-def probes(run):
-    return {line["step"]: line for line in record.read(run) if line["event"] == "probe"}
 
 
 @pytest.fixture(scope="module")
@@ -45,14 +32,6 @@ def done(folder):
     found = call(folder / "run", "--data", folder / "mixture.yaml", "--out", folder / "out")
     assert found.exit_code == 0, found.output
     return found.output, folder / "out", digests(folder / "run") == before
-
-
-def digests(run):
-    return {
-        str(path): (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns)
-        for path in sorted(run.rglob("*"))
-        if path.is_file()
-    }
 
 
 def test_the_numbers_are_those_of_the_live_probes(folder, done):

@@ -13,54 +13,13 @@ import numpy as np
 import pytest
 import ranks
 import torch
+from checkpoint_runs import EVERY, RICH, flags, prepare
 
 from megatron_commute.checkpoints import analysis as checkpoints
 from megatron_commute.checkpoints import files as checkpoint_files
-from megatron_commute.checkpoints import model as checkpoint_model
 from megatron_commute.checkpoints import parallel as checkpoint_parallel
+from megatron_commute.checkpoints.checkpoint import learning_rate
 from megatron_commute.checkpoints.files import CheckpointError
-
-ITERS, EVERY = 10, 4
-RICH = [
-    *(
-        "--num-attention-heads",
-        "4",
-        "--swiglu",
-        "--normalization",
-        "RMSNorm",
-        "--position-embedding-type",
-        "rope",
-    ),
-    *("--group-query-attention", "--num-query-groups", "2", "--untie-embeddings-and-output-weights"),
-    "--disable-bias-linear",
-]
-
-
-def flags(folder, name, stage, *more, plugin=True):
-    hooked = ["--commute", folder / "mixture.yaml"] if plugin else []
-    fixed = [
-        "--save",
-        folder / name,
-        "--save-interval",
-        EVERY,
-        "--deepspeed_config",
-        folder / f"zero{stage}.json",
-    ]
-    still = ["--hidden-dropout", 0, "--attention-dropout", 0]
-    return jobs.flags(folder, *hooked, *fixed, *still, *more, iters=ITERS)
-
-
-def prepare(folder):
-    """Data, mixture file and DeepSpeed configurations in `folder`."""
-    jobs.write_data(folder)
-    extra = "probe: {samples: 8, splits: 2, method: difference, metric: adam}"
-    path = Path(jobs.write_mixture(folder, mode="fixed", iters=ITERS, extra=extra))
-    path.write_text(path.read_text().replace("every: 8", f"every: {EVERY}"))
-    for stage in (0, 1, 3):
-        config = {"zero_optimization": {"stage": stage}, "gradient_clipping": 1.0}
-        if stage == 3:
-            config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-        Path(folder, f"zero{stage}.json").write_text(json.dumps(config))
 
 
 @pytest.fixture(scope="module")
@@ -94,11 +53,11 @@ def measured(folder, name, out, method="exact"):
     [("zero1", "one"), ("zero3", "one-stock"), ("tensor", "one"), ("tensor-rich", "one-rich")],
 )
 def test_a_checkpoint_of_two_ranks_measures_what_the_single_process_one_does(folder, tmp_path, name, single):
-    """The weights differ by the order of the training's reductions; both are measured by double backward."""
+    """The weights differ by what Adam makes of the order of reductions; a shard in a wrong place moves P by as much as M."""
     one, two = (np.array(measured(folder, n, tmp_path / n)["P"]) for n in (single, name))
     scale = np.abs(measured(folder, single, tmp_path / single)["M"]).max()
     assert np.abs(one).max() > 1e-3 * scale
-    assert np.abs(one - two).max() <= 1e-5 * scale
+    assert np.abs(one - two).max() <= 1e-4 * scale
 
 
 def test_shards_are_put_together_as_tensor_parallel_ranks_cut_them():
@@ -149,8 +108,8 @@ def test_the_learning_rate_is_the_trainers():
     for way in ({}, {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 10, "lr_wsd_decay_style": "linear"}):
         args = types.SimpleNamespace(**kept, **way)
         for step in range(45):
-            assert checkpoint_model.learning_rate(args, step) == trainer.learning_rate(args, step)
-    assert checkpoint_model.learning_rate(types.SimpleNamespace(train_iters=40), 3) is None
+            assert learning_rate(args)(step) == trainer.learning_rate(args, step)
+    assert learning_rate(types.SimpleNamespace(train_iters=40)) is None
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Hugging Face folders: losses, gradients and second moments are those of transformers itself, and what is refused."""
 
 import contextlib
+import copy
 import json
 import pickle
 import re
@@ -14,14 +15,16 @@ import numpy as np
 import pytest
 import ranks
 import torch
-from test_analyze import call, digests, probes
+from checkpoint_runs import call, digests, probes
 
 from megatron_commute.adapters import megatron_core
+from megatron_commute.adapters.one_process import one_process
 from megatron_commute.checkpoints import analysis as checkpoints
 from megatron_commute.checkpoints import files as checkpoint_files
 from megatron_commute.checkpoints import hugging_face as hugging_face
-from megatron_commute.checkpoints import model as checkpoint_model
 from megatron_commute.checkpoints.files import CheckpointError
+from megatron_commute.checkpoints.model import LoadedModel
+from megatron_commute.checkpoints.readers import read
 
 GPT2 = {"vocab_size": 256, "n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 2}
 LLAMA = {
@@ -52,7 +55,7 @@ def process():
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    with checkpoint_model.one_process():
+    with one_process():
         yield
 
 
@@ -83,27 +86,29 @@ def laid_out(model, vectors, folder):
         for p, vector in zip(model.parameters(), vectors, strict=True):
             p.copy_(vector)
         model.save_pretrained(folder)
-    return checkpoint_model.read(folder, FLAGS).parameters
+    return read(folder, FLAGS).parameters
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_losses_and_gradients_are_those_of_transformers(name, tmp_path):
     model = model_of(CASES[name])
     model.save_pretrained(tmp_path)
-    found = checkpoint_model.read(tmp_path, FLAGS)
+    found = read(tmp_path, FLAGS)
     assert found.iteration == 0 and found.moments is None
     tokens = torch.randint(256, (5, jobs.SEQUENCE + 1))
-    with checkpoint_model.one_process():  # without megatron-core's warnings
-        module = checkpoint_model.Standing(found).module
+    with one_process():  # without megatron-core's warnings
+        module = LoadedModel(found).module
         ours = megatron_core.token_losses(module, tokens[:, :-1], tokens[:, 1:]).mean(1)
         ours.mean().backward()
-    theirs = their_losses(model, tokens)
+    theirs, double = their_losses(model, tokens), copy.deepcopy(model).double()
     theirs.mean().backward()
+    their_losses(double, tokens).mean().backward()
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
+    both = zip(model.parameters(), double.parameters(), strict=True)
+    rounding = max(float((one.grad - two.grad).abs().max()) for one, two in both)  # of float32, theirs
     gradients = laid_out(model, [p.grad for p in model.parameters()], tmp_path)
-    scale = max(float(g.abs().max()) for g in gradients.values())
     for name, p in module.named_parameters():
-        torch.testing.assert_close(p.grad, gradients[name], rtol=1e-4, atol=1e-6 * scale, msg=name)
+        torch.testing.assert_close(p.grad, gradients[name], rtol=1e-4, atol=8 * rounding, msg=name)
 
 
 def test_rotations_as_transformers_4_wrote_them():
@@ -139,7 +144,7 @@ def trained(tmp_path_factory):
 def test_second_moments_are_those_of_the_optimiser(trained, kind, tmp_path):
     folder, model, optimizer = trained[kind]
     optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
-    found = checkpoint_model.read(folder / f"checkpoint-{STEPS}", FLAGS)
+    found = read(folder / f"checkpoint-{STEPS}", FLAGS)
     assert found.iteration == STEPS and found.arguments.train_iters == STEPS
     assert found.arguments.weight_decay == 0.1 and found.arguments.micro_batch_size == BATCH // 2
     states = [optimizer.state[p] for p in model.parameters()]
@@ -169,7 +174,7 @@ def of_torch(folder, shards):
 def test_every_way_of_storing_weights_reads_the_same(tmp_path):
     model = model_of(GPT2)
     model.save_pretrained(tmp_path / "one")
-    expected = checkpoint_model.read(tmp_path / "one", FLAGS).parameters
+    expected = read(tmp_path / "one", FLAGS).parameters
     model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
     model.transformer.save_pretrained(tmp_path / "base")  # names without `transformer.`
@@ -180,7 +185,7 @@ def test_every_way_of_storing_weights_reads_the_same(tmp_path):
     more = {"lm_head.weight": weights["transformer.wte.weight"], "h.0.attn.bias": torch.ones(1, 1, 32, 32)}
     torch.save(weights | more, tmp_path / "bin" / "pytorch_model.bin")  # as of earlier releases
     for name in ("shards", "base", "bin", "bins"):
-        found = checkpoint_model.read(tmp_path / name, FLAGS).parameters
+        found = read(tmp_path / name, FLAGS).parameters
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[key], expected[key]) for key in expected), name
 
@@ -190,7 +195,7 @@ def test_trainer_under_deepspeed(stage, tmp_path):
     """Its ZeRO shards lie beside, under the model's names. A process of its own: stage 3 leaves torch's layers patched."""
     place = tmp_path / "checkpoint-1"
     moments, weights = ranks.run(jobs.under_deepspeed, 1, model_of(LLAMA), stage, place, timeout=120)[0]
-    found = checkpoint_model.read(place, FLAGS)
+    found = read(place, FLAGS)
     assert found.iteration == 1
     for given, vectors in ((found.moments, moments), (found.parameters, weights)):
         expected = laid_out(model_of(LLAMA), vectors, tmp_path / "expected")
@@ -232,12 +237,12 @@ def test_what_cannot_be_rebuilt_is_refused_by_name(trained, told, tmp_path):
     place = Path(shutil.copytree(trained[kind][0] / "checkpoint-2", tmp_path / "checkpoint-2"))
     changed(place, "config.json", **keys)
     with pytest.raises(CheckpointError, match=re.escape(told)):
-        checkpoint_model.read(place, FLAGS)
+        read(place, FLAGS)
 
 
 def refused(place, match, extra=FLAGS):
     with pytest.raises(CheckpointError, match=match):
-        checkpoint_model.read(place, extra)
+        read(place, extra)
 
 
 def test_damage_and_missing_pieces_are_named(trained, tmp_path, monkeypatch):
@@ -282,7 +287,7 @@ def test_second_moments_in_an_unknown_order_are_not_guessed(trained, tmp_path):
         {},
     ):
         torch.save(other, place / "optimizer.pt")
-        assert checkpoint_model.read(place, FLAGS).moments is None
+        assert read(place, FLAGS).moments is None
 
 
 def test_a_series_is_found_and_a_model_folder_stands_alone(trained, tmp_path):
@@ -291,7 +296,7 @@ def test_a_series_is_found_and_a_model_folder_stands_alone(trained, tmp_path):
     assert [step for step, _ in found] == [2, 4]
     plain = Path(shutil.copytree(folder, tmp_path / "plain", ignore=shutil.ignore_patterns("checkpoint-*")))
     assert checkpoint_files.series([plain], 7) == [(7, plain)]
-    assert checkpoint_model.read(plain, FLAGS | {"iteration": 7}).iteration == 7
+    assert read(plain, FLAGS | {"iteration": 7}).iteration == 7
     shutil.copy(folder / "checkpoint-4" / "trainer_state.json", plain)
     assert checkpoint_files.series([plain]) == [(4, plain)]
 
@@ -333,15 +338,14 @@ def test_a_series_measures_what_the_same_weights_in_our_own_checkpoints_do(train
     checkpoints.analyze([folder], mixture, tmp_path / "theirs", asked, say=lambda line: None)
     assert digests(folder) == before
     for step in (2, 4):
-        as_ours(checkpoint_model.read(folder / f"checkpoint-{step}", FLAGS), tmp_path / "run")
+        as_ours(read(folder / f"checkpoint-{step}", FLAGS), tmp_path / "run")
     checkpoints.analyze([tmp_path / "run"], mixture, tmp_path / "ours", say=lambda line: None)
     theirs, ours = probes(tmp_path / "theirs"), probes(tmp_path / "ours")
     assert [*theirs] == [2, 4] == [*ours]
     for one, two in zip(theirs.values(), ours.values(), strict=True):
-        scale = np.abs(one["M"]).max()
-        for key in ("M", "P", "P_se"):
-            assert np.abs(np.array(one[key]) - np.array(two[key])).max() <= 1e-6 * scale, key
-        np.testing.assert_allclose(one["score"], two["score"], atol=1e-6 * np.abs(two["score"]).max())
+        for key in ("M", "P", "P_se", "score"):  # the moments differ by a rounding of float32
+            scale = np.abs(two[key if key == "score" else "M"]).max()
+            np.testing.assert_allclose(one[key], two[key], rtol=0, atol=1e-5 * scale, err_msg=key)
         for key in ("windows", "lr", "decay", "weights", "sample"):
             assert one[key] == two[key], key
     # Trainer's default schedule: linear to zero, after steps 2 and 4 of 4

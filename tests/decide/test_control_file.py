@@ -87,9 +87,9 @@ def test_situations_survive_the_record():
 
 
 def settings(law, mode="act", compare=(), **more):
-    domains = tuple(Domain(name, (name,)) for name in NAMES)
+    domains = tuple(Domain(name=name, path=(name,)) for name in NAMES)
     law = Controller(law=law, compare=compare)
-    return Config(domains, mode=mode, controller=law, **more)
+    return Config(domains=domains, mode=mode, controller=law, **more)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_controller import situation
+from situations import situation
 
 from megatron_commute import ops
 from megatron_commute.experiments import quadratic_domains, receding, receding_law, receding_plan
@@ -210,14 +210,28 @@ def test_segments_begin_with_the_window_and_follow_the_clock():
     )
 
 
+def test_a_plan_begins_above_its_error_and_above_the_gate_and_is_then_carried_out():
+    """1.96 errors of 0.01 and, before it has begun, 5e-4 of a loss of 3 nats."""
+    shares = np.array([0.5, 0.5])
+
+    def why(expected, loss=3.0, acting=False):
+        found = receding_law.Proposal(shares, True, expected, 0.01, 0.0, shares, shares)
+        return receding_law.doubt(found, loss, 0.95, acting)
+
+    assert why(-0.2) is None and why(-0.2, loss=399.0) is None
+    assert "inside its error" in why(-0.019) and "inside its error" in why(float("nan"))
+    assert "below 0.0005 of the loss" in why(-0.2, loss=401.0)
+    assert why(-0.2, loss=401.0, acting=True) is None
+
+
 def test_receding_keeps_its_plan_as_json_and_goes_on_from_it():
     _, _, recycled, gradients = learned(12)
     model = recycled.model(gradients, np.full(3, 1 / 3), [0.0, 4.0])
-    given = situation((0.4, 0.3, 0.3), score=(0, 0, 0), loss=5.0)
-    first = receding_law.receding(given, model)
+    given = situation((0.4, 0.3, 0.3), score=(0, 0, 0))
+    first = receding_law.receding(given, model, 5.0)
     memory = json.loads(json.dumps(first.memory))
     assert np.shape(memory["plan"]) == (10, 3) and sum(memory["sizes"]) == pytest.approx(1000)
-    assert first.active and first.expected < 0 and first.loss < 5.0
+    assert first.active and memory["acting"]
     np.testing.assert_allclose(np.array(memory["plan"]).sum(0) * 100, [400, 300, 300], atol=1e-4)
     later = receding_law.continued(memory, np.full(9, 100.0), 3)
     np.testing.assert_allclose(later, memory["plan"][1:], atol=1e-9)

@@ -330,8 +330,8 @@ def test_a_probe_line_says_null_for_what_was_not_measured(run):
 
 def test_plan_shows_what_a_probe_would_hold():
     run = config.Run(8, 8, 1, 4, 100)
-    domains = tuple(config.Domain(name, (name,)) for name in "abc")
-    held = plan_command.probe_memory(config.Config(domains), run, 25e6)
+    domains = tuple(config.Domain(name=name, path=(name,)) for name in "abc")
+    held = plan_command.probe_memory(config.Config(domains=domains), run, 25e6)
     assert held["full"] == {"vectors": 10, "words": "2K+4", "bytes": 1_000_000_000}
     assert held["sharded"] == {"vectors": 6.75, "words": "(2K+1)/4+5", "bytes": 675_000_000}
     assert held["scores"] == {"vectors": 6, "words": "6", "bytes": 600_000_000}
@@ -341,8 +341,8 @@ def test_plan_shows_what_a_probe_would_hold():
         "scores holds 6 vectors of model size, 600 MB a rank"
     )
     alone = config.Run(8, 8, 1, 1, 100)
-    assert set(plan_command.probe_memory(config.Config(domains), alone, None)) == {"full", "scores"}
-    wish = config.Config(domains, probe=config.Probe(memory="sharded"))
+    assert set(plan_command.probe_memory(config.Config(domains=domains), alone, None)) == {"full", "scores"}
+    wish = config.Config(domains=domains, probe=config.Probe(memory="sharded"))
     assert (
         plan_command.memory_words(plan_command.probe_memory(wish, alone, None))
         == "full holds 2K+4 = 10 vectors of model size"
@@ -367,7 +367,8 @@ def test_scores_cost_twice_the_products():
     costs = {}
     for mode in ("auto", "full", "sharded", "scores"):
         settings = config.Config(
-            (config.Domain("a", ("a",)), config.Domain("b", ("b",))), probe=config.Probe(memory=mode)
+            domains=tuple(config.Domain(name=name, path=(name,)) for name in "ab"),
+            probe=config.Probe(memory=mode),
         )
         costs[mode] = config.probe_cost(settings, config.Run(8, 8, 8, 1, 2000)).gradients
     # 2 domains, 64 sequences, 2 gradients each, 4 x 8 a domain for the direction and 4 for the error of a difference

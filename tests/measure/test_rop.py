@@ -106,9 +106,9 @@ def test_float32(case):
     found = rop.gradient_and_product(stack, params, u, tokens)
     value, gradient, product = truth(loss(stack, tokens), params, u)
     plain = hvp.gradient_and_product(loss(stack, tokens), params, u, "exact", step=1.0)
-    assert abs(found.loss - value) < 1e-6
-    assert gap(found.gradient, gradient) < 1.2 * gap(plain.gradient, gradient) < 1e-6
-    assert gap(found.product, product) < 1.2 * gap(plain.product, product) < 1.2e-6
+    assert abs(found.loss - value) < 8 * torch.finfo(torch.float32).eps * value
+    assert gap(found.gradient, gradient) < 2 * gap(plain.gradient, gradient) < 1e-4
+    assert gap(found.product, product) < 2 * gap(plain.product, product) < 1e-4
     assert all(t.dtype is torch.float32 for t in (*found.gradient, *found.product))
 
 

@@ -64,7 +64,8 @@ class Loop:
             np.zeros(K), np.ones(K), samples, 2 * batch, ("a note",), shares,
         )  # fmt: skip
         config = Config(
-            domains=tuple(Domain(n, (n,)) for n in names), mode=mode, every=every, probe=Probe(samples=16, splits=4),
+            domains=tuple(Domain(name=n, path=(n,)) for n in names),
+            mode=mode, every=every, probe=Probe(samples=16, splits=4),
             controller=Controller(
                 confidence=confidence, floors=(0.0,) * K, caps=(1.0,) * K, rate=0.2, law=law, compare=tuple(compare),
                 cooldown=cooldown,

@@ -52,12 +52,13 @@ def build(case, vocabulary=VOCABULARY, width=WIDTH, heads=HEADS, length=LENGTH, 
 
     def linear(name, outputs, inputs):
         weight = parameter(f"{name}.weight", outputs, inputs)
-        return rop.Linear(weight, parameter(f"{name}.bias", outputs) if case["bias"] else None)
+        bias = parameter(f"{name}.bias", outputs) if case["bias"] else None
+        return rop.Linear(weight=weight, bias=bias)
 
     def norm(name):
         weight = parameter(f"{name}.weight", width)
         bias = parameter(f"{name}.bias", width) if case["norm"] == "layer" else None
-        return rop.Norm(weight, bias, 1e-5, case["norm"])
+        return rop.Norm(weight=weight, bias=bias, eps=1e-5, kind=case["norm"])
 
     words = parameter("words", vocabulary, width)
     positions = parameter("positions", length + 2, width) if case["positions"] else None
@@ -65,31 +66,38 @@ def build(case, vocabulary=VOCABULARY, width=WIDTH, heads=HEADS, length=LENGTH, 
     made = []
     for i in range(blocks):
         name = f"blocks.{i}"
-        parts = (
-            norm(f"{name}.norm1"),
-            linear(f"{name}.qkv", (heads + 2 * case["groups"]) * size, width),
-            linear(f"{name}.out", width, width),
-            norm(f"{name}.norm2"),
-            linear(f"{name}.up", wide * inner, width),
-            linear(f"{name}.down", width, inner),
+        block = rop.Block(
+            norm1=norm(f"{name}.norm1"),
+            qkv=linear(f"{name}.qkv", (heads + 2 * case["groups"]) * size, width),
+            out=linear(f"{name}.out", width, width),
+            norm2=norm(f"{name}.norm2"),
+            up=linear(f"{name}.up", wide * inner, width),
+            down=linear(f"{name}.down", width, inner),
+            heads=heads,
+            groups=case["groups"],
+            layout=case["layout"],
+            scale=size**-0.5,
+            rotary=case["rotary"] is not None,
+            activation=case["activation"],
         )
-        form = (
-            heads,
-            case["groups"],
-            case["layout"],
-            size**-0.5,
-            case["rotary"] is not None,
-            case["activation"],
-        )
-        made.append(rop.Block(*parts, *form))
+        made.append(block)
     last = norm("norm")
     output = words if case["tied"] else parameter("output", vocabulary, width)
     rotary = None
     if case["rotary"] is not None:
         turned, interleaved = case["rotary"]
         angles = torch.outer(torch.arange(length + 1), 50.0 ** -torch.linspace(0, 1, turned // 2))
-        rotary = rop.Rotary(angles.cos(), angles.sin(), interleaved)
-    return rop.Stack(words, positions, tuple(made), last, output, rotary, tuple(names)), shapes
+        rotary = rop.Rotary(cos=angles.cos(), sin=angles.sin(), interleaved=interleaved)
+    stack = rop.Stack(
+        words=words,
+        positions=positions,
+        blocks=tuple(made),
+        norm=last,
+        output=output,
+        rotary=rotary,
+        names=tuple(names),
+    )
+    return stack, shapes
 
 
 def random_vector(stack, shapes, seed, dtype=torch.float64, spread=0.4):

@@ -13,6 +13,7 @@ from megatron_commute.report.markup import (
     FIND,
     by_domain,
     document,
+    figure,
     listed,
     named,
     section,

@@ -9,7 +9,7 @@ import indexed_files
 import numpy as np
 import pytest
 import records
-from click.testing import CliRunner
+from commands import invoke
 
 from megatron_commute import config, doctor
 from megatron_commute.cli import main as cli
@@ -23,10 +23,6 @@ every: 25
 probe: {samples: 16}
 measure_budget: 0.4
 """
-
-
-def invoke(*arguments):
-    return CliRunner().invoke(cli.main, [str(argument) for argument in arguments])
 
 
 @pytest.fixture

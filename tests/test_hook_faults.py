@@ -13,7 +13,6 @@ from megatron_commute.config import Config, Probe
 from megatron_commute.decide import controller
 from megatron_commute.measure import probe
 from megatron_commute.record import log as record
-from megatron_commute.settings.rates import flow_times
 
 
 def test_three_failures_in_a_row_switch_probing_off_and_a_success_starts_the_count_anew(tmp_path):
@@ -120,17 +119,6 @@ def test_a_loader_that_brings_other_samples_is_told(tmp_path):
         np.zeros(BATCH), np.zeros((BATCH, 3), dtype=np.int64), ((domains + 1) % 3, loop.hook.positions)
     )
     assert "THE LOADER BROUGHT OTHER SAMPLES than the mixture drew for 8..12" in loop.said
-
-
-def test_windows_are_those_of_the_schedule_and_end_with_the_run():
-    rate = [1e-2 * (1 - step / 24) for step in range(25)]
-    for step, first, second in (
-        (8, rate[8:12], rate[12:16]),
-        (20, rate[20:22], rate[22:24]),
-        (23, rate[23:24], [1e-30]),
-    ):
-        times = flow_times(lambda step: rate[step], step, 4, 24)
-        assert times == pytest.approx((sum(first), sum(second)))
 
 
 def test_each_probe_goes_on_in_the_holdout(tmp_path):

@@ -234,7 +234,9 @@ def model_of(K, seed, noise):
     """Any small quadratic model of K domains; with much noise its leaner twin disagrees about gradients."""
     rng = np.random.default_rng(seed)
     H = rng.normal(size=(K, 4, 4))
-    full = receding_plan.Quadratic(H @ H.swapaxes(1, 2), rng.normal(size=(K, 4)), np.full(K, 1 / K))
+    full = receding_plan.Quadratic(
+        H=H @ H.swapaxes(1, 2), g=rng.normal(size=(K, 4)), target=np.full(K, 1 / K)
+    )
     lean = full if noise < 1 else dataclasses.replace(full, g=-full.g)
     errors = np.full((K, 4, 4), noise), np.full((K, 4), noise)
     return receding.Model(full=full, lean=lean, H_se=errors[0], g_se=errors[1], clock=np.array([0.0, 1.0]))

@@ -33,7 +33,7 @@ SMALL = {
     "probe": 16,
     "warmup": 2,
 }
-SIZE = bilingual_paper.Size((2,), 2, 2, 1, ())
+SIZE = bilingual_paper.Size(starts=(2,), window=2, tail=2, seeds=1, checkpoints=())
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def alone(data, tmp_path_factory):
         patch.setattr(torch, "save", counted("states", torch.save))
         mean_loss = counted("gradients", bilingual_cells.mean_loss, lambda model, tokens: len(tokens))
         patch.setattr(bilingual_cells, "mean_loss", mean_loss)
-        assert bilingual.study("paper", Settings(data, **SMALL), out, processes=1, say=print, size=SIZE)
+        assert bilingual.study("paper", Settings(data=data, **SMALL), out, processes=1, say=print, size=SIZE)
     return out, dict(done)
 
 
@@ -122,7 +122,7 @@ def test_two_ranks_fill_what_is_missing_with_the_numbers_of_one(data, alone, tmp
 
 def refused(rank, data, out, there):
     """What two ranks are told, each a message or None, and whether a team is made once."""
-    settings = Settings(data, **SMALL)
+    settings = Settings(data=data, **SMALL)
     asked = [
         ("end-to-end", settings, None),
         ("paper", settings, 2),
@@ -151,7 +151,7 @@ def test_what_ranks_cannot_share_is_refused_on_all_of_them(data, alone, tmp_path
 
 
 def test_bfloat16_trains_and_touches_training_alone(data):
-    settings = Settings(data, **{**SMALL, "layers": 2, "hidden": 16, "lr": 1e-2})
+    settings = Settings(data=data, **{**SMALL, "layers": 2, "hidden": 16, "lr": 1e-2})
     text = Text(settings)
     plain, half = (Trainer(dataclasses.replace(settings, dtype=d), text) for d in ("float32", "bfloat16"))
     before = plain.losses()
@@ -164,11 +164,11 @@ def test_bfloat16_trains_and_touches_training_alone(data):
         assert after[name] < before[name] - 0.3
         assert 0 < abs(rounded[name] - after[name]) < 0.1
     with pytest.raises(ValueError, match="dtype=float16: write float32 or bfloat16"):
-        Settings(data, dtype="float16")
+        Settings(data=data, dtype="float16")
 
 
 def test_the_estimate_counts_what_a_study_does(data, alone):
-    settings = Settings(data, **SMALL)
+    settings = Settings(data=data, **SMALL)
     found = [
         bilingual_cost.work(own, [base, *jobs]) for own, base, jobs in bilingual_paper.parts(settings, SIZE)
     ]

@@ -42,7 +42,7 @@ def test_with_a_full_basis_the_model_is_the_problem():
     assert recycled.direction(gradients, TARGET) is None
     model = recycled.model(gradients, TARGET, [0.0, 4.0])
     w, times = np.random.default_rng(1).dirichlet(np.ones(3), 5), np.full(5, 0.8)
-    exact = receding_plan.Quadratic(problem.A, problem.gradients(theta), TARGET)
+    exact = receding_plan.Quadratic(H=problem.A, g=problem.gradients(theta), target=TARGET)
     assert receding_plan.loss_change(model.full, w, times) == pytest.approx(
         receding_plan.loss_change(exact, w, times), rel=1e-9
     )
@@ -75,7 +75,7 @@ def test_a_plan_gains_what_it_expects_when_the_model_is_the_problem():
     problem, theta, recycled, gradients = learned(40)
     found = even(recycled.model(gradients, TARGET, [0.0, 4.0]))
     assert found.active and found.expected < 0 and found.error < 0.01 * -found.expected
-    exact = receding_plan.Quadratic(problem.A, problem.gradients(theta), TARGET)
+    exact = receding_plan.Quadratic(H=problem.A, g=problem.gradients(theta), target=TARGET)
     times, constant = np.full(8, 0.5), np.tile([0.25, 0.375, 0.375], (8, 1))
     gain = receding_plan.loss_change(exact, found.plan, times) - receding_plan.loss_change(
         exact, constant, times

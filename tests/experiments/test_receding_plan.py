@@ -10,7 +10,7 @@ from megatron_commute.experiments import quadratic_domains, quadratic_search, re
 def small(seed=0, n=6, domains=3):
     problem, theta = quadratic_domains.sample(seed, n=n, domains=domains, base=0.8)
     target = np.random.default_rng(seed).dirichlet(np.ones(domains))
-    return problem, theta, receding_plan.Quadratic(problem.A, problem.gradients(theta), target)
+    return problem, theta, receding_plan.Quadratic(H=problem.A, g=problem.gradients(theta), target=target)
 
 
 @pytest.mark.parametrize("time", [0.05, 1.0, 40.0, 900.0])

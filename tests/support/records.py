@@ -167,7 +167,7 @@ def of_0_1_0(lines):
 
 
 def of_flow(lines, segments=25):
-    """The lines of a run whose weights law flow planned: a hump of the last domain, the others in proportion."""
+    """The lines of a run in mode fixed whose weights law flow planned: a hump of the last domain."""
     start, found = dict(lines[0]), []
     K, batch, samples, steps = (
         len(start["names"]),

@@ -65,8 +65,12 @@ def prepare(args, world):
     try:
         refuse(args, world)
         run = Run(
-            *(args.seq_length, args.global_batch_size, args.micro_batch_size),
-            *(world // args.tensor_model_parallel_size, args.train_iters, 2 * args.num_workers),
+            seq_length=args.seq_length,
+            global_batch=args.global_batch_size,
+            micro_batch=args.micro_batch_size,
+            data_parallel=world // args.tensor_model_parallel_size,
+            train_iters=args.train_iters,
+            prefetched=2 * args.num_workers,
         )
         plugin = Plugin(args.commute, run, args.train_data_path) if args.commute else None
         if not args.train_data_path and (plugin is None or not plugin.feeds):

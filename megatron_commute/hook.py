@@ -6,7 +6,6 @@ asking anybody.
 
 import dataclasses
 import json
-import os
 import time
 
 import numpy as np
@@ -205,7 +204,7 @@ class Hook:
 
     def _leave_word(self, step):
         """Tell the restart to skip the probe of `step`."""
-        _write_json(self._fault_file, {"step": step})
+        log.replace(self._fault_file, json.dumps({"step": step}).encode())
 
     def _named(self, values):
         return dict(zip(self.plan.names, np.asarray(values).tolist(), strict=True))
@@ -343,9 +342,3 @@ class Hook:
             else -1
         )
         self.fatal_step = int(reduce.broadcast_numbers(np.array([float(mine)]), self.groups)[0])
-
-
-def _write_json(path, content):
-    temporary = path.with_suffix(path.suffix + f".{os.getpid()}")
-    temporary.write_text(json.dumps(content))
-    os.replace(temporary, path)

@@ -2,9 +2,10 @@
 
 import json
 
+import indexed_files
 import numpy as np
 import pytest
-from test_cli import invoke, write_indexed
+from commands import invoke
 
 from megatron_commute.config import Run, load, resolve
 from megatron_commute.data.indexed import inspect_data
@@ -27,7 +28,7 @@ measure_budget: 1
 @pytest.fixture
 def mixture(tmp_path):
     for name in ("en", "ru"):
-        write_indexed(tmp_path / name, np.arange(8 * 2000 + 1))
+        indexed_files.write(tmp_path / name, np.arange(8 * 2000 + 1))
     path = tmp_path / "mixture.yaml"
     path.write_text(MIXTURE)
     return path

@@ -98,15 +98,11 @@ def test_digest_is_of_the_content_not_of_the_layout(tmp_path):
 ADDED = [
     ("evry: 5", "4: evry: unknown key; known here: KEYS (did you mean every?)"),
     ("every: 0", "4: every: got 0; write a positive number of training steps between two probes"),
-    ("every: 2.5", "4: every: got 2.5; write a positive number of training steps between two probes"),
     ("every: yes", '4: every: got yes; write a positive number of training steps between two probes'),
-    ("every: true", "4: every: got true; write a positive number of training steps between two probes"),
     ("lead: -1", "4: lead: got -1; write a positive number of samples, or null for 4 global batches"),
     ("seed: -3", "4: seed: got -3; write an integer that is not negative"),
     ("mode: actt", "4: mode: got actt; write one of shadow, fixed, act (did you mean act?)"),
-    ("mode: [act]", '4: mode: got ["act"]; write one of shadow, fixed, act (did you mean act?)'),
     ("measure_budget: 0", "4: measure_budget: got 0; write a share of the training compute, such as 0.005"),
-    ("measure_budget: .nan", "4: measure_budget: got NaN; write a share of the training compute, such as 0.005"),
     ("schedule: 3", "4: schedule: got 3; write the path of a CSV file, or null"),
     ("schedule: s.csv", "4: schedule: is followed in mode fixed only; write mode: fixed"),
     ("probe: 64", "4: probe: got 64; write a mapping with the keys samples, splits, method, metric, memory, time_limit"),
@@ -119,7 +115,6 @@ ADDED = [
     ("probe: {time_limit: 0}", "4: probe.time_limit: got 0; write a positive number of seconds, or null"),
     ("probe: {sample: 8}", "4: probe.sample: unknown key; known here: samples, splits, method, metric, memory, time_limit (did you mean samples?)"),
     ("controller: {strength: 0}", "4: controller.strength: got 0; write a positive number"),
-    ("controller: {strength: .inf}", "4: controller.strength: got Infinity; write a positive number"),
     ("controller: {rate: 1.5}", "4: controller.rate: got 1.5; write the largest change of a weight in one decision, such as 0.05"),
     ("controller: {confidence: 1}", "4: controller.confidence: got 1; write a probability from 0.5 to below 1, such as 0.95"),
     ("controller: {floors: 2}", "4: controller.floors: got 2; write a share between 0 and 1"),
@@ -150,14 +145,9 @@ HOLDOUT = "write a positive number of sequences or the prefix of a .bin/.idx pai
 DOMAIN = [
     ("path: en.bin", "path: got en.bin; write the prefix without its ending: en"),
     ("path: []", "path: got []; write the prefix of a .bin/.idx pair, or a list of them"),
-    ("path: [en, 3]", 'path: got ["en", 3]; write the prefix of a .bin/.idx pair'),
     ("weight: 0.5", "path: missing; write the prefix of a .bin/.idx pair"),
     ("path: ru", "path: ru is read by domain ru already; name every prefix once"),
-    ("path: en, weight: -0.1", f"weight: got -0.1; {SHARE}"),
-    ("path: en, weight: true", f"weight: got true; {SHARE}"),
     ("path: en, weight: 9/10", f"weight: got 9/10; {SHARE}"),
-    ("path: en, budget: 0", f"budget: got 0; {BUDGET}"),
-    ("path: en, budget: 3.1", f"budget: got 3.1; {BUDGET}"),
     ("path: en, budget: 3.1Mb", f"budget: got 3.1Mb; {BUDGET}"),
     ("path: en, budget: 0.5tok", f"budget: got 0.5tok; {BUDGET}"),
     ("path: en, min: 1.1", f"min: got 1.1; {SHARE}"),
@@ -178,15 +168,7 @@ def test_bad_domain(tmp_path, body, message):
 
 @pytest.mark.parametrize(
     ("budget", "tokens"),
-    [
-        ("7tok", 7),
-        ("7tokens", 7),
-        ("1.5ktok", 1_500),
-        ("3.1Mtok", 3_100_000),
-        ("2 Gtok", 2 * 10**9),
-        ("0.7Btok", 7 * 10**8),
-        ("1.2Ttok", 12 * 10**11),
-    ],
+    [("7tokens", 7), ("3.1Mtok", 3_100_000), ("0.7Btok", 7 * 10**8), ("1.2Ttok", 12 * 10**11)],
 )
 def test_token_budgets_are_exact(tmp_path, budget, tokens):
     config = load(written(tmp_path, f"domains: {{en: {{path: en, budget: {budget}}}}}"))

@@ -214,18 +214,6 @@ def test_the_rounding_at_the_end_of_a_run_is_not_told():
     assert [told.sample for told in endless.projections] == [19]
 
 
-def test_a_maximum_that_must_last_is_met_before_it_is_too_late():
-    """Budget 600 of 1000 at most 0.75 a sample: with 0.5 wished, need / left reaches 0.75 at sample 600."""
-    stream = Mixture([0.5, 0.5], [600, 400], maximum=[0.75, 1.0])
-    assert stream.weights.tolist() == [0.5, 0.5]
-    stream.take(599)
-    assert stream.weights.tolist() == [0.5, 0.5]
-    stream.take(1)
-    assert stream.weights == pytest.approx([0.75, 0.25])
-    stream.take(400)
-    assert stream.served.tolist() == [600, 400]
-
-
 def test_schedule_drops_later_changes_and_refuses_the_past():
     stream = Mixture([1, 1])
     stream.schedule([1, 0], 50)

@@ -5,6 +5,7 @@ Megatron and DeepSpeed are imported inside functions, so that the rest of the pa
 
 import contextlib
 import dataclasses
+import functools
 import types
 import warnings
 
@@ -191,12 +192,12 @@ def probe_model(engine, micro_batch, method, loss=mean_loss):
         module,
         loss,
         micro_batch,
-        lambda: second_moments(engine, params),
-        owned,
-        decayed(engine, params),
-        here,
-        lambda: twice.twice_differentiable(module),
-        lambda *loss_params_square: twice.verify(module, *loss_params_square),
+        second_moments=lambda: second_moments(engine, params),
+        owned=owned,
+        decayed=decayed(engine, params),
+        groups=here,
+        exact=lambda: twice.twice_differentiable(module),
+        verify=functools.partial(twice.verify, module),
     )
     if method == "fused":
         model = fused.with_fused(model, module, here.model)

@@ -30,7 +30,8 @@ IGNORED = ("ReduceTiedGrads", "ReduceGrads", "OptimizerStep")  # training's own
 def groups(engine):
     """reduce.Groups of a PipelineEngine; a group of one rank is None."""
     here = (engine.grid.get_data_parallel_group(), engine.grid.get_model_parallel_group())
-    return reduce.Groups(*(g if reduce.size(g) > 1 else None for g in here), reduce.everyone())
+    data, model = (group if reduce.size(group) > 1 else None for group in here)
+    return reduce.Groups(data=data, model=model, world=reduce.everyone())
 
 
 def probe_model(
@@ -68,7 +69,14 @@ def probe_model(
 
     def gradient(at, batches):
         leaves = [p.detach().requires_grad_(True) for p in at]
-        run = _Run(engine, stage, dict(zip(names, leaves, strict=True)), batch, list(batches), peers)
+        run = _Run(
+            engine=engine,
+            stage=stage,
+            params=dict(zip(names, leaves, strict=True)),
+            batch=batch,
+            batches=list(batches),
+            peers=peers,
+        )
         run.execute()
         with reduce.agreed(here.model):
             if run.fault is not None:
@@ -148,7 +156,7 @@ class _Run:
     to the end of the schedule and none waits.
     """
 
-    def __init__(self, engine, stage, params, batch, batches, peers):
+    def __init__(self, *, engine, stage, params, batch, batches, peers):
         self.engine, self.stage, self.params, self.batch, self.batches = engine, stage, params, batch, batches
         self.peers, self.fault, self.slots, self.pending = peers, None, {}, []
         self.loaded = self.begun = 0

@@ -33,7 +33,7 @@ class Wish(NamedTuple):
 def left_evenly(mixture, initial):
     """The remaining-budget shares f64[K] of a mixture.Mixture, to its end; initial f64[K]: the planned weights."""
     budgets = np.array([np.nan if budget is None else budget for budget in mixture.budgets], dtype=np.float64)
-    return remaining_shares(budgets - mixture.served, mixture.samples - mixture.index, initial)
+    return owed_shares(budgets - mixture.served, mixture.samples - mixture.index, initial)
 
 
 def shares_of(situation):

@@ -26,43 +26,58 @@ GUARDS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Replayed:
-    """One decision of one law: weights f64[K] wished for from `effective_sample` on, None where they would have stayed;
-    happened f64[K]: what the run did.
-    """
+    """One decision of one law."""
 
     step: int
+    # of the probe
     sample: int
+    # of the probe
     effective_sample: int
+    # from which the weights would have held
     weights: list | None
+    # wished for, f64[K]; None where they would have stayed
     before: list
+    # in force, f64[K]
     happened: list
+    # what the run did, f64[K]
     reason: str
+    # of the law, in words
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Told:
-    """A replay of one record: law and guardrails asked for, Replayed decisions, and (repeated exactly, logged) of the
-    law that ran.
-    """
+    """A replay of one record."""
 
     law: str
+    # asked for
     names: list
+    # of the domains
     guards: dict
+    # guardrails asked for
     decisions: list
+    # Replayed, in order
     repeated: tuple
+    # (decisions of the law that ran which replaying repeats exactly, decisions logged)
 
 
 def told(run, law=None, texts=()):
-    """The Told of a record (a file, or the folder that holds it). ValueError, FileNotFoundError as `replay` and
-    `record.find`.
+    """The Told of a record (a file, or the folder that holds it).
+
+    ValueError, FileNotFoundError as `replay` and `record.find`.
     """
     lines = record.read(run)
     changed = guards(texts)
     decisions = replay(lines, law, changed)
     start = next(line for line in lines if line["event"] == "start")
-    return Told(law or start["controller"]["law"], start["names"], changed, decisions, agreement(lines))
+    return Told(
+        law=law or start["controller"]["law"],
+        names=start["names"],
+        guards=changed,
+        decisions=decisions,
+        repeated=agreement(lines),
+    )
 
 
 def as_dict(found):

@@ -96,7 +96,7 @@ def asked(name, data, changes, quick=False):
         except ValueError:
             raise ValueError(f"--set {change}: {field} is of type {kind.__name__}") from None
     of_size = {key: found.pop(key) for key in own if key in found}
-    return Settings(data, **found), dataclasses.replace(size, **of_size)
+    return Settings(data=data, **found), dataclasses.replace(size, **of_size)
 
 
 def _changed(name, quick, size):
@@ -138,7 +138,7 @@ def _claim(folder, wanted):
                 f"{path}: not there on rank {reduce.rank()}; give an OUT_DIR that all ranks share"
             )
         kept = json.loads(path.read_text(encoding="utf-8"))
-    kept = {**json.loads(json.dumps(dataclasses.asdict(Settings("")))), **kept}
+    kept = {**json.loads(json.dumps(dataclasses.asdict(Settings(data="")))), **kept}
     changed = sorted(key for key in {*kept, *wanted} - {"data"} if kept.get(key) != wanted.get(key))
     if changed:
         raise ValueError(

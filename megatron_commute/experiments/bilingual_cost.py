@@ -19,25 +19,29 @@ from megatron_commute.settings.probe_cost import CHECK_GRADIENTS, GRADIENTS_PER_
 FLOAT32 = 0.1  # assumed speed of float32 as a part of that of bfloat16
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Work:
-    """steps: of training; readings: of the held-out losses of all domains; gradients: of one sequence, by probes; states:
-    saved."""
+    """What a part of a study does."""
 
     steps: int = 0
+    # of training
     readings: int = 0
+    # of the held-out losses of all domains
     gradients: int = 0
+    # of one sequence, by probes
     states: int = 0
+    # saved
 
 
 def _base(settings, states, read_every, **_):
     last = max(states)
     read = {*range(0, last + 1, read_every), *states}
-    return Work(last, len(read), 0, len(set(states)))
+    return Work(steps=last, readings=len(read), states=len(set(states)))
 
 
 def _pair(settings, window, tails, orders=("12", "21", "base"), **_):
-    return Work(len(orders) * (2 * window + max(tails, default=0)), len(orders) * (1 + len(tails)))
+    steps = len(orders) * (2 * window + max(tails, default=0))
+    return Work(steps=steps, readings=len(orders) * (1 + len(tails)))
 
 
 def _criterion(settings, weights, samples=None, **_):
@@ -58,8 +62,9 @@ COUNTS = {
 
 def work(settings, jobs):
     """Work of jobs [(key, function, arguments)], summed."""
-    found = [dataclasses.astuple(COUNTS[function](settings, **arguments)) for _, function, arguments in jobs]
-    return Work(*(sum(column) for column in zip(*found, strict=True)))
+    parts = [COUNTS[function](settings, **arguments) for _, function, arguments in jobs]
+    names = [field.name for field in dataclasses.fields(Work)]
+    return Work(**{name: sum(getattr(part, name) for part in parts) for name in names})
 
 
 @functools.cache

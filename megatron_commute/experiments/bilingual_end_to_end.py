@@ -24,17 +24,21 @@ SCHEDULES = ("constant", "low-resource-last", "tau-tail", "odm", "tilt")
 SETTINGS = {"constant rate": {}, "cosine": {"optimizer": "adamw", "decay": "cosine", "weight_decay": 0.1}}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Size:
-    """steps of a run; every: steps between decisions; end: the last steps, of schedule low-resource-last; seeds: paired."""
+    """How large the study is."""
 
     steps: int = 1000
+    # of a run
     every: int = 50
+    # steps between decisions
     end: int = 200
+    # last steps, in which low-resource-last spends the rest of the budget
     seeds: int = 5
+    # paired
 
 
-QUICK = Size(40, 4, 8, 2)
+QUICK = Size(steps=40, every=4, end=8, seeds=2)
 
 
 def study(settings, folder, quick, processes, say):
@@ -73,20 +77,20 @@ def study(settings, folder, quick, processes, say):
 def run(settings, folder, rate, schedule, seed, quick):
     """One run: {"losses": final held-out loss by domain, "weights": [[step, w]], "served"}."""
     size = QUICK if quick else Size()
-    trainer = Trainer(settings, Text(settings), seed)
+    trainer = Trainer(settings, Text(settings), seed=seed)
     samples = size.steps * settings.batch
     budgets = [round(samples * share) for share in SHARES]
     mixture = Mixture(np.array(SHARES), budgets, samples=samples)
     decide = Decider(size=size, schedule=schedule, trainer=trainer, mixture=mixture, shares=SHARES)
-    told = []
+    weights = []
     for step in range(size.steps):
         if step % size.every == 0:
             decide(step)
-            told.append([step, np.asarray(mixture.weights).tolist()])
+            weights.append([step, np.asarray(mixture.weights).tolist()])
         domains, _ = mixture.take(settings.batch)
         trainer.step(None, np.bincount(domains, minlength=3))
     assert mixture.served.tolist() == budgets
-    return {"losses": trainer.losses(), "weights": told, "served": budgets}
+    return {"losses": trainer.losses(), "weights": weights, "served": budgets}
 
 
 def summary(found, size):

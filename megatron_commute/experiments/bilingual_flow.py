@@ -171,7 +171,7 @@ def run(settings, folder, variant, style, steps, kind, options, seed):
     most = {name: max(1, round(part * budgets[domains.index(name)])) for name, part in chosen.limits.items()}
     text = _text(dataclasses.replace(own, steps=1, lr=1.0), tuple(most.items()))
     planned = rates(rate_of(style, steps, own.lr))
-    trainer = Trainer(own, text, seed, rates=planned)
+    trainer = Trainer(own, text, seed=seed, rates=planned)
     mixture = Mixture(shares, budgets, samples=steps * BATCH)
     for sample, weights in changes(kind, options, planned, budgets, shares, BATCH):
         mixture.schedule(weights, sample)

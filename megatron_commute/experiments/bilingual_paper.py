@@ -32,19 +32,23 @@ PRINTED = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Size:
-    """starts: states of the interventions; window: steps of each half; tail: common steps afterwards; seeds: paired;
-    checkpoints: states at which P alone is measured. The paper: starts 2000 ... 20000 of 28000 steps, window 4000."""
+    """How large the study is. The paper: starts 2000 ... 20000 of 28000 steps, window 4000."""
 
     starts: tuple = (200, 600, 1000, 1400)
+    # states of the interventions
     window: int = 200
+    # steps of each half
     tail: int = 200
+    # common steps afterwards
     seeds: int = 2
+    # paired
     checkpoints: tuple = (400, 800, 1200, 1600)
+    # states at which P alone is measured
 
 
-QUICK = Size((10, 20), 5, 5, 2, (15,))
+QUICK = Size(starts=(10, 20), window=5, tail=5, seeds=2, checkpoints=(15,))
 METRICS = ("identity", "adam")
 
 

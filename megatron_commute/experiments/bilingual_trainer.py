@@ -22,37 +22,50 @@ from megatron_commute.data.sampler import items
 WORDS = {"optimizer": ("adam", "adamw"), "decay": ("constant", "cosine"), "dtype": ("float32", "bfloat16")}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Model, text and optimiser of a study.
-
-    domains: trained domains by name; others: domains that are only evaluated. batch: sequences in a step, split evenly over
-    the domains; micro: in one forward pass. lr: peak rate after `warmup` steps; decay "cosine" falls to a tenth at `steps`,
-    "constant" stays. held: sequences of each domain whose loss is read; probe: sequences of each domain for one measurement
-    of P. dtype: of the forward and backward pass of training; weights, optimiser, readings and probes are float32 always.
-    Raises ValueError for a word that a field does not take.
-    """
+    """Model, text and optimiser of a study. Raises ValueError for a word that a field does not take."""
 
     data: str
+    # folder of prepare_data.py
     domains: tuple = ("english", "russian")
+    # trained, by name
     others: tuple = ("code", "handbook_english", "handbook_russian")
+    # only evaluated
     layers: int = 2
+    # of the model
     hidden: int = 48
+    # width of the model
     heads: int = 2
+    # of attention
     sequence: int = 32
+    # tokens
     vocabulary: int = 512
+    # tokens that the model knows
     batch: int = 32
+    # sequences in a step, split evenly over the domains
     micro: int = 32
+    # sequences in one forward pass
     optimizer: str = "adam"
+    # or "adamw"
     lr: float = 1e-3
+    # peak rate
     warmup: int = 50
+    # steps until the peak
     decay: str = "constant"
+    # or "cosine", which falls to a tenth at `steps`
     weight_decay: float = 0.0
+    # of matrices
     steps: int = 3000
+    # of the schedule
     held: int = 256
+    # sequences of each domain whose loss is read
     probe: int = 128
+    # sequences of each domain for one measurement of P
     seed: int = 1234
+    # of weights and sequences
     dtype: str = "float32"
+    # of training's passes, or "bfloat16"; weights, optimiser, readings and probes are float32
 
     def __post_init__(self):
         for field, words in WORDS.items():
@@ -63,7 +76,7 @@ class Settings:
 class Block(nn.Module):
     """Pre-norm attention and GELU, as in GPT-2."""
 
-    def __init__(self, hidden, heads):
+    def __init__(self, *, hidden, heads):
         super().__init__()
         self.heads = heads
         self.norm1, self.norm2 = nn.LayerNorm(hidden), nn.LayerNorm(hidden)
@@ -86,7 +99,9 @@ class GPT(nn.Module):
         hidden = settings.hidden
         self.words = nn.Embedding(settings.vocabulary, hidden)
         self.positions = nn.Embedding(settings.sequence, hidden)
-        self.blocks = nn.ModuleList(Block(hidden, settings.heads) for _ in range(settings.layers))
+        self.blocks = nn.ModuleList(
+            Block(hidden=hidden, heads=settings.heads) for _ in range(settings.layers)
+        )
         self.norm = nn.LayerNorm(hidden)
         for name, parameter in self.named_parameters():
             if parameter.dim() > 1:
@@ -198,7 +213,7 @@ class Trainer:
     per domain instead, as a mixture does. rates f64[T]: learning rate of every step, in place of the settings'.
     """
 
-    def __init__(self, settings, text, seed=None, rates=None):
+    def __init__(self, settings, text, *, seed=None, rates=None):
         self.settings, self.text, self.rates = settings, text, rates
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.seed = settings.seed if seed is None else seed

@@ -34,14 +34,18 @@ TILT_STRENGTH = 0.5  # of the law `tilt`; larger is worse over long horizons
 START, GRAIN = 12, 1000  # directions multiplied at the first decision; samples that one step stands for
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """weights f64[steps, K] as used; at the end theta f64[n], losses f64[K] and loss, the target's."""
+    """What `run` has done."""
 
     weights: np.ndarray
+    # f64[steps, K], as used
     theta: np.ndarray
+    # f64[n], at the end
     losses: np.ndarray
+    # f64[K], at the end
     loss: float
+    # the target's, at the end
 
 
 def run(A, b, theta0, budgets, time, steps, target, schedule):
@@ -64,7 +68,7 @@ def run(A, b, theta0, budgets, time, steps, target, schedule):
         remaining = np.maximum(remaining - used[step], 0.0)
         theta = problem.flow(used[step])(theta, time / steps)
     losses = problem.losses(theta)
-    return Run(used, theta, losses, float(target @ losses))
+    return Run(weights=used, theta=theta, losses=losses, loss=float(target @ losses))
 
 
 def study(out_dir, seeds=300):
@@ -116,7 +120,7 @@ def _weights_of(schedule, problem, budgets, time, steps, target):
     if schedule == "tilt":
         return lambda step, theta, remaining: _tilt(problem, theta, remaining, target)
     if schedule == "commute":
-        return _Commute(problem, budgets, time, steps, target)
+        return _Commute(problem=problem, budgets=budgets, time=time, steps=steps, target=target)
     raise ValueError(f"schedule {schedule!r}: pass 'constant', 'tilt', 'commute' or weights[steps, K]")
 
 
@@ -136,7 +140,7 @@ def _check_schedule(weights, budgets, steps):
 class _Commute:
     """The law `receding` at every step of a run: one new direction a decision, START at the first."""
 
-    def __init__(self, problem, budgets, time, steps, target):
+    def __init__(self, *, problem, budgets, time, steps, target):
         self.problem, self.time, self.steps, self.target = problem, time, steps, target
         self.budgets, self.before = budgets, budgets
         self.recycled, self.memory = Recycled(len(budgets)), {}

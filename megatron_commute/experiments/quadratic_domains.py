@@ -11,12 +11,14 @@ import dataclasses
 import numpy as np
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Quadratic:
-    """K quadratic domains in n dimensions: A f64[K, n, n] (symmetric part is used), b f64[K, n]."""
+    """K quadratic domains in n dimensions."""
 
     A: np.ndarray
+    # f64[K, n, n], symmetric
     b: np.ndarray
+    # f64[K, n], where each loss is least
 
     def gradients(self, theta):
         """g[..., K, n] at theta[..., n]."""
@@ -52,11 +54,11 @@ class Quadratic:
 
 
 def quadratic(A, b):
-    """Quadratic of arrays A[K, n, n] and b[K, n]; ValueError if the shapes disagree."""
+    """Quadratic of arrays A[K, n, n], whose symmetric part counts, and b[K, n]; ValueError if the shapes disagree."""
     A, b = np.asarray(A, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if b.ndim != 2 or A.shape != (*b.shape, b.shape[1]):
         raise ValueError(f"A has shape {A.shape} and b {b.shape}: pass A[K, n, n] and b[K, n]")
-    return Quadratic((A + A.swapaxes(1, 2)) / 2, b)
+    return Quadratic(A=(A + A.swapaxes(1, 2)) / 2, b=b)
 
 
 def sample(seed, n=100, domains=2, base=0.7, scale=1.0, spectrum=None, shared=False):

@@ -22,21 +22,20 @@ SMALL_STEP = 1e-5  # part of a step outside the basis from which its gradients t
 LEFT_OUT = 6  # newest basis vectors that the leaner model does without
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
-    """What the products say in r coordinates, at the parameters of now. K domains.
-
-    full: the receding_plan.Quadratic; lean: the same learned without the newest LEFT_OUT products (other coordinates), whose
-    disagreement says how much the products that are still missing matter. H_se f64[K, r, r], g_se f64[K, r]: standard errors
-    of full.H and full.g, zero where exact. clock f64[P + 1]: flow time from now to the ends of P equal parts of the samples
-    left (two numbers, 0 and the whole, for a constant learning rate).
-    """
+    """What the products say in r coordinates, at the parameters of now. K domains."""
 
     full: receding_plan.Quadratic
+    # from all products
     lean: receding_plan.Quadratic
+    # without the newest LEFT_OUT of them, in other coordinates: how much those still missing matter
     H_se: np.ndarray
+    # f64[K, r, r], standard errors of full.H, zero where exact
     g_se: np.ndarray
+    # f64[K, r], likewise of full.g
     clock: np.ndarray
+    # f64[P + 1], flow time from now to the ends of P equal parts of the samples left: 0 and the whole for one rate
 
     @property
     def noisy(self):
@@ -51,7 +50,7 @@ class Model:
         noise = noise + np.tril(noise, -1).swapaxes(-1, -2)
         g = quadratic.g + self.g_se * rng.standard_normal((count, *self.g_se.shape))
         target = np.broadcast_to(quadratic.target, (count, *quadratic.target.shape))
-        return receding_plan.Quadratic(quadratic.H + self.H_se * noise, g, target)
+        return receding_plan.Quadratic(H=quadratic.H + self.H_se * noise, g=g, target=target)
 
 
 def rows_dots(X, Y):
@@ -71,7 +70,7 @@ class Recycled:
     vectors in its geometry (D^1/2 g, D^1/2 H D^1/2 v).
     """
 
-    def __init__(self, domains, dots=rows_dots, combine=rows_combine, width=WIDTH, completed=COMPLETED):
+    def __init__(self, domains, *, dots=rows_dots, combine=rows_combine, width=WIDTH, completed=COMPLETED):
         self.K, self.dots, self.combine, self.width, self.completed = domains, dots, combine, width, completed
         self.basis, self.products, self._gram = [], [], np.zeros((0, 0))
 
@@ -184,11 +183,11 @@ class Recycled:
         H_se[:, :r, :r] = error
         slope = np.zeros(K) if g_se is None else np.asarray(g_se, dtype=np.float64)
         return Model(
-            full,
-            lean,
-            H_se,
-            np.repeat(slope[:, None], full.g.shape[1], 1),
-            np.asarray(clock, dtype=np.float64),
+            full=full,
+            lean=lean,
+            H_se=H_se,
+            g_se=np.repeat(slope[:, None], full.g.shape[1], 1),
+            clock=np.asarray(clock, dtype=np.float64),
         )
 
     def _completed(self, dots, target, r):
@@ -209,7 +208,7 @@ class Recycled:
         H = np.concatenate([np.concatenate([A, B.swapaxes(1, 2)], 2), np.concatenate([B, D], 2)], 1)
         on_rest = dots[:r, 1:].transpose(1, 0, 2).reshape(K * r, K) - inside.T @ dots[:r, 0]
         g = np.concatenate([dots[:r, 0], (U / np.sqrt(strength)).T @ on_rest]).T
-        return receding_plan.Quadratic(H, g, target), error
+        return receding_plan.Quadratic(H=H, g=g, target=target), error
 
     def _measured(self, a, norms):
         """(V'HV f64[K, r, r] of both readings weighted by their precision, never negative; its standard errors)."""

@@ -22,13 +22,16 @@ ORDERS = ((0.03, 5), (0.1, 6), (0.3, 8), (0.7, 10), (1.2, 12), (REACH, 15))  # T
 SMALLEST = 1e-9  # a weight below this cannot grow again under multiplicative steps
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Quadratic:
-    """H f64[..., K, r, r] symmetric, g f64[..., K, r], target f64[..., K] (shares of the target loss)."""
+    """K losses around the parameters of now, in r coordinates."""
 
     H: np.ndarray
+    # f64[..., K, r, r], symmetric
     g: np.ndarray
+    # f64[..., K, r]
     target: np.ndarray
+    # f64[..., K], shares of the target loss
 
     @functools.cached_property
     def of_target(self):
@@ -165,7 +168,7 @@ def shrunk(model, H_se, g_se):
     power = power * values**2 / np.maximum((values**2).sum(-1, keepdims=True), 1e-300)
     along = along * np.where(noise > 0, power / np.maximum(power + noise, 1e-300), 1.0)
     H = (vectors * values[..., None, :]) @ vectors.swapaxes(-1, -2)
-    return Quadratic(H, times_vector(vectors, along), model.target)
+    return Quadratic(H=H, g=times_vector(vectors, along), target=model.target)
 
 
 def spread(w, sizes, rest, rounds=12):

@@ -172,12 +172,11 @@ def attention_backward(go, dgo, q, dq, k, dk, v, dv, o, do, saved, scale):
     along, dalong = (go * o).sum(-1, True), (dgo * o + go * do).sum(-1, True)
     gs = scale * p * (gp - along)
     dgs = scale * (dp * (gp - along) + p * (dgp - dalong))
-    found = (
-        *(gs @ k, dgs @ k + gs @ dk),
-        *(gs.mT @ q, dgs.mT @ q + gs.mT @ dq),
-        *(p.mT @ go, dp.mT @ go + p.mT @ dgo),
-    )
-    return tuple(t.to(dtype).view(shape) for t, shape in zip(found, shapes, strict=True))
+    gq, dgq = gs @ k, dgs @ k + gs @ dk
+    gk, dgk = gs.mT @ q, dgs.mT @ q + gs.mT @ dq
+    gv, dgv = p.mT @ go, dp.mT @ go + p.mT @ dgo
+    slopes = gq, dgq, gk, dgk, gv, dgv
+    return tuple(t.to(dtype).view(shape) for t, shape in zip(slopes, shapes, strict=True))
 
 
 def gram(

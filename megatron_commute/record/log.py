@@ -59,8 +59,8 @@ class Record:
             )
         head = b"".join(line + b"\n" for line in kept)
         if len(head) < len(content):
-            _replace(_free_name(self.path), content[len(head) :])
-            _replace(self.path, head)
+            replace(_free_name(self.path), content[len(head) :])
+            replace(self.path, head)
         self.lines, self.size = lines, len(head)
 
     def append(self, event, **fields):
@@ -83,8 +83,9 @@ def _free_name(path):
     return name
 
 
-def _replace(path, content):
-    temporary = path.with_name(path.name + ".tmp")
+def replace(path, content):
+    """Write `content`, bytes, as the whole of a file: whoever reads it sees the old one or this one."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
     temporary.write_bytes(content)
     os.replace(temporary, path)
 

@@ -47,14 +47,18 @@ STYLE = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Picture:
-    """A figure of the report: `name` is its file name and anchor, `caption` explains units and error bars."""
+    """A figure of the report."""
 
     name: str
+    # file name and anchor
     title: str
+    # above it
     caption: str
+    # below it: units and error bars
     figure: object
+    # of matplotlib
 
     def svg(self):
         """The figure as an <svg> element whose ids are its own, so that many fit into one page."""

@@ -53,7 +53,8 @@ def _scores_of(run, known, t, target):
     )
     single = len(run.targets) == 1
     title = "Scores" if single else f"Scores, target {target}"
-    return Picture("scores" if single else f"scores_{t + 1}", title, caption, figure)
+    name = "scores" if single else f"scores_{t + 1}"
+    return Picture(name=name, title=title, caption=caption, figure=figure)
 
 
 def brackets(run):
@@ -89,7 +90,8 @@ def _course(run, sample, value, error):
     if value.shape[1] > 1:
         legend(figure, [f"target {label(name)}" for name in run.targets])
     ends = f"{first} first and {second} second ends with a higher target loss than mixing the two"
-    return Picture("P", f"P of {first} and {second}", f"Above zero: {ends}. {_bars(run)}{wide}", figure)
+    title, caption = f"P of {first} and {second}", f"Above zero: {ends}. {_bars(run)}{wide}"
+    return Picture(name="P", title=title, caption=caption, figure=figure)
 
 
 def _heat_map(run, name, title, P, error, probes=1):
@@ -131,7 +133,7 @@ def _heat_map(run, name, title, P, error, probes=1):
         f"the two. ±: one standard error. Bold: zero lies outside the {100 * run.confidence:g} % interval."
     )
     caption += " The error of the mean takes the probes as independent." if probes > 1 else ""
-    return Picture(name, title, caption, figure)
+    return Picture(name=name, title=title, caption=caption, figure=figure)
 
 
 def _bars(run):

@@ -53,7 +53,7 @@ def weights(run):
         )
     later = len(planned) - len(changed)
     caption += f" Decisions for samples not reached: {later}." if later else ""
-    return Picture("weights", "Weights in force", caption, figure)
+    return Picture(name="weights", title="Weights in force", caption=caption, figure=figure)
 
 
 def losses(run):
@@ -76,7 +76,7 @@ def losses(run):
     )
     if run.analysis:
         caption = "Mean loss per token of each domain at the checkpoints, on held-out sequences of its own."
-    return Picture("losses", "Loss of each domain", caption, figure)
+    return Picture(name="losses", title="Loss of each domain", caption=caption, figure=figure)
 
 
 def budgets(run):
@@ -111,7 +111,7 @@ def budgets(run):
         "the difference."
     )
     caption += f" Without a budget: {', '.join(endless)}." if endless else ""
-    return Picture("budgets", "Budgets", caption, figure)
+    return Picture(name="budgets", title="Budgets", caption=caption, figure=figure)
 
 
 def overhead(run):
@@ -128,7 +128,7 @@ def overhead(run):
         axes.set_ylim(0, 1.15 * np.nanmax(value, initial=0.0) or 1.0)
         axes.set_ylabel(words)
     caption = "Time spent in probes since the start as a share of training time, and the time of each probe."
-    return Picture("overhead", "Cost of the probes", caption, figure)
+    return Picture(name="overhead", title="Cost of the probes", caption=caption, figure=figure)
 
 
 def replayed(run, found):
@@ -147,5 +147,5 @@ def replayed(run, found):
         axes.yaxis.set_major_formatter(percent)
         axes.set_title(label(run.names[k]))
     figure.supylabel("weight (% of samples)", fontsize=STYLE["font.size"])
-    words = f"Grey: what happened. Dots: where law {found.law} would have gone from there."
-    return Picture("replay", f"Replay of law {found.law}", words, figure)
+    caption = f"Grey: what happened. Dots: where law {found.law} would have gone from there."
+    return Picture(name="replay", title=f"Replay of law {found.law}", caption=caption, figure=figure)

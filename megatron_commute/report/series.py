@@ -16,18 +16,26 @@ from megatron_commute.decide.laws import LAWS, significant
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """The lines of one record by event, in order; `start` and `end` are single lines, `end` may be None."""
+    """The lines of one record by event, in order."""
 
     start: dict
+    # the first line
     probes: list
+    # measurements with their decisions
     skips: list
+    # probes that were given up
     losses: list
-    readings: list  # every line with a validation loss: `valid` events and `loss` lines at evaluation steps
+    # of training
+    readings: list
+    # every line with a validation loss: `valid` events and `loss` lines at evaluation steps
     end: dict | None
-    samples: int  # largest sample any line speaks of
-    interventions: list = dataclasses.field(default_factory=list)  # versions of the control file
+    # the last line of a complete run
+    samples: int
+    # largest sample any line speaks of
+    interventions: list = dataclasses.field(default_factory=list)
+    # versions of the control file
 
     @property
     def analysis(self):

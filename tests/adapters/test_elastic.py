@@ -14,22 +14,14 @@ from megatron_commute.adapters import restart
 from megatron_commute.record import log as record
 
 ITERS, SAVED, BATCH, MICRO = 20, 10, 8, 2
-STAGES = (0, 1, 2, 3)
+STAGES = (0, 1, 3)
 
 
 def flags(folder, stage, run):
     """The trainer's command line; probes read whole parameters, so ZeRO 3 runs without the plug-in."""
     plugin = ["--commute", folder / "mixture.yaml"] if stage < 3 else []
-    fixed = [
-        "--save",
-        run,
-        "--load",
-        run,
-        "--save-interval",
-        SAVED,
-        "--deepspeed_config",
-        folder / f"zero{stage}.json",
-    ]
+    fixed = ["--save", run, "--load", run, "--save-interval", SAVED]
+    fixed += ["--deepspeed_config", folder / f"zero{stage}.json"]
     return jobs.flags(folder, *plugin, *fixed, "--hidden-dropout", 0, "--attention-dropout", 0, iters=ITERS)
 
 
@@ -81,22 +73,15 @@ def test_every_sample_has_the_loss_of_the_uninterrupted_run(runs, stage, size):
 
 
 @pytest.mark.parametrize("size", [1, 4])
-@pytest.mark.parametrize("stage", STAGES[:3])
+@pytest.mark.parametrize("stage", STAGES[:2])
 def test_the_record_is_that_of_the_uninterrupted_run(runs, stage, size):
     """Fingerprint (every sample's place, domain, position and content), what was served, weights, P."""
     folder, *_ = runs
     lines, expected = record.read(folder / f"{size}-{stage}"), record.read(folder / f"whole{stage}")
     assert [line["event"] for line in lines] == [line["event"] for line in expected]
     for line, other in zip(lines, expected, strict=True):
-        for key in {
-            "step",
-            "sample",
-            "fingerprint",
-            "served",
-            "weights",
-            "weights_next",
-            "lr",
-        } & other.keys():
+        same = {"step", "sample", "fingerprint", "served", "weights", "weights_next", "lr"}
+        for key in same & other.keys():
             assert line[key] == other[key], key
         if line["event"] == "probe":
             P, M = np.array(line["P"]), np.array(other["M"])
@@ -208,14 +193,3 @@ def test_a_lost_rank_is_explained_and_other_faults_are_not(tmp_path, text):
     with pytest.raises(RuntimeError) as told, restart.explained(3, 8, None):
         raise RuntimeError("shapes differ")
     assert str(told.value) == "shapes differ"
-
-
-@pytest.mark.parametrize(
-    ("flag", "value"), [("deepspeed_config", "nowhere.json"), ("distributed-timeout-minutes", "0")]
-)
-def test_flags_of_a_restart_are_checked(flag, value, monkeypatch, capsys):
-    trainer = jobs.trainer()
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    with pytest.raises(SystemExit) as end:
-        trainer.prepare(trainer.parse([f"--{flag}", value]), 1)
-    assert end.value.code == 2 and capsys.readouterr().err.startswith(f"error: --{flag}")

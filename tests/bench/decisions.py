@@ -1,10 +1,9 @@
 """What decisions are worth: every law on random quadratics with exact flows, against the best schedule of each problem.
 
     python tests/bench/decisions.py --jobs 2   # base cells and one axis at a time
-    python tests/bench/decisions.py --jobs 2 --resume  # the same, with the rows that decisions.csv has already
     python tests/bench/decisions.py --quick    # two seeds, two flow times, two noise levels, for CI
 
-Writes decisions.csv (a line for each cell and law), decisions.png and prints the table. 32 decisions a run, all through
+Writes decisions.csv, a line for each cell and law. 32 decisions a run, all through
 controller.decide, without floors, caps, rate limit and cool-down. share: part of the attainable gain (decisions_optima.csv)
 in percent, median and worst over seeds; harm: worst increase of the final loss over the constant mixture, percent of the
 loss. noise: relative, on every gradient and product, isotropic, each the mean of two independent halves whose difference is
@@ -151,31 +150,14 @@ def measured(task):
     return dict(zip(FIELDS, (axis, time, budgets, level, law, seeds, *told), strict=True))
 
 
-def key_of(row):
-    """What a row is about, in the order of the file."""
-    return tuple(row[name] for name in FIELDS[:5])
-
-
-def study(wanted, seeds, jobs, known=()):
-    """The rows of all cells and laws as they are done, in `jobs` processes; but those of `known` with as many seeds."""
-    done = {key_of(row) for row in known if row["seeds"] >= seeds}
-    tasks = [(cell, law, seeds) for cell in wanted for law in LAWS if (*cell, law) not in done]
+def study(wanted, seeds, jobs):
+    """The rows of all cells and laws as they are done, in `jobs` processes."""
+    tasks = [(cell, law, seeds) for cell in wanted for law in LAWS]
     if jobs == 1:
         yield from map(measured, tasks)
         return
     with multiprocessing.get_context("spawn").Pool(jobs) as pool:
         yield from pool.imap_unordered(measured, tasks)
-
-
-def read(path):
-    """The rows of a file that `write` left."""
-    with open(path, newline="") as file:
-        lines = list(csv.DictReader(file))
-    texts = {"axis", "budgets", "law"}
-    return [
-        {k: v if k in texts else (int if k == "seeds" else float)(v) for k, v in line.items()}
-        for line in lines
-    ]
 
 
 def write(path, rows):
@@ -193,74 +175,10 @@ def write(path, rows):
     return rows
 
 
-def table(rows):
-    """The shares as text: median [worst], and the worst harm where it is above 0.01 % of the loss."""
-    from tabulate import tabulate
-
-    lines = []
-    for key in dict.fromkeys((r["axis"], r["time"], r["budgets"], r["noise"]) for r in rows):
-        mine = {r["law"]: r for r in rows if (r["axis"], r["time"], r["budgets"], r["noise"]) == key}
-        line = [*key]
-        for law in LAWS:
-            r = mine[law]
-            harm = f" +{r['harm_worst_percent']:.2g} %" if r["harm_worst_percent"] > 0.01 else ""
-            line.append(f"{r['share_median']:.0f} [{r['share_worst']:.0f}]{harm}")
-        lines.append(line)
-    return tabulate(lines, ["axis", "flow time", "budgets", "noise", *LAWS], disable_numparse=True)
-
-
-def draw(rows, path):
-    """Median share (bars to the worst seed) against flow time, one panel a noise level and budget, base cells."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    levels = sorted({r["noise"] for r in rows if r["axis"] == "base"})
-    figure, panels = pyplot.subplots(
-        2, len(levels), figsize=(3.2 * len(levels) + 1.5, 6), sharey=True, squeeze=False
-    )
-    for (i, budgets), (j, level) in itertools.product(enumerate(BUDGETS), enumerate(levels)):
-        panel = panels[i][j]
-        for place, law in enumerate(LAWS):
-            key = ("base", budgets, level, law)
-            mine = [r for r in rows if (r["axis"], r["budgets"], r["noise"], r["law"]) == key]
-            middle, worst = (
-                np.clip([r[f"share_{name}"] for r in mine], -100, 105) for name in ("median", "worst")
-            )
-            aside = 1.09 ** (place - (len(LAWS) - 1) / 2)  # so that bars stand side by side
-            panel.errorbar(
-                [r["time"] * aside for r in mine],
-                middle,
-                [middle - worst, 0 * middle],
-                marker="o",
-                markersize=4,
-                linewidth=1,
-                capsize=2,
-                label=law,
-            )
-        panel.axhline(0, color="grey", linewidth=0.8)
-        panel.set(xscale="log", title=f"{budgets} budgets, noise {level:g}", ylim=(-105, 110))
-        times = sorted({r["time"] for r in rows})
-        panel.set_xticks(times, [f"{time:g}" for time in times], minor=False)
-        panel.minorticks_off()
-        panel.set_xlabel("flow time (learning rate x steps)")
-    for row in panels:
-        row[0].set_ylabel("share of the gain, %")
-    figure.suptitle(
-        "Part of the attainable gain: median over seeds, bars to the worst, cut at -100 %", fontsize=11
-    )
-    figure.tight_layout(rect=(0, 0.05, 1, 1))
-    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="lower center", ncols=len(LAWS), fontsize=9)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    pyplot.close(figure)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--resume", action="store_true")
     parser.add_argument("--out", type=Path, default=HERE)
     asked = parser.parse_args()
     started = clock.perf_counter()
@@ -270,14 +188,9 @@ def main():
         others = [axis for axis in AXES if axis != "base"]
         wanted, seeds = [*cells(["base"], TIMES, NOISE), *cells(others, TIMES, (0.0, 0.3))], SEEDS
     asked.out.mkdir(parents=True, exist_ok=True)
-    name = "decisions_quick" if asked.quick else "decisions"
-    path = asked.out / f"{name}.csv"
-    rows = read(path) if asked.resume and path.exists() else []
-    for row in study(wanted, seeds, asked.jobs, rows):
-        rows = [old for old in rows if key_of(old) != key_of(row)] + [row]
-        rows = write(path, rows)  # at every row: a study that is stopped keeps what it measured
-    draw(rows, asked.out / f"{name}.png")
-    print(table(rows))
+    path, rows = asked.out / ("decisions_quick.csv" if asked.quick else "decisions.csv"), []
+    for row in study(wanted, seeds, asked.jobs):
+        rows = write(path, [*rows, row])  # at every row: a study that is stopped keeps what it measured
     print(f"{clock.perf_counter() - started:.0f} s, {seeds} seeds, {WINDOWS} decisions a run")
 
 

@@ -90,7 +90,7 @@ def row(axis, time, budgets, seed):
     domains, theta0 = problem(axis, seed)
     budget, K = shares(axis, budgets), AXES[axis][0]
     target, times = np.full(K, 1 / K), np.full(WINDOWS, time / WINDOWS)
-    model = receding_plan.Quadratic(domains.A, domains.gradients(theta0), target)
+    model = receding_plan.Quadratic(H=domains.A, g=domains.gradients(theta0), target=target)
     loss = float(target @ domains.losses(theta0))
     constant, tail = np.tile(budget, (WINDOWS, 1)), tau_tail(budget, target)
     slope = receding_plan.loss_gradient(model, constant, times)[1]

@@ -13,7 +13,7 @@ from plain_loop import BATCH, NAMES, WEIGHTS, Loop, lines
 from megatron_commute import reduce
 from megatron_commute.config import Config, ConfigError, Controller, Domain
 from megatron_commute.decide import control_file as control
-from megatron_commute.decide import controller, laws
+from megatron_commute.decide import laws
 from megatron_commute.decide.situation import Situation, facts, from_facts
 from megatron_commute.mixture import Mixture
 
@@ -106,19 +106,6 @@ def test_a_law_without_its_signal_is_refused_with_the_cure(config, words):
         laws.check(config)
     assert words in str(caught.value)
     laws.check(settings("hold", compare=("tilt", "odm")))
-
-
-def test_a_law_that_fails_decides_nothing_and_says_so(monkeypatch):
-    monkeypatch.setattr(controller, "decide", lambda law, seen: 1 / 0)
-    seen = Situation(
-        samples_left=1, window=1, dof=3, rate=0.1, confidence=0.9, strength=1.0,
-        **dict.fromkeys(
-            ("weights", "remaining", "initial", "score", "score_se", "minimum", "maximum", "floors", "caps"), np.ones(2)
-        ),
-    )  # fmt: skip
-    found = controller.decisions(["tilt"], seen, {"tilt": {"a": 1}})
-    assert found["tilt"].weights is None and "please report it: ZeroDivisionError" in found["tilt"].reason
-    assert found["tilt"].memory == {"a": 1}
 
 
 # --- a run ----------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def settings(data):
-    return Settings(data, **SMALL)
+    return Settings(data=data, **SMALL)
 
 
 def test_a_state_restores_to_the_last_bit(settings):
@@ -83,7 +83,7 @@ def test_both_orders_see_the_same_sequences(settings, tmp_path, monkeypatch):
 
 
 def test_numbers_of_a_table_against_hand_counts():
-    losses, settings = {"english": 3.0, "russian": 4.0, "code": 5.0}, Settings("x")
+    losses, settings = {"english": 3.0, "russian": 4.0, "code": 5.0}, Settings(data="x")
     assert tables.loss_of(losses, "code", settings, [0.75, 0.25]) == 5.0
     assert tables.loss_of(losses, "mixture", settings, [0.75, 0.25]) == 3.25
     assert tables.mean_and_error([1.0, 3.0, 5.0]) == pytest.approx((3.0, 2 / 3**0.5))
@@ -92,8 +92,14 @@ def test_numbers_of_a_table_against_hand_counts():
 
 @pytest.mark.parametrize("name", ["paper", "end-to-end"])
 def test_a_study_goes_on_after_a_torn_line_and_redraws_from_records(settings, tmp_path, name, monkeypatch):
-    monkeypatch.setattr(bilingual_paper, "QUICK", bilingual_paper.Size((2,), 2, 2, 2, (3,)))
-    monkeypatch.setattr(bilingual_end_to_end, "QUICK", bilingual_end_to_end.Size(12, 2, 4, 2))
+    monkeypatch.setattr(
+        bilingual_paper,
+        "QUICK",
+        bilingual_paper.Size(starts=(2,), window=2, tail=2, seeds=2, checkpoints=(3,)),
+    )
+    monkeypatch.setattr(
+        bilingual_end_to_end, "QUICK", bilingual_end_to_end.Size(steps=12, every=2, end=4, seeds=2)
+    )
     said = []
     first = bilingual.study(name, settings, tmp_path, quick=True, processes=1, say=said.append)
     assert said
@@ -109,25 +115,29 @@ def test_a_study_goes_on_after_a_torn_line_and_redraws_from_records(settings, tm
     assert not said
     assert third["text"] == first["text"]
     with pytest.raises(ValueError, match=r"other settings \(lr\)"):
-        bilingual.study(name, Settings(settings.data, **{**SMALL, "lr": 1.0}), tmp_path, quick=True)
+        bilingual.study(name, Settings(data=settings.data, **{**SMALL, "lr": 1.0}), tmp_path, quick=True)
 
 
 def test_every_schedule_spends_its_budgets(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr(bilingual_end_to_end, "QUICK", bilingual_end_to_end.Size(20, 2, 4, 2))
+    monkeypatch.setattr(
+        bilingual_end_to_end, "QUICK", bilingual_end_to_end.Size(steps=20, every=2, end=4, seeds=2)
+    )
     bilingual.study("end-to-end", settings, tmp_path, quick=True, processes=1, say=lambda line: None)
     for line in (tmp_path / "end-to-end" / "cells.jsonl").read_text().splitlines():
         assert json.loads(line)["served"] == [360, 60, 180]
 
 
-def test_settings_by_name():
-    found, _ = bilingual.asked("paper", "d", ["hidden=768", "lr=1.5e-4", "domains=a,b,c"])
-    assert (found.hidden, found.lr, found.domains) == (768, 1.5e-4, ("a", "b", "c"))
+def test_too_little_text_names_the_cure(data):
+    with pytest.raises(ValueError, match="valid-share"):
+        Text(Settings(data, **{**SMALL, "held": 1000}))
+
+
+def test_settings_and_sizes_by_name():
+    words = ["hidden=768", "lr=1.5e-4", "domains=a,b,c", "others=", "starts=2000,8000", "window=4000"]
+    found, size = bilingual.asked("paper", "d", words)
+    assert (found.hidden, found.lr, found.domains, found.others) == (768, 1.5e-4, ("a", "b", "c"), ())
+    assert size == bilingual_paper.Size(starts=(2000, 8000), window=4000)
     with pytest.raises(ValueError, match="hidden is of type int"):
         bilingual.asked("paper", "d", ["hidden=x"])
     with pytest.raises(ValueError, match="--set depth=3: write NAME=VALUE with one of"):
         bilingual.asked("paper", "d", ["depth=3"])
-
-
-def test_too_little_text_names_the_cure(data):
-    with pytest.raises(ValueError, match="valid-share"):
-        Text(Settings(data, **{**SMALL, "held": 1000}))

@@ -4,7 +4,6 @@ import collections
 import csv
 import dataclasses
 import itertools
-import json
 import os
 import shutil
 import subprocess
@@ -34,7 +33,7 @@ SMALL = {
     "probe": 16,
     "warmup": 2,
 }
-SIZE = bilingual_paper.Size((2,), 2, 2, 1, ())
+SIZE = bilingual_paper.Size(starts=(2,), window=2, tail=2, seeds=1, checkpoints=())
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +61,7 @@ def alone(data, tmp_path_factory):
         patch.setattr(torch, "save", counted("states", torch.save))
         mean_loss = counted("gradients", bilingual_cells.mean_loss, lambda model, tokens: len(tokens))
         patch.setattr(bilingual_cells, "mean_loss", mean_loss)
-        assert bilingual.study("paper", Settings(data, **SMALL), out, processes=1, say=print, size=SIZE)
+        assert bilingual.study("paper", Settings(data=data, **SMALL), out, processes=1, say=print, size=SIZE)
     return out, dict(done)
 
 
@@ -81,8 +80,8 @@ def numbers(value):
     return [value] if isinstance(value, (int, float)) else []
 
 
-def changes(settings, size):
-    """The same as flags of the command line."""
+def changes(size):
+    """SMALL and a size as flags of the command line."""
     fields = {**SMALL, **vars(size)}
     words = {k: ",".join(map(str, v)) if isinstance(v, tuple) else v for k, v in fields.items()}
     return [word for name, value in words.items() for word in ("--set", f"{name}={value}")]
@@ -103,7 +102,7 @@ def test_two_ranks_fill_what_is_missing_with_the_numbers_of_one(data, alone, tmp
     command = ["bash", ROOT / "launch" / "paper" / "study.sh", "paper", out, "--data", data]
     surroundings = {**os.environ, "LAUNCH": launch, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(
-        [*command, *changes(SMALL, SIZE), "--set", "lr=1e-3", "--set", "dtype=float32"],
+        [*command, *changes(SIZE), "--set", "lr=1e-3", "--set", "dtype=float32"],
         env={**surroundings, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
@@ -123,7 +122,7 @@ def test_two_ranks_fill_what_is_missing_with_the_numbers_of_one(data, alone, tmp
 
 def refused(rank, data, out, there):
     """What two ranks are told, each a message or None, and whether a team is made once."""
-    settings = Settings(data, **SMALL)
+    settings = Settings(data=data, **SMALL)
     asked = [
         ("end-to-end", settings, None),
         ("paper", settings, 2),
@@ -152,7 +151,7 @@ def test_what_ranks_cannot_share_is_refused_on_all_of_them(data, alone, tmp_path
 
 
 def test_bfloat16_trains_and_touches_training_alone(data):
-    settings = Settings(data, **{**SMALL, "layers": 2, "hidden": 16, "lr": 1e-2})
+    settings = Settings(data=data, **{**SMALL, "layers": 2, "hidden": 16, "lr": 1e-2})
     text = Text(settings)
     plain, half = (Trainer(dataclasses.replace(settings, dtype=d), text) for d in ("float32", "bfloat16"))
     before = plain.losses()
@@ -165,11 +164,11 @@ def test_bfloat16_trains_and_touches_training_alone(data):
         assert after[name] < before[name] - 0.3
         assert 0 < abs(rounded[name] - after[name]) < 0.1
     with pytest.raises(ValueError, match="dtype=float16: write float32 or bfloat16"):
-        Settings(data, dtype="float16")
+        Settings(data=data, dtype="float16")
 
 
 def test_the_estimate_counts_what_a_study_does(data, alone):
-    settings = Settings(data, **SMALL)
+    settings = Settings(data=data, **SMALL)
     found = [
         bilingual_cost.work(own, [base, *jobs]) for own, base, jobs in bilingual_paper.parts(settings, SIZE)
     ]
@@ -199,35 +198,6 @@ def test_the_estimate_of_quick_by_hand(tmp_path):
     assert {**even, "run": "skewed"} == skewed and whole["gpu_hours"] == 2 * even["gpu_hours"]
     assert (tmp_path / "paper" / "estimate.csv").read_text().startswith("study,run,cells,steps,tokens,")
     assert "N = 82752 parameters" in found["text"] and "not a measurement" in found["text"]
-
-
-def test_sizes_by_name(data, tmp_path):
-    settings, size = bilingual.asked(
-        "paper", "d", ["starts=2000,8000", "window=4000", "others=", "hidden=768"]
-    )
-    assert (settings.others, settings.hidden) == ((), 768)
-    assert size == bilingual_paper.Size(starts=(2000, 8000), window=4000)
-    with pytest.raises(ValueError, match="--set stretch=2: write NAME=VALUE with one of"):
-        bilingual.asked("paper", "d", ["stretch=2"])
-    with pytest.raises(ValueError, match="--set starts=x: starts is of type int"):
-        bilingual.asked("paper", "d", ["starts=x"])
-
-
-def test_a_folder_keeps_its_size_and_older_folders_are_read(data, alone, tmp_path):
-    settings, out = Settings(data, **SMALL), tmp_path / "out"
-    shutil.copytree(alone[0], out)
-    with pytest.raises(ValueError, match=r"other settings \(size.window\)"):
-        bilingual.study("paper", settings, out, processes=1, size=dataclasses.replace(SIZE, window=3))
-    path = out / "paper" / "study.json"
-    kept = json.loads(path.read_text())
-    assert kept["size.window"] == 2
-    del kept["dtype"]  # as before there was such a field
-    path.write_text(json.dumps(kept))
-    said = []
-    bilingual.study("paper", settings, out, processes=1, say=said.append, size=SIZE)
-    assert not said
-    with pytest.raises(ValueError, match=r"other settings \(dtype\)"):
-        bilingual.study("paper", dataclasses.replace(settings, dtype="bfloat16"), out, size=SIZE)
 
 
 def test_the_table_of_the_paper_size_is_what_the_command_counts():

@@ -7,7 +7,7 @@ from pathlib import Path
 import jobs
 from click.testing import CliRunner
 
-from megatron_commute import cli
+from megatron_commute.cli.main import main
 from megatron_commute.record import log as record
 
 ITERS, EVERY = 10, 4
@@ -55,7 +55,7 @@ def prepare(folder):
 
 
 def call(*words):
-    found = CliRunner().invoke(cli.main, ["analyze", *map(str, words)])
+    found = CliRunner().invoke(main, ["analyze", *map(str, words)])
     assert found.exit_code in (0, 2), found.output
     return found
 

@@ -154,43 +154,20 @@ def _loss(rng, names, step, sample, loss, valid, served, weight, spent):
 
 def of_0_1_0(lines):
     """The lines as version 0.1.0 wrote them with a wave on the weights: readings, effects and comparisons of signals."""
-    names, found = lines[0]["names"], []
-    w, K = lines[0]["weights"], len(names)
-    lines[0]["response"] = {
-        "kind": "lock-in",
-        "delta": 0.2,
-        "window": 8,
-        "tail": 64,
-        "period": None,
-        "sequences": 64,
-    }
-    lines[0]["responses"] = {
-        "kind": "lock-in",
-        "steps": 80,
-        "count": 5,
-        "gradients": 128.0,
-        "share": 1e-3,
-        "why": "",
-    }
+    K, found = len(lines[0]["names"]), []
+    lines[0] |= {"response": {"kind": "lock-in", "delta": 0.2}, "responses": {"kind": "lock-in", "steps": 80}}
     for line in lines:
-        if line["event"] == "loss":
-            line["base"] = line["weights"]
         if line["event"] == "probe":
             measured = {"effect": [0.01] * K, "effect_se": [2e-3] * K, "effect_dof": 6}
-            line |= measured
-            line["calibration"] = {
-                "last gains": {"hits": 3, "n": 4, "silent": 0, "rate": 0.75, "scale": None}
-            }
-            told = {"foretold_at": line["sample"] - 1, "signals": {"last gains": [0.1] * K}, "weights": w}
-            found.append(_at("calibration", line["step"], line["sample"], schema=1, **told, **measured))
-            wave = {"kind": "lock-in", "wave": [0.1] * K, "tail": [2.0] * K, "switch": None}
-            found.append(_at("response", line["step"], line["sample"], schema=1, **wave))
+            line |= measured | {"calibration": {"last gains": {"hits": 3, "n": 4, "rate": 0.75}}}
+            for event in ("calibration", "response"):
+                found.append(_at(event, line["step"], line["sample"], schema=1, kind="lock-in", **measured))
         found.append(line)
     return found
 
 
 def of_flow(lines, segments=25):
-    """The lines of a run whose weights law flow planned: a hump of the last domain, the others in proportion."""
+    """The lines of a run in mode fixed whose weights law flow planned: a hump of the last domain."""
     start, found = dict(lines[0]), []
     K, batch, samples, steps = (
         len(start["names"]),

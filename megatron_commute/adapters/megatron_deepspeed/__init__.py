@@ -48,8 +48,15 @@ def pretrain(
 
         wrapped.enter_context(replaced(training, initialize_megatron=initialised))
         result = training.pretrain(
-            *(train_valid_test_dataset_provider, model_provider, model_type, forward_step_func),
-            *(process_non_loss_data_func, provider, args_defaults, data_post_process, external_args),
+            train_valid_test_dataset_provider,
+            model_provider,
+            model_type,
+            forward_step_func,
+            process_non_loss_data_func=process_non_loss_data_func,
+            extra_args_provider=provider,
+            args_defaults=args_defaults,
+            data_post_process=data_post_process,
+            external_args=external_args,
         )
         if run is not None:
             run.finish()

@@ -40,15 +40,20 @@ def probe_model(engine, micro_batch, method):
     if staged:
         from megatron_commute.adapters import pipeline
 
-        moments, decay = (lambda: megatron_core.second_moments(engine, params)), megatron_core.decayed
         place = next(module.parameters()).device
         return pipeline.probe_model(
-            *(engine, lambda tokens: pipeline_batch(tokens.to(place)), micro_batch, moments, owned),
-            *(decay(engine, params), here, quiet),
+            engine,
+            lambda tokens: pipeline_batch(tokens.to(place)),
+            micro_batch,
+            second_moments=lambda: megatron_core.second_moments(engine, params),
+            owned=owned,
+            decayed=megatron_core.decayed(engine, params),
+            groups_=here,
+            quiet=quiet,
         )
     from megatron_commute.adapters import zero3
 
-    return zero3.probe_model(engine, mean_loss, micro_batch, owned, here, quiet)
+    return zero3.probe_model(engine, mean_loss, micro_batch, owned=owned, groups=here, quiet=quiet)
 
 
 @contextlib.contextmanager

@@ -129,15 +129,15 @@ class Sight:
 class _Followed:
     """An iterator whose batches are kept for the time of a step."""
 
-    def __init__(self, batches, kept):
-        self.batches, self.kept = batches, kept
+    def __init__(self, batches, seen):
+        self.batches, self.seen = batches, seen
 
     def __iter__(self):
         return self
 
     def __next__(self):
         batch = next(self.batches)
-        self.kept.append(batch)
+        self.seen.append(batch)
         return batch
 
 

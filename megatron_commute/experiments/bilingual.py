@@ -1,9 +1,10 @@
 """`megatron-commute bilingual`: does the order in which languages are used matter to a small GPT?
 
-Studies: `paper` (sections 4.2 and 4.3 of Rukhovich et al., arXiv 2501.15556, with every effect judged again after a common
-tail) and `end-to-end` (whole runs with equal budgets under several schedules). Every number comes from cells.jsonl in the
-study's folder: killed at any moment, a study goes on where it stopped; complete, it redraws its tables and figures in
-seconds. Started by torchrun or deepspeed, all ranks work on every cell of study `paper` together.
+Studies: `paper` (sections 4.2 and 4.3 of Rukhovich et al., arXiv 2501.15556, with every effect
+judged again after a common tail) and `end-to-end` (whole runs with equal budgets under several
+schedules). Every number comes from cells.jsonl in the study's folder: killed at any moment, a study
+goes on where it stopped; complete, it redraws its tables and figures in seconds. Started by
+torchrun or deepspeed, all ranks work on every cell of study `paper` together.
 """
 
 import dataclasses
@@ -30,10 +31,11 @@ MODULES = {"paper": paper, "end-to-end": end_to_end}
 def study(name, settings, out_dir, quick=False, processes=None, say=print, size=None):
     """Run (or go on with) study `name` and write its tables and figures into out_dir/name.
 
-    settings: bilingual_trainer.Settings. quick: a few steps of everything, to see it work. processes: at a time, default the
-    CPU cores, one where there is a GPU. size: of the study, default `size_of`. Returns {"text": tables as text,
-    "files": paths, "seconds": of this call}; None on all ranks but the first. Collective. Raises ValueError for a folder
-    that holds another study and for ranks that cannot share the work, DataError for missing data.
+    settings: bilingual_trainer.Settings. quick: a few steps of everything, to see it work.
+    processes: at a time, default the CPU cores, one where there is a GPU. size: of the study,
+    default `size_of`. Returns {"text": tables as text, "files": paths, "seconds": of this call};
+    None on all ranks but the first. Collective. Raises ValueError for a folder that holds another
+    study and for ranks that cannot share the work, DataError for missing data.
     """
     started, folder, ranks = time.monotonic(), Path(out_dir) / name, reduce.size(reduce.everyone())
     size = size or size_of(name, quick)
@@ -53,7 +55,8 @@ def study(name, settings, out_dir, quick=False, processes=None, say=print, size=
 
 
 def estimate(name, settings, out_dir, size, tflops):
-    """What study `name` would cost, counted from its jobs; writes out_dir/name/estimate.csv and trains nothing.
+    """What study `name` would cost, counted from its jobs; writes out_dir/name/estimate.csv and
+    trains nothing.
 
     tflops: assumed sustained TFLOP/s of one GPU in bfloat16. Returns {"text", "files", "rows"}.
     """
@@ -72,7 +75,8 @@ def size_of(name, quick):
 
 
 def asked(name, data, changes, quick=False):
-    """(Settings over `data`, Size of study `name`) with changes ["hidden=768", "window=4000", "starts=200,600", ...].
+    """(Settings over `data`, Size of study `name`) with changes ["hidden=768", "window=4000",
+    "starts=200,600", ...].
 
     ValueError names what cannot be read.
     """
@@ -112,8 +116,8 @@ def _refuse(name, settings, processes, ranks):
         )
     if settings.batch // len(settings.domains) < ranks:
         raise ValueError(
-            f"--set batch={settings.batch}: {settings.batch // len(settings.domains)} sequences of a domain for {ranks} "
-            f"ranks; write at least {ranks * len(settings.domains)}, or start fewer ranks"
+            f"--set batch={settings.batch}: {settings.batch // len(settings.domains)} sequences of a domain "
+            f"for {ranks} ranks; write at least {ranks * len(settings.domains)}, or start fewer ranks"
         )
 
 
@@ -122,7 +126,9 @@ def _nothing(line):
 
 
 def _claim(folder, wanted):
-    """A folder belongs to one study with one set of settings; a field that its study.json lacks has its default."""
+    """A folder belongs to one study with one set of settings; a field that its study.json lacks has
+    its default.
+    """
     path = folder / "study.json"
     wanted = json.loads(json.dumps(wanted))
     with reduce.agreed(reduce.everyone()):
@@ -139,7 +145,8 @@ def _claim(folder, wanted):
     changed = sorted(key for key in {*kept, *wanted} - {"data"} if kept.get(key) != wanted.get(key))
     if changed:
         raise ValueError(
-            f"{folder} holds a study with other settings ({', '.join(changed)}): give the same ones, or another folder"
+            f"{folder} holds a study with other settings ({', '.join(changed)}): give the same ones, or "
+            "another folder"
         )
 
 
@@ -149,7 +156,7 @@ def _teller(say, total):
 
 
 def _fill(folder, parts, processes, say):
-    """parts: [(settings, base job, jobs)]; bases first, since the others start from their states."""
+    """parts: [(settings, base job, jobs)]; bases first, since others start from their states."""
     done = cells.read(folder)
     total = sum(job[0] not in done for _, base, jobs in parts for job in (base, *jobs))
     tell = _teller(say, total)

@@ -1,8 +1,10 @@
-"""Study `end-to-end`: final losses under equal budgets when different schedules decide when each domain is used.
+"""Study `end-to-end`: final losses under equal budgets when different schedules decide when each
+domain is used.
 
-Three domains with budgets in shares .6, .1 and .3. Every schedule serves the same samples through the product's own Mixture,
-exactly; only the order differs, so `proportional` and the mean weights of any trajectory ARE the constant mixture.
-Seeds are paired: a seed fixes the start and what each domain delivers.
+Three domains with budgets in shares .6, .1 and .3. Every schedule serves the same samples through
+the product's own Mixture, exactly; only the order differs, so `proportional` and the mean weights
+of any trajectory ARE the constant mixture. Seeds are paired: a seed fixes the start and what each
+domain delivers.
 """
 
 import dataclasses
@@ -19,8 +21,8 @@ from megatron_commute.experiments import bilingual_tables as tables
 from megatron_commute.experiments.bilingual_trainer import Text, Trainer, mean_loss, team
 from megatron_commute.measure import probe
 from megatron_commute.mixture import Mixture
-from megatron_commute.settings.mixture_file import Probe
 from megatron_commute.settings.rates import flow_times
+from megatron_commute.settings.values import Probe
 
 DOMAINS, SHARES = ("english", "russian", "code"), (0.6, 0.1, 0.3)
 LOW = int(np.argmin(SHARES))
@@ -47,7 +49,9 @@ QUICK = Size(steps=40, every=4, end=8, seeds=2)
 
 
 def study(settings, folder, quick, processes, say):
-    """Run what is missing, write end_to_end.csv (a row for each schedule and loss) and final_losses.png; (text, files)."""
+    """Run what is missing, write end_to_end.csv (a row for each schedule and loss) and
+    final_losses.png; (text, files).
+    """
     size, found = QUICK if quick else Size(), {}
     for name, changes in SETTINGS.items():
         own = dataclasses.replace(settings, domains=DOMAINS, others=(), steps=size.steps, batch=30, **changes)
@@ -99,7 +103,9 @@ def run(settings, folder, rate, schedule, seed, quick):
 
 
 class Decider:
-    """The schedule of one run: called every `size.every` steps, it schedules weights on the mixture."""
+    """The schedule of one run: called every `size.every` steps, it schedules weights on the
+    mixture.
+    """
 
     def __init__(self, *, settings, size, schedule, trainer, mixture):
         self.settings, self.size, self.schedule = settings, size, schedule
@@ -156,7 +162,9 @@ class Decider:
         return decision.weights
 
     def _scores(self):
-        """Scores of the paper's criterion under the Adam metric, with errors; the target is the low-resource domain."""
+        """Scores of the paper's criterion under the Adam metric, with errors; the target is the
+        low-resource domain.
+        """
         model = torch_loop.probe_model(
             self.trainer.model,
             mean_loss,
@@ -179,13 +187,17 @@ class Decider:
 
 
 def _with_low(share):
-    """Weights with `share` for the low-resource domain and the others in proportion to their budgets."""
+    """Weights with `share` for the low-resource domain and the others in proportion to their
+    budgets.
+    """
     rest = 1 - SHARES[LOW]
     return [share if k == LOW else (1 - share) * w / rest for k, w in enumerate(SHARES)]
 
 
 def summary(found, size):
-    """One row for each rate, schedule and loss: change against the constant mixture, 95 % interval over paired seeds."""
+    """One row for each rate, schedule and loss: change against the constant mixture, 95 % interval
+    over paired seeds.
+    """
     rows, spread = [], intervals.student(size.seeds - 1) / math.sqrt(size.seeds)
     for rate in SETTINGS:
         for schedule in SCHEDULES:
@@ -222,7 +234,9 @@ def _loss(losses, name):
 
 
 def draw(figure, rows):
-    """Change of each final loss against the constant mixture, with 95 % intervals over paired seeds."""
+    """Change of each final loss against the constant mixture, with 95 % intervals over paired
+    seeds.
+    """
     names, others = (*DOMAINS, "mixture", "even"), SCHEDULES[1:]
     panels = figure.subplots(len(SETTINGS), 1, sharex=True)
     for panel, rate in zip(panels, SETTINGS, strict=True):

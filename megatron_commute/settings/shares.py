@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_commute.settings import schedule
-from megatron_commute.settings.mixture_file import SHARE_TOLERANCE, Config
+from megatron_commute.settings.mixture_file import SHARE_TOLERANCE
+from megatron_commute.settings.values import Config
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,9 @@ class Run:
 
 
 def exact_budgets(config: Config, run: Run) -> list[int | None]:
-    """Sequences of every budget, None where there is none; what the run cannot meet exactly is refused."""
+    """Sequences of every budget, None where there is none; what the run cannot meet exactly is
+    refused.
+    """
     budgets = [domain.budget and domain.budget.sequences(run.seq_length) for domain in config.domains]
     given = [budget for budget in budgets if budget is not None]
     for domain, budget in zip(config.domains, budgets, strict=True):
@@ -62,7 +65,8 @@ def exact_budgets(config: Config, run: Run) -> list[int | None]:
 
 
 def initial_weights(config: Config, run: Run, budgets: list[int | None], changes=()) -> np.ndarray:
-    """Given weights stay; the omitted ones share what is left by budget (so all omitted: budget shares).
+    """Given weights stay; the omitted ones share what is left by budget (so all omitted: budget
+    shares).
 
     A schedule that begins at sample 0 gives them where the file gives none.
     """
@@ -101,7 +105,9 @@ def initial_weights(config: Config, run: Run, budgets: list[int | None], changes
 
 
 def planned_shares(run: Run, budgets: list[int | None], weights: np.ndarray) -> np.ndarray:
-    """Share of the run's samples of each domain: its budget, and for endless domains the rest by weight."""
+    """Share of the run's samples of each domain: its budget, and for endless domains the rest by
+    weight.
+    """
     endless = np.array([budget is None for budget in budgets])
     shares = np.array([budget or 0 for budget in budgets]) / run.samples
     rest = 1 - shares.sum()

@@ -1,7 +1,9 @@
-"""Study `flow`: what schedules that follow the learning rate change in the final losses, at equal budgets.
+"""Study `flow`: what schedules that follow the learning rate change in the final losses, at equal
+budgets.
 
-Every run serves its budgets exactly through the product's own Mixture; seeds are paired with the constant mixture, which
-sees the same start and the same sequences of every domain. Seeds and sequences that choose are not those that report.
+Every run serves its budgets exactly through the product's own Mixture; seeds are paired with the
+constant mixture, which sees the same start and the same sequences of every domain. Seeds and
+sequences that choose are not those that report.
 """
 
 import dataclasses
@@ -95,7 +97,9 @@ VARIANTS = {
 
 
 class Case(NamedTuple):
-    """One schedule in one setting over its seeds, and the question whose curve it is a point of, at x."""
+    """One schedule in one setting over its seeds, and the question whose curve it is a point of, at
+    x.
+    """
 
     question: str
     x: float | str
@@ -128,7 +132,9 @@ class Case(NamedTuple):
 
     @property
     def weights(self):
-        """Of the target f64[K] over the trained domains: the low-resource one, "even", or the name of one of them."""
+        """Of the target f64[K] over the trained domains: the low-resource one, "even", or the name
+        of one of them.
+        """
         wanted = VARIANTS[self.variant].target if self.target == "low-resource" else {self.target: 1.0}
         wanted = dict.fromkeys(self.shares, 1.0) if self.target == "even" else wanted
         total = math.fsum(wanted.values())
@@ -136,7 +142,8 @@ class Case(NamedTuple):
 
 
 def flowing(case, schedule="flow", *, strength=1.0, memory=None, kept=None, rule=flow.ranges):
-    """`case` with law flow, its constants written out, so that a cell stays what it was when a default changes.
+    """`case` with law flow, its constants written out, so that a cell stays what it was when a
+    default changes.
 
     rule: (target, shares, strength) -> ranges f64[K].
     """
@@ -148,19 +155,25 @@ def flowing(case, schedule="flow", *, strength=1.0, memory=None, kept=None, rule
 
 
 def logarithmic(target, shares, strength):
-    """Another rule for ranges: by the logarithm of one plus the target's share over the domain's."""
+    """Another rule for ranges: by the logarithm of one plus the target's share over the
+    domain's.
+    """
     return strength * flow.RANGE * np.log1p(target / shares) / math.log1p(flow.RATIO)
 
 
 def rate_of(style, steps, peak):
-    """Megatron's flags of a run: warm-up over a twentieth, a least rate of a tenth, WSD decays over the last fifth."""
+    """Megatron's flags of a run: warm-up over a twentieth, a least rate of a tenth, WSD decays over
+    the last fifth.
+    """
     decay = max(1, steps // 5) if style == "WSD" else None
     flags = {"lr": peak, "min_lr": peak / 10, "train_iters": steps, "lr_warmup_iters": steps // 20}
     return RateSchedule(**flags, lr_decay_style=style, lr_wsd_decay_iters=decay)
 
 
 def run(settings, folder, variant, style, steps, kind, options, seed):
-    """One run: {"losses": final ones by domain, "served", "told": [[step, weight of the domain of least share]]}."""
+    """One run: {"losses": final ones by domain, "served", "told": [[step, weight of the domain of
+    least share]]}.
+    """
     chosen = VARIANTS[variant]
     domains, shares = tuple(chosen.shares), np.array(list(chosen.shares.values()))
     others = tuple(name for name in UNTRAINED if name not in domains)
@@ -199,7 +212,9 @@ def _text(settings, limits):
 
 
 def _judging(text, name, choosing):
-    """Held-out sequences i64[n, t + 1]: those that schedules may look at for a choice, the others for a report."""
+    """Held-out sequences i64[n, t + 1]: those that schedules may look at for a choice, the others
+    for a report.
+    """
     held, probe = text.settings.held, text.settings.probe
     if choosing:
         return torch.cat([text.held(name), text.probe(name, range(probe))])
@@ -312,7 +327,9 @@ def _choosing(size):
 
 
 def jobs(wanted):
-    """Jobs of cases and of the constant mixture beside them, each once: the low-resource target first, seed after seed."""
+    """Jobs of cases and of the constant mixture beside them, each once: the low-resource target
+    first, seed after seed.
+    """
     seeds = dict.fromkeys(seed for case in wanted for seed in case.seeds)
     first = [case for case in wanted if case.kind == "flow" and case.target == "low-resource"]
     ordered = [
@@ -327,7 +344,9 @@ def jobs(wanted):
 
 
 def study(settings, folder, size, processes, say):
-    """Run what is missing of the parts, and write for each its table and pictures; (text, files)."""
+    """Run what is missing of the parts, and write for each its table and pictures; (text,
+    files).
+    """
     unknown = sorted(set(size.parts) - set(PARTS))
     if unknown:
         raise ValueError(f"--set parts={','.join(unknown)}: write some of {','.join(PARTS)}")

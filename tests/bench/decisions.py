@@ -37,18 +37,8 @@ LAWS = ("proportional", "tau-tail", "tilt", "odm", "receding")
 NOISE = (0.0, 0.1, 0.3, 1.0)
 START = 24  # directions at the first decision; then one at every second, so at most K + 1 products a decision on average
 GRAIN = 1000  # samples a window
-FIELDS = (
-    "axis",
-    "time",
-    "budgets",
-    "noise",
-    "law",
-    "seeds",
-    "share_median",
-    "share_worst",
-    "harm_worst_percent",
-    "products",
-)
+FIELDS = ("axis", "time", "budgets", "noise", "law", "seeds")
+FIELDS += ("share_median", "share_worst", "harm_worst_percent", "products")
 
 
 class Run:

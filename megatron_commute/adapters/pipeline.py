@@ -77,14 +77,7 @@ def probe_model(
             batches=list(batches),
             peers=peers,
         )
-        run.execute()
-        with reduce.agreed(here.model):
-            if run.fault is not None:
-                raise run.fault
-            found = [torch.zeros_like(p) if p.grad is None else p.grad for p in leaves]
-        for i, group in tied:
-            reduce.sum_of_vectors([found[i]], group)
-        return found
+        return _gradient(run, leaves, tied, here)
 
     @contextlib.contextmanager
     def silent(method):
@@ -105,6 +98,18 @@ def probe_model(
         low_precision=low_precision(params),
         gradient=gradient,
     )
+
+
+def _gradient(run, leaves, tied, here):
+    """Gradients at `leaves` of a _Run that is not executed yet; those of `tied` weights are summed over their stages."""
+    run.execute()
+    with reduce.agreed(here.model):
+        if run.fault is not None:
+            raise run.fault
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in leaves]
+    for i, group in tied:
+        reduce.sum_of_vectors([gradients[i]], group)
+    return gradients
 
 
 def _refuse(engine):

@@ -19,7 +19,7 @@ def page(run, picture):
     notes = "".join(f"<p>Note: {text(note)}</p>\n" for note in run.start["warnings"])
     body = [
         f"<header>\n<h1>{text(title)}</h1>\n{listed(_facts(run))}\n{notes}</header>\n",
-        section("Schedule", figure(picture)),
+        section("Schedule", f'<div class="pictures">{figure(picture)}</div>'),
         section("Domains", table(headers, [[named(row[0]), *map(text, row[1:])] for row in told], "domains")),
         section("How to use it", f"<p>{text(USE)}</p>"),
     ]
@@ -36,7 +36,7 @@ def _facts(run):
         "global batch": f"{start['global_batch']:,} samples",
         "target": target,
         "memory": f"{flow['memory']:g}",
-        "steps as planned first": f"{flow['kept']:,}",
+        "first steps at shares": f"{flow['kept']:,}",
         "peak learning rate": f"{flow['scale']['peak']:g}",
     }
 

@@ -52,7 +52,12 @@ def planned(run):
     for axes in (rate, profile, weights):
         axes.axvspan(0, kept / unit, color=GREY, alpha=0.15, linewidth=0)
     legend(figure, run.names)
-    return Picture("flow", "Learning rate, profile and weights of law flow", _caption(run, len(seen)), figure)
+    return Picture(
+        name="flow",
+        title="Learning rate, profile and weights of law flow",
+        caption=_caption(run, len(seen)),
+        figure=figure,
+    )
 
 
 def _seen(axes, run, k, unit):

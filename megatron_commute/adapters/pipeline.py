@@ -79,11 +79,6 @@ def probe_model(
         )
         return _gradient(run, leaves, tied, here)
 
-    @contextlib.contextmanager
-    def silent(method):
-        with torch_loop.quiet(module), quiet() if quiet is not None else contextlib.nullcontext():
-            yield
-
     def metric(name):
         return None if name == "identity" else torch_loop.adam_metric(second_moments, once, here)
 
@@ -93,11 +88,17 @@ def probe_model(
         owned=once,
         decayed=tuple(decayed or [p.dim() > 1 for p in params]),
         metric=metric,
-        quiet=silent,
+        quiet=lambda method: _silent(module, quiet),
         micro_batch=micro_batch,
         low_precision=low_precision(params),
         gradient=gradient,
     )
+
+
+@contextlib.contextmanager
+def _silent(module, quiet):
+    with torch_loop.quiet(module), quiet() if quiet is not None else contextlib.nullcontext():
+        yield
 
 
 def _gradient(run, leaves, tied, here):

@@ -77,19 +77,7 @@ def probe_model(
             batches=list(batches),
             peers=peers,
         )
-        run.execute()
-        with reduce.agreed(here.model):
-            if run.fault is not None:
-                raise run.fault
-            found = [torch.zeros_like(p) if p.grad is None else p.grad for p in leaves]
-        for i, group in tied:
-            reduce.sum_of_vectors([found[i]], group)
-        return found
-
-    @contextlib.contextmanager
-    def silent(method):
-        with torch_loop.quiet(module), quiet() if quiet is not None else contextlib.nullcontext():
-            yield
+        return _gradient(run, leaves, tied, here)
 
     def metric(name):
         return None if name == "identity" else torch_loop.adam_metric(second_moments, once, here)
@@ -100,11 +88,29 @@ def probe_model(
         owned=once,
         decayed=tuple(decayed or [p.dim() > 1 for p in params]),
         metric=metric,
-        quiet=silent,
+        quiet=lambda method: _silent(module, quiet),
         micro_batch=micro_batch,
         low_precision=low_precision(params),
         gradient=gradient,
     )
+
+
+@contextlib.contextmanager
+def _silent(module, quiet):
+    with torch_loop.quiet(module), quiet() if quiet is not None else contextlib.nullcontext():
+        yield
+
+
+def _gradient(run, leaves, tied, here):
+    """Gradients at `leaves` of a _Run that is not executed yet; those of `tied` weights are summed over their stages."""
+    run.execute()
+    with reduce.agreed(here.model):
+        if run.fault is not None:
+            raise run.fault
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in leaves]
+    for i, group in tied:
+        reduce.sum_of_vectors([gradients[i]], group)
+    return gradients
 
 
 def _refuse(engine):

@@ -350,6 +350,4 @@ def _sort(log):
     pairs.sort(key=lambda pair: (pair[0]["event"] != "start", pair[0].get("step", math.inf)))
     ordered = [line for _, line in pairs]
     if ordered != lines:
-        temporary = log.path.with_suffix(".tmp")
-        temporary.write_bytes(b"".join(ordered))
-        temporary.replace(log.path)
+        record.replace(log.path, b"".join(ordered))

@@ -187,9 +187,8 @@ def planned(
         notes = (SAME_TARGET,)
     elif not np.ptp(whole[ahead][first:]) > 0:
         notes = (SAME_STEPS,)
-    at = (np.cumsum(batches) - batches)[edges[:-1]]
     return FlowSchedule(
-        changes=changes_of(at, told),
+        changes=changes_of((np.cumsum(batches) - batches)[edges[:-1]], told),
         edges=edges,
         weights=told,
         profile=p,

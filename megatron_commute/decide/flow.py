@@ -25,6 +25,7 @@ RATIO = 10.0
 SEGMENTS = 100  # at most, of a schedule
 STRONGEST = 10.0
 
+SCALE_WORDS = {"peak": "peak", "total": "their sum", "low": "least p", "high": "greatest p"}
 SAME_TARGET = (
     "the target weighs every domain by its share of the samples, so flow keeps the planned mixture: name "
     "the domain that should gain with the key target"
@@ -128,8 +129,9 @@ def check_scale(scale: Scale, rates, memory: float, kept: int) -> None:
     now = dataclasses.asdict(scale_of(rates, memory, kept))
     for name, before in dataclasses.asdict(scale).items():
         if not math.isclose(before, now[name], rel_tol=1e-9, abs_tol=1e-12):
+            word = SCALE_WORDS[name]
             raise ValueError(
-                f"the mixture was planned under other learning rates ({name} {before:g}, now {now[name]:g}): "
+                f"the mixture was planned under other learning rates ({word} {before:g}, now {now[name]:g}): "
                 "restore their flags, or accept the change to plan the rest anew"
             )
 

@@ -168,13 +168,13 @@ def validation_sets(args, names):
     """(names, datasets) of --valid-data-path, one for each domain of the mixture file where there
     is one.
     """
-    from megatron_commute.adapters.torch_loop import blend_of
     from megatron_commute.config import ConfigError
+    from megatron_commute.data import blend
     from megatron_commute.data.indexed import TokenSequences
 
     if not args.valid_data_path:
         return [], []
-    prefixes, _ = blend_of(args.valid_data_path, "--valid-data-path")
+    prefixes, _ = blend.read(args.valid_data_path, "--valid-data-path")
     if names and len(names) != len(prefixes):
         raise ConfigError(
             f"--valid-data-path: {len(prefixes)} domains, the mixture file has {len(names)}; write one pair "

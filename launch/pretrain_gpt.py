@@ -255,7 +255,7 @@ def attach(args, engine, plugin, groups, start, state, bar):
     from megatron_commute.config import ConfigError
 
     wanted = args.tensorboard_dir and not bar.disable
-    listener = scalars(args.tensorboard_dir, plugin.plan) if wanted else None
+    listeners = (scalars(args.tensorboard_dir, plugin.plan),) if wanted else ()
     try:
         return plugin.attach(
             megatron_core.probe_model(engine, args.micro_batch_size, plugin.config.probe.method),
@@ -268,7 +268,7 @@ def attach(args, engine, plugin, groups, start, state, bar):
             consumed=start * args.global_batch_size,
             accept=args.commute_accept,
             take_over=args.commute_attach,
-            listener=listener,
+            listeners=listeners,
             say=bar.write if not bar.disable else lambda line: None,
         )
     except ValueError as error:

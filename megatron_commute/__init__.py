@@ -1,3 +1,3 @@
 """Decide when each data domain is used while a language model is pretrained."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -1,3 +1,3 @@
-from megatron_commute.cli import main
+from megatron_commute.cli.main import main
 
 main()

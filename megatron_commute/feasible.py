@@ -26,6 +26,22 @@ def normalised(weights, count=None) -> np.ndarray:
     return result if abs(total - 1.0) <= 1e-12 else result / total
 
 
+def owed_shares(owed, samples, planned) -> np.ndarray:
+    """Weights f64[K] under which what is `owed` to every budget runs out exactly after `samples`.
+
+    owed f64[K]: samples left of each budget, NaN for endless domains, which share the rest in
+    proportion to `planned` f64[K], equally where that is zero.
+    """
+    endless = np.isnan(owed)
+    shares = np.where(endless, 0.0, owed) / samples
+    rest = max(0.0, 1.0 - shares.sum())
+    if endless.any():
+        parts = np.where(endless, planned, 0.0)
+        parts = parts if parts.sum() > 0 else endless.astype(np.float64)
+        shares = shares + rest * parts / parts.sum()
+    return shares / shares.sum()
+
+
 def nearest(wish, low, high, mass=1.0, spread=None) -> np.ndarray:
     """The weights with low <= w <= high (f64[K]) and sum `mass` that are nearest to `wish` in KL
     divergence.

@@ -1,24 +1,24 @@
 """When to probe, what to record, and when new weights take effect: the plug-in's one object with a life.
 
-The hook stands at the samples consumed by training; the sampler's own copy of the mixture runs ahead of it with the data
-loader. Both are the same pure stream, so the hook knows the domain of every sample without asking anybody.
+The stream that it follows is a pure function of the samples consumed, so it knows the domain of every sample without
+asking anybody.
 """
 
 import dataclasses
 import json
-import os
 import time
 
 import numpy as np
 
 from megatron_commute import reduce
-from megatron_commute.config import direction_samples
-from megatron_commute.decide import control_file as control
-from megatron_commute.decide import laws
+from megatron_commute.decide import control_file, flow_run
+from megatron_commute.decide.laws import LAWS
 from megatron_commute.decide.steering import Steering
 from megatron_commute.measure import probe
-from megatron_commute.record import lines as events
-from megatron_commute.record.tally import Account
+from megatron_commute.record import lines, log
+from megatron_commute.record.tally import Tally
+from megatron_commute.settings.probe_cost import sequences_drawn
+from megatron_commute.settings.rates import flow_times
 
 STATE_VERSION = 3
 WRITTEN_BY = {2: "0.1.0"}  # versions of megatron_commute whose state this one cannot go on from
@@ -29,19 +29,21 @@ WATCH_EVERY = 10  # steps between two looks at the control file
 class Hook:
     """Follows one training run. Call `begin` before every step and `end` after it; keep `state_dict` in the checkpoint.
 
-    config, plan: of config.load and config.resolve. mixture, ledger: at the samples consumed (adapters.resume). model:
-    probe.Model. groups: reduce.Groups. draw: (part, domain, numbers i64[n]) -> tokens, numbers counted from 0 over the
-    whole run and wrapped by the caller. record: record.Record (used on rank 0 only). learning_rate: step -> rate. decay:
-    the optimiser's decoupled weight decay. sampler: what feeds training, told of new weights (None in mode shadow). say:
-    prints one line.
+    config, plan: of config.load and config.resolve. stream: data.stream.Stream at the samples consumed. ledger:
+    data.takeover.Ledger. model: measure.model.Model. groups: reduce.Groups. draw: (part, domain, numbers i64[n]) ->
+    tokens, numbers counted from 0 over the whole run and wrapped by the caller. record: record.log.Record (written on
+    rank 0 only). learning_rate: step -> rate. decay: the optimiser's decoupled weight decay. say: prints one line.
+    listeners: called on every rank with every line of the record, a dict; they must not raise. flow: flow_run.FlowRun
+    where law flow planned the weights.
     """
 
     def __init__(
         self,
+        *,
         config,
         plan,
         run,
-        mixture,
+        stream,
         ledger,
         model,
         groups,
@@ -49,31 +51,30 @@ class Hook:
         record,
         learning_rate,
         decay,
-        sampler,
         say,
+        listeners=(),
+        flow=None,
     ):
-        self.config, self.plan, self.run, self.mixture, self.model = config, plan, run, mixture, model
+        self.config, self.plan, self.run, self.stream, self.model = config, plan, run, stream, model
         self.groups, self.draw, self.record, self.say, self.ledger = groups, draw, record, say, ledger
-        self.learning_rate, self.decay, self.sampler = learning_rate, decay, sampler
+        self.learning_rate, self.decay, self.listeners = learning_rate, decay, tuple(listeners)
+        self.flow = flow
         self._work_in(config.probe.memory)
         self.probes, self.failures, self.off = 0, 0, False
-        place = (reduce.rank_in(groups.data), reduce.size(groups.data), groups.data)
-        self.account = Account(len(plan.names), run.global_batch, run.micro_batch, *place)
-        self.domains = self.positions = np.zeros(0, dtype=np.int64)
-        self.weights = np.asarray(mixture.weights, dtype=np.float64)  # once a step has begun, those it used
-        self.fatal_step = None
-        watch = control.Watch(record.path.parent / control.NAME, plan.names, config.mode != "shadow")
-        self.steering = Steering(
-            config=config,
-            plan=plan,
-            run=run,
-            mixture=mixture,
-            sampler=sampler,
-            groups=groups,
-            watch=watch,
-            write=lambda event, **fields: self._write(event, **fields),
-            say=say,
+        self.tally = Tally(
+            domains=len(plan.names),
+            global_batch=run.global_batch,
+            micro_batch=run.micro_batch,
+            data_rank=reduce.rank_in(groups.data),
+            data_size=reduce.size(groups.data),
+            group=groups.data,
         )
+        self.domains = self.positions = np.zeros(0, dtype=np.int64)
+        self.weights = stream.weights  # once a step has begun, those it used
+        self.fatal_step = None
+        path = record.path.parent / control_file.NAME
+        watch = control_file.Watch(path, plan.names, config.mode != "shadow")
+        self.steering = Steering(config=config, plan=plan, stream=stream, watch=watch)
         self.probe_seconds, self.started, self.step_started = 0.0, time.monotonic(), None
         self.step_seconds, self.step_time = [], None
 
@@ -104,14 +105,17 @@ class Hook:
             self._fault_file.unlink(missing_ok=True)
         self._write(
             "start",
-            **events.start(settings, plan, run, int(parameters)),
+            **lines.start(settings, plan, run, int(parameters)),
             memory={"mode": self.memory.mode, "bytes": self.memory.bytes},
-            sample=self.mixture.index,
+            sample=self.stream.index,
             news=news,
+            **({} if self.flow is None else {"flow": flow_run.told(self.flow, run.global_batch)}),
         )
         for note in (*news, *plan.warnings):
             self.say(f"note: {note}")
-        if settings.mode == "act" and settings.controller.law in laws.MEASURED:
+        if self.flow is not None:
+            self.say(flow_run.sentence(self.flow, plan.names))
+        if settings.mode == "act" and LAWS[settings.controller.law].measured:
             self.say(
                 f"ACTING ON AN UNCALIBRATED SIGNAL: mode act lets the law `{settings.controller.law}` move the weights; "
                 "its signal was not compared with effects at the end of a run"
@@ -119,46 +123,47 @@ class Hook:
 
     def begin(self, step):
         """Before step `step` (0-based): probe if it is time, then take this step's samples from the stream."""
-        if step % WATCH_EVERY == 0:
-            self.steering.look(step)
+        if step % WATCH_EVERY == 0 and (news := self.steering.look()) is not None:
+            fields, sentence = news
+            self._write("control", step=step, sample=self.stream.index, **fields)
+            self.say(sentence)
         if step and step % self.config.every == 0 and not self.off:
             self._probe(step)
         self.step_started = time.monotonic()
-        self.weights = np.asarray(self.mixture.weights, dtype=np.float64)
-        self.domains, self.positions = self.mixture.take(self.run.global_batch)
-        for change in self.mixture.projections:
-            self._write("projection", step=step, **change._asdict())
-        self.mixture.projections.clear()
+        self.weights = self.stream.weights
+        self.domains, self.positions, projections = self.stream.take()
+        for projection in projections:
+            self._write("projection", step=step, **projection)
 
     def end(self, losses, tokens, delivered=None):
         """After the step: this rank's sequences in the order trained, losses f64[n] and tokens i64[n, s]. delivered:
         (domain, position) i64[n] of what the loader brought, checked against the stream."""
-        first = self.mixture.index - self.run.global_batch
-        before = self.account.losses.copy()
-        self.account.add(first, self.domains, self.positions, losses, tokens)
-        self.steering.losses += self.account.losses - before
+        first = self.stream.index - self.run.global_batch
+        before = self.tally.losses.copy()
+        self.tally.add(first, self.domains, self.positions, losses, tokens)
+        self.steering.losses += self.tally.losses - before
         self.step_seconds.append(time.monotonic() - self.step_started)
         if delivered is not None:
-            expected = self.domains[self.account.mine], self.positions[self.account.mine]
+            expected = self.domains[self.tally.mine], self.positions[self.tally.mine]
             if not all(np.array_equal(got, want) for got, want in zip(delivered, expected, strict=True)):
                 self.say(
-                    f"THE LOADER BROUGHT OTHER SAMPLES than the mixture drew for {first}..{self.mixture.index}"
+                    f"THE LOADER BROUGHT OTHER SAMPLES than the mixture drew for {first}..{self.stream.index}"
                 )
 
     def log_losses(self, step, valid=None):
         """Write the loss line of the steps since the last one, and start anew. Returns {name: mean training loss}."""
-        means = dict(zip(self.plan.names, self.account.means(), strict=True))
+        means = dict(zip(self.plan.names, self.tally.means(), strict=True))
         fields = {"valid": valid} if valid is not None else {}
         self._write(
             "loss",
             step=step,
-            sample=self.mixture.index,
+            sample=self.stream.index,
             lr=self.learning_rate(step),
             train=means,
             **fields,
-            served=self._named(self.mixture.served),
+            served=self._named(self.stream.served),
             weights=self._named(self.weights),
-            fingerprint=f"{self.account.fingerprint:016x}",
+            fingerprint=f"{self.tally.fingerprint:016x}",
             timing={
                 "step_seconds": self._step_time(),
                 "probe_seconds": self.probe_seconds,
@@ -174,21 +179,23 @@ class Hook:
         self._write(
             "end",
             step=step,
-            sample=self.mixture.index,
-            served=self._named(self.mixture.served),
+            sample=self.stream.index,
+            served=self._named(self.stream.served),
             timing=timing,
         )
 
     def _write(self, event, **fields):
-        if not self.speaks:
-            self.record.lines += 1
-            return
         try:
-            self.record.append(event, **fields)
+            if self.speaks:
+                self.record.append(event, **fields)
+            else:
+                self.record.lines += 1
         except OSError as fault:
             self.say(
                 f"the decision log could not be written ({fault}); training goes on, this {event} line is lost"
             )
+        for listener in self.listeners:
+            listener(log.line(event, fields))
 
     @property
     def _fault_file(self):
@@ -197,24 +204,31 @@ class Hook:
 
     def _leave_word(self, step):
         """Tell the restart to skip the probe of `step`."""
-        _write_json(self._fault_file, {"step": step})
+        log.replace(self._fault_file, json.dumps({"step": step}).encode())
 
     def _named(self, values):
         return dict(zip(self.plan.names, np.asarray(values).tolist(), strict=True))
 
     def _probe(self, step):
         begun = time.monotonic()
-        flow = (self.decay, self._windows(step))
-        weights = np.asarray(self.mixture.weights, dtype=np.float64)
+        times = flow_times(self.learning_rate, step, self.config.every, self.run.train_iters)
+        weights = self.stream.weights
         first = self.probes
         self.probes += 1
         if step == self.fatal_step:
             self._skip(step, "the run ended inside this probe before it was restarted", begun)
             return
         try:
-            found = probe.measure(
-                *(self.model, self.groups, self.team, self._drawn(first), self.settings),
-                *(self.plan.targets, weights, flow, self.config.probe.time_limit),
+            measured = probe.measure(
+                self.model,
+                self.groups,
+                self.team,
+                self._drawn(first),
+                self.settings,
+                self.plan.targets,
+                weights,
+                (self.decay, times),
+                self.config.probe.time_limit,
             )
         except probe.ProbeFailed as fault:
             self._skip(step, str(fault), begun)
@@ -226,30 +240,21 @@ class Hook:
                 f"skips this probe"
             ) from fault
         self.failures = 0
-        decision, effective, told = self.steering.decide(found)
-        self._measured(step, begun, found, weights, decision, effective, told)
+        self._measured(step, begun, measured, times, weights, self.steering.decide(measured))
 
     def _drawn(self, number):
         """draw for probe `number`: each probe goes on in the held-out sequences where the last one stopped."""
-        samples, splits = self.config.probe.samples, self.config.probe.splits
-        used = {"gradient": samples, "direction": splits * direction_samples(samples, splits)}
+        used = sequences_drawn(self.config.probe)
         return lambda part, domain, numbers: self.draw(part, domain, number * used[part] + numbers)
 
-    def _windows(self, step):
-        """Flow times (learning rate x steps) of the two windows that a decision weighs against each other."""
-        length = max(1, min(self.config.every, (self.run.train_iters - step) // 2))
-        rates = [self.learning_rate(step + i) for i in range(2 * length)]
-        first, second = sum(rates[:length]), sum(rates[length:])
-        return max(first, 1e-30), max(second, 1e-30)
-
-    def _measured(self, step, begun, found, weights, decision, effective, told):
-        rates = {"lr": self.learning_rate(step), "decay": self.decay, "windows": self._windows(step)}
-        fields = events.probe(self.config, self.plan, found, weights, decision, effective)
-        fields |= told or {}
+    def _measured(self, step, begun, measured, times, weights, outcome):
+        rates = {"lr": self.learning_rate(step), "decay": self.decay, "windows": times}
+        decided = outcome.decision, outcome.effective
+        fields = lines.probe(self.config, self.plan, measured, weights, *decided) | outcome.fields
         self._write(
-            "probe", step=step, sample=self.mixture.index, **rates, **fields, timing=self._timed(begun)
+            "probe", step=step, sample=self.stream.index, **rates, **fields, timing=self._timed(begun)
         )
-        self.say(events.sentence(step, self.plan.names, found, weights, decision, effective))
+        self.say(lines.sentence(step, self.plan.names, measured, weights, *decided))
 
     def _skip(self, step, reason, begun):
         self.failures += 1
@@ -258,7 +263,7 @@ class Hook:
         self._write(
             "skip",
             step=step,
-            sample=self.mixture.index,
+            sample=self.stream.index,
             reason=reason,
             failures=self.failures,
             off=self.off,
@@ -290,20 +295,21 @@ class Hook:
             "version": STATE_VERSION,
             "config": self.config.digest,
             "ledger": self.ledger._asdict(),
-            "mixture": self.mixture.state_dict(),
+            "mixture": self.stream.consumed.state_dict(),
             "probes": self.probes,
             "failures": self.failures,
             "off": self.off,
-            "account": self.account.state_dict(),
+            "tally": self.tally.state_dict(),
             "lines": self.record.lines,
             "lead": self.plan.lead,
             "seed": self.config.seed,
             "memory": self.memory.mode,
             "steering": self.steering.state_dict(),
+            "flow": None if self.flow is None else flow_run.state_of(self.flow),
         }
 
     def load_state_dict(self, state, rewind=True):
-        """Go on where `state` was taken; the mixture stands there already (adapters.resume). rewind: in the same record.
+        """Go on where `state` was taken; the stream stands there already (data.resume). rewind: in the same record.
 
         Raises ValueError, on every rank, for a state of another version and for a record that lacks lines.
         """
@@ -318,7 +324,7 @@ class Hook:
         self.steering.load_state_dict(state["steering"])
         if self.config.probe.memory == "auto" and state["memory"] != self.memory.mode:
             self._work_in(state["memory"])  # what is free today must not change the numbers of a run
-        self.account.load_state_dict(state["account"])
+        self.tally.load_state_dict(state["tally"])
         problem = ""
         if self.speaks:
             try:
@@ -336,9 +342,3 @@ class Hook:
             else -1
         )
         self.fatal_step = int(reduce.broadcast_numbers(np.array([float(mine)]), self.groups)[0])
-
-
-def _write_json(path, content):
-    temporary = path.with_suffix(path.suffix + f".{os.getpid()}")
-    temporary.write_text(json.dumps(content))
-    os.replace(temporary, path)

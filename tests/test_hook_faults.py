@@ -100,18 +100,11 @@ def test_a_controller_that_fails_leaves_weights_and_training_alone(tmp_path, mon
     assert loop.drawn == alone.drawn and loop.losses == alone.losses
 
 
-def test_a_record_shorter_than_the_checkpoint_is_refused(tmp_path):
-    kept = Loop(tmp_path).until(9).checkpoint()
-    (tmp_path / record.NAME).write_text("")
-    with pytest.raises(ValueError, match="has 0 lines, the checkpoint was written after"):
-        Loop(tmp_path, state=kept)
-
-
 def test_a_loader_that_has_read_too_far_keeps_its_weights_and_ends_nothing(tmp_path):
     loop = Loop(tmp_path)
     ahead = loop.mixture.copy()
     ahead.skip(loop.plan.samples)
-    loop.hook.steering.sampler = types.SimpleNamespace(frontier=ahead, schedule=ahead.schedule)
+    loop.hook.stream.sampler = types.SimpleNamespace(frontier=ahead, schedule=ahead.schedule)
     loop.until()
     assert all(line["effective_sample"] is None for line in lines(tmp_path, "probe"))
     assert "read past sample 24 already; write a longer `lead`" in lines(tmp_path, "probe")[0]["reason"]
@@ -126,14 +119,6 @@ def test_a_loader_that_brings_other_samples_is_told(tmp_path):
         np.zeros(BATCH), np.zeros((BATCH, 3), dtype=np.int64), ((domains + 1) % 3, loop.hook.positions)
     )
     assert "THE LOADER BROUGHT OTHER SAMPLES than the mixture drew for 8..12" in loop.said
-
-
-def test_windows_are_those_of_the_schedule_and_end_with_the_run(tmp_path):
-    hook = Loop(tmp_path, steps=24).hook
-    rate = [1e-2 * (1 - step / 24) for step in range(25)]
-    assert hook._windows(8) == pytest.approx((sum(rate[8:12]), sum(rate[12:16])))
-    assert hook._windows(20) == pytest.approx((sum(rate[20:22]), sum(rate[22:24])))
-    assert hook._windows(23) == pytest.approx((rate[23], 1e-30))
 
 
 def test_each_probe_goes_on_in_the_holdout(tmp_path):

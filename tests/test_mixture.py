@@ -65,21 +65,20 @@ def pairs(taken):
     return list(zip(taken[0].tolist(), taken[1].tolist(), strict=True))
 
 
-@pytest.mark.parametrize("K,n", [(1, 1000), (2, 20_000), (3, 20_000), (10, 2_000_000), (100, 50_000)])
-def test_constant_weights_give_megatrons_table_bit_for_bit(K, n):
-    weights = np.random.default_rng(K).dirichlet(np.ones(K))
-    n = n if module.stretch is not None else min(n, 50_000)
+def shares(K):
+    return np.random.default_rng(K).dirichlet(np.ones(K))
+
+
+@pytest.mark.parametrize(
+    ("weights", "n"),
+    [(shares(1), 1000), (shares(2), 20_000), (shares(10), 2_000_000), (shares(100), 50_000), ([1, 1], 3000),
+     ([0.5, 0.25, 0.25], 3000), ([30, 70], 3000), ([1 / 3] * 3, 3000)],
+    ids=["1", "2", "10", "100", "ties", "half", "not normalised", "thirds"],
+)  # fmt: skip
+def test_constant_weights_give_megatrons_table_bit_for_bit(weights, n, path):
+    n = n if module.stretch is not stretch_python else min(n, 20_000)
     domain, position = Mixture(weights).take(n)
-    want_domain, want_position = megatron_blend(weights, n)
-    assert np.array_equal(domain, want_domain)
-    assert np.array_equal(position, want_position)
-
-
-@pytest.mark.parametrize("shares", [[1, 1], [0.5, 0.25, 0.25], [30, 70], [1 / 3, 1 / 3, 1 / 3]])
-def test_ties_and_unnormalised_weights_as_in_megatron(shares, path):
-    weights = np.array(shares, dtype=np.float64) / np.sum(shares)
-    domain, position = Mixture(shares).take(3000)
-    want = megatron_blend(weights, 3000)
+    want = megatron_blend(np.array(weights, dtype=np.float64) / np.sum(weights), n)
     assert np.array_equal(domain, want[0]) and np.array_equal(position, want[1])
 
 
@@ -91,6 +90,8 @@ def test_changes_and_budgets_follow_the_rule_in_rational_numbers(seed, path):
     budgets = [None] * K if seed % 3 == 0 else counts.tolist()
     weights = rng.dirichlet(np.ones(K)) + 0.001
     changes = {int(at): rng.dirichlet(np.ones(K)) for at in rng.integers(1, n + 1, size=rng.integers(0, 6))}
+    for wish in changes.values() if seed % 3 == 0 and K > 1 else ():
+        wish[rng.integers(K)] = 0.0  # obeyed at once
     stream = Mixture(weights, budgets)
     for at in sorted(changes):
         stream.schedule(changes[at], at)
@@ -163,38 +164,7 @@ def test_budgets_are_exact_positions_count_up_and_zero_means_zero(history):
     assert stream.index == n == stream.served.sum()
 
 
-def test_thousands_of_seeded_histories_end_exact_within_the_bound_and_survive_resume():
-    rng = np.random.default_rng(0)
-    for _ in range(2500):
-        K, n = int(rng.integers(1, 9)), int(rng.integers(1, 400))
-        counts = rng.multinomial(n, rng.dirichlet(np.ones(K)))
-        budgets = [None if e else int(c) for e, c in zip(rng.random(K) < 0.3, counts, strict=True)]
-        stream = Mixture(rng.dirichlet(np.ones(K)), budgets, samples=n)
-        for at in np.sort(rng.integers(0, n + 1, size=rng.integers(0, 5))):
-            stream.schedule(rng.dirichlet(np.full(K, 0.3)) * (rng.random(K) < 0.8) + 1e-12, int(at))
-        whole = pairs(stream.copy().take(n))
-        point = int(rng.integers(0, n + 1))
-        found = pairs(stream.take(point))
-        assert np.abs(stream.credit).max() <= max(K - 1, 0) + 1e-9
-        resumed = Mixture.from_state(json.loads(json.dumps(stream.state_dict())))
-        assert found + pairs(resumed.take(n - point)) == whole
-        assert all(b is None or resumed.served[d] == b for d, b in enumerate(budgets))
-
-
-@settings(max_examples=80, deadline=None)
-@given(st.integers(2, 8), st.data())
-def test_harmonic_bound_while_all_weights_are_positive(K, data):
-    stream = Mixture(np.ones(K))
-    bound = sum(1 / k for k in range(1, K))
-    for _ in range(data.draw(st.integers(1, 15))):
-        weights = data.draw(st.lists(st.floats(1e-9, 1.0), min_size=K, max_size=K))
-        stream.schedule(weights, stream.index)
-        for _ in range(data.draw(st.integers(1, 4))):
-            stream.take(1)
-            assert stream.credit.min() > -1 - 1e-9 and stream.credit.max() <= bound + 1e-9
-
-
-def test_the_harmonic_bound_is_reached():
+def test_the_harmonic_bound_is_reached_and_never_passed():
     """The adversary of the cup game: all weight goes to the domains in play but the one about to win."""
     K = 8
     stream = Mixture(np.ones(K))
@@ -204,6 +174,7 @@ def test_the_harmonic_bound_is_reached():
         winner = max(left, key=lambda d: (stream.credit[d], -d))
         stream.schedule([1.0 if d in left and d != winner else 1e-12 for d in range(K)], stream.index)
         left.remove(int(stream.take(1)[0][0]))
+        assert stream.credit.min() > -1 - 1e-9
     assert stream.credit.max() == pytest.approx(sum(1 / k for k in range(1, K)), abs=1e-6)
 
 
@@ -241,46 +212,6 @@ def test_the_rounding_at_the_end_of_a_run_is_not_told():
     endless = Mixture([0.5, 0.5], [10, None])
     endless.take(100)
     assert [told.sample for told in endless.projections] == [19]
-
-
-def test_a_maximum_that_must_last_is_met_before_it_is_too_late():
-    """Budget 600 of 1000 at most 0.75 a sample: with 0.5 wished, need / left reaches 0.75 at sample 600."""
-    stream = Mixture([0.5, 0.5], [600, 400], maximum=[0.75, 1.0])
-    assert stream.weights.tolist() == [0.5, 0.5]
-    stream.take(599)
-    assert stream.weights.tolist() == [0.5, 0.5]
-    stream.take(1)
-    assert stream.weights == pytest.approx([0.75, 0.25])
-    stream.take(400)
-    assert stream.served.tolist() == [600, 400]
-
-
-def test_a_minimum_that_must_last_saves_samples_for_the_end():
-    """Budget 300 of 1000 at least 0.1 a sample: with 0.5 wished, 0.1 * left is reached at sample 500."""
-    stream = Mixture([0.5, 0.5], [300, None], samples=1000, minimum=[0.1, 0.0])
-    stream.take(510)
-    assert stream.weights == pytest.approx([0.1, 0.9])
-    assert stream.projections[0].sample == 500
-    stream.take(490)
-    assert stream.served.tolist() == [300, 700]
-
-
-def test_changes_carry_on_where_the_domains_stand(path):
-    stream = Mixture([0.9, 0.1])
-    first = stream.take(100)
-    stream.schedule([0.1, 0.9], 100)
-    then = stream.take(100)
-    for d in range(2):
-        positions = np.concatenate([position[domain == d] for domain, position in (first, then)])
-        assert positions.tolist() == list(range(100))
-
-
-def test_weight_zero_is_obeyed_at_once(path):
-    stream = Mixture([0.5, 0.3, 0.2])
-    stream.schedule([0, 0, 1], 101)
-    domain, _ = stream.take(200)
-    assert (domain[101:] == 2).all()
-    assert (Mixture([0.0, 1.0]).take(50)[0] == 1).all()
 
 
 def test_schedule_drops_later_changes_and_refuses_the_past():
@@ -371,20 +302,8 @@ def test_copies_are_independent_and_skip_is_take_without_words():
 
 @pytest.mark.skipif(module.stretch is None, reason="installed without a C++ compiler")
 def test_compiled_stretch_refuses_arrays_it_would_misread():
-    f, i = np.ones(3), np.zeros(3, dtype=np.int64)
-    good = [
-        f,
-        f * 0,
-        0,
-        True,
-        i.copy(),
-        i,
-        i - 1,
-        10,
-        np.zeros(4, dtype=np.int64),
-        np.zeros(4, dtype=np.int64),
-        4,
-    ]
+    f, i, out = np.ones(3), np.zeros(3, dtype=np.int64), np.zeros(4, dtype=np.int64)
+    good = [f, f * 0, 0, True, i.copy(), i, i - 1, 10, out, out.copy(), 4]
     assert module.stretch(*good) == 4
     for place, bad in [(1, f[:2]), (4, i[:1]), (8, i), (0, f * 0), (8, None)]:
         with pytest.raises(ValueError, match="give"):

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from megatron_commute import patch as diffs
-from megatron_commute.cli import main
+from megatron_commute.cli.main import main
 
 REAL = os.environ.get("MEGATRON_DEEPSPEED")
 
@@ -56,10 +56,6 @@ def refused(root, do="apply", names=diffs.NAMES):
     return str(told.value)
 
 
-def test_the_tree_of_this_test_is_not_patched(tree):
-    assert {row.applied for row in diffs.inspect(tree)} == {False}
-
-
 @pytest.mark.parametrize("ending", ["\n", "\r\n"])
 def test_on_once_and_off_again_byte_for_byte(tmp_path, ending):
     root = synthetic(tmp_path, ending)
@@ -76,13 +72,6 @@ def test_on_once_and_off_again_byte_for_byte(tmp_path, ending):
     assert {row["did"] for row in diffs.patch(root, "revert")} == {"reverted"}
     assert content(root) == before
     assert {row["state"] for row in diffs.patch(root, "revert")} == {"absent"}
-
-
-def test_one_diff_at_a_time_and_modes_are_kept(tree):
-    os.chmod(tree / "pretrain_gpt.py", 0o750)
-    assert {row["patch"] for row in diffs.patch(tree, names=["hook"])} == {"hook"}
-    assert (tree / "pretrain_gpt.py").stat().st_mode & 0o777 == 0o750
-    assert [row["state"] for row in diffs.patch(tree, "check")] == ["applied"] + ["absent"] * 5
 
 
 @pytest.mark.parametrize(
@@ -109,11 +98,17 @@ def test_a_newer_tree_with_moved_lines_is_patched_and_the_new_lines_are_told(tmp
 
 
 def test_a_line_that_is_gone_is_named_and_the_other_diff_still_goes_on(tree):
-    file = tree / "megatron/model/transformer.py"
+    """One diff at a time; modes of files are kept and links followed."""
+    file, script = tree / "megatron/model/transformer.py", tree / "pretrain_gpt.py"
     file.write_bytes(file.read_bytes().replace(b"key_layer = key_layer.view(", b"key_layer = reshape("))
     message = refused(tree)
     assert "transformer.py: line 304" in message and "--only" in message
-    assert diffs.patch(tree, names=["hook"])[0]["did"] == "applied"
+    kept = Path(shutil.move(script, tree.parent / "elsewhere.py"))
+    kept.chmod(0o750)
+    script.symlink_to(kept)
+    assert [(row["patch"], row["did"]) for row in diffs.patch(tree, names=["hook"])] == [("hook", "applied")]
+    assert script.is_symlink() and b"megatron_commute" in kept.read_bytes()
+    assert kept.stat().st_mode & 0o777 == 0o750
 
 
 def test_half_patched_trees_are_refused(tree):
@@ -165,14 +160,16 @@ def test_other_folders_are_refused(tmp_path, tree):
     assert "'deepspeed.initialize('" in refused(tree)
 
 
-def test_a_missing_file_is_named(tree):
-    (tree / "tools/preprocess_data.py").unlink()
-    assert "tools/preprocess_data.py is missing" in refused(tree)
-
-
-def test_read_only_files_are_refused_before_the_first_is_written(tree):
-    os.chmod(tree / "tools/preprocess_data.py", 0o444)
-    assert "read-only; make the tree writable" in refused(tree)
+@pytest.mark.parametrize(
+    ("harm", "told"),
+    [
+        (lambda file: file.unlink(), "tools/preprocess_data.py is missing"),
+        (lambda file: file.chmod(0o444), "read-only; make the tree writable"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_named_before_the_first_is(tree, harm, told):
+    harm(tree / "tools/preprocess_data.py")
+    assert told in refused(tree)
 
 
 def test_a_disk_that_fails_half_way_leaves_everything_as_it_was(tree, monkeypatch):
@@ -187,14 +184,6 @@ def test_a_disk_that_fails_half_way_leaves_everything_as_it_was(tree, monkeypatc
     monkeypatch.setattr(diffs.os, "replace", failing)
     assert "nothing was changed: no space left" in refused(tree)
     assert len(calls) == 5  # the third fails, two are put back
-
-
-def test_links_are_followed(tree):
-    kept = tree.parent / "elsewhere.py"
-    shutil.move(tree / "pretrain_gpt.py", kept)
-    (tree / "pretrain_gpt.py").symlink_to(kept)
-    diffs.patch(tree)
-    assert (tree / "pretrain_gpt.py").is_symlink() and b"megatron_commute" in kept.read_bytes()
 
 
 def test_the_command(tree):
@@ -212,13 +201,6 @@ def test_the_command(tree):
     (tree / "pretrain_gpt.py").unlink()
     status, text = call()
     assert status == 2 and text.startswith("error: ") and "not Megatron-DeepSpeed" in text
-
-
-def test_an_installation_without_the_diffs_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(diffs, "__file__", str(tmp_path / "site/megatron_commute/patch.py"))
-    monkeypatch.setattr(diffs.importlib.metadata, "files", lambda name: [])
-    with pytest.raises(diffs.PatchError, match="reinstall"):
-        diffs.folder()
 
 
 @pytest.mark.megatron_deepspeed

@@ -4,6 +4,6 @@
 
 import sys
 
-from megatron_commute.cli import main
+from megatron_commute.cli.main import main
 
 main(["bilingual", *(word for word in sys.argv[1:] if not word.startswith("--local_rank="))])

@@ -5,21 +5,23 @@ so a probe that fails half-way leaves no trace.
 """
 
 import contextlib
+import dataclasses
 import pathlib
 
 import numpy as np
 import torch
 
-from megatron_commute import config as mixture_file
+from megatron_commute import config as front_door
 from megatron_commute import reduce
-from megatron_commute.data import resume, takeover
+from megatron_commute.data import blend, resume, takeover
 from megatron_commute.data.indexed import domain_datasets, inspect_data
 from megatron_commute.data.sampler import MixedDataset, MixtureSampler
-from megatron_commute.decide import control_file as control
+from megatron_commute.data.stream import Stream
+from megatron_commute.decide import flow_run, laws
 from megatron_commute.hook import Hook
 from megatron_commute.measure.model import Model, full_precision, low_precision
 from megatron_commute.mixture import Mixture
-from megatron_commute.record import log as record
+from megatron_commute.record import log
 
 # D = 1/(sqrt(v) + floor): rows that are hardly ever visited have tiny v and would dominate every inner product;
 # a floor of a tenth of the mean sqrt(v) bounds D at ten times its usual size.
@@ -72,12 +74,8 @@ def probe_model(
     def metric(name):
         return None if name == "identity" else adam_metric(second_moments, owned, groups)
 
-    passed = []
-
-    def verify_once(values, tokens):
-        if not passed:
-            verify(lambda point: at(point, tokens), values, lambda v: squared_length(v, owned, groups))
-            passed.append(True)
+    def verified(values, tokens):
+        verify(lambda point: at(point, tokens), values, lambda v: squared_length(v, owned, groups))
 
     return Model(
         parameters=lambda: full_precision(params),
@@ -87,9 +85,21 @@ def probe_model(
         metric=metric,
         quiet=lambda method: quiet(module, exact if method == "exact" else None),
         micro_batch=micro_batch,
-        verify=verify_once if verify is not None else None,
+        verify=_once(verified) if verify is not None else None,
         low_precision=low_precision(params),
     )
+
+
+def _once(check):
+    """`check` until it has passed; then nothing."""
+    passed = []
+
+    def checked(*arguments):
+        if not passed:
+            check(*arguments)
+            passed.append(True)
+
+    return checked
 
 
 class _Loss(torch.nn.Module):
@@ -177,7 +187,7 @@ def drawer(config, plan, seq_length, vocab_size=None):
     _, held_out = domain_datasets(config, plan, seq_length)
 
     def draw(part, domain, numbers):
-        parts = mixture_file.holdout_parts(len(held_out[domain]))
+        parts = front_door.holdout_parts(len(held_out[domain]))
         inside = getattr(parts, PARTS[part])
         tokens = torch.stack([held_out[domain][inside[int(n) % len(inside)]]["tokens"] for n in numbers])
         if vocab_size is not None and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
@@ -199,15 +209,15 @@ class Plugin:
 
     def __init__(self, file, run, host_blend=()):
         self.run = run
-        self.config = mixture_file.load(file)
+        self.config = front_door.load(file)
         counted = inspect_data(self.config, run.seq_length)
-        self.plan = mixture_file.resolve(self.config, run, *counted)
-        control.refuse_blind(self.config)
+        self.plan = front_door.resolve(self.config, run, *counted)
+        laws.check(self.config)
         self.feeds = self.config.mode != "shadow"
         self.host_blend = tuple(host_blend)
         if not self.feeds and host_blend:
-            check_blend(self.config, self.plan, host_blend)
-        self.hook = self.sampler = self.dataset = None
+            blend.check(self.config, self.plan, host_blend)
+        self.hook = self.sampler = self.dataset = self.flow = None
 
     def mixture(self):
         """The stream of a fresh run. In mode shadow it follows the host's own rule, which knows no budgets."""
@@ -222,39 +232,90 @@ class Plugin:
 
     def attach(
         self, model, groups, run_dir, learning_rate, decay, *, vocab_size=None, state=None, consumed=0, accept=False,
-        take_over=False, listener=None, say=print,
+        take_over=False, listeners=(), say=print,
     ):  # fmt: skip
         """Build hook and, in the modes that feed training, dataset and sampler; start or rewind the record.
 
         model: probe.Model; groups: reduce.Groups; run_dir: folder of the record; learning_rate: step -> rate; state: of
-        Hook.state_dict, from a checkpoint after `consumed` samples, or None; accept, take_over: see resume.stream; listener:
-        of record.Record. Raises ConfigError where the state does not fit the mixture file.
+        Hook.state_dict, from a checkpoint after `consumed` samples, or None; accept, take_over: see data.resume; listeners:
+        of hook.Hook, those of this rank. Raises ConfigError where the state does not fit the mixture file.
         """
-        stock = None
-        if take_over and self.host_blend:
-            stock = takeover.stock_weights(blend_of(self.host_blend)[1])
-        mixture, ledger, news = resume.stream(
-            self.config, self.plan, self.mixture(), state, consumed, stock, accept=accept, attach=take_over
-        )
+        mixture, ledger, news = self._resumed(learning_rate, groups, state, consumed, accept, take_over)
         if self.feeds:
             training, _ = domain_datasets(self.config, self.plan, self.run.seq_length)
             self.dataset = MixedDataset(training, self.config.seed, ledger.keys)
-            place = (reduce.rank_in(groups.data), reduce.size(groups.data))
-            sizes = (self.run.global_batch, self.plan.samples)
-            self.sampler = MixtureSampler(mixture.copy(), self.run.micro_batch, *place, *sizes)
-        log = record.Record(pathlib.Path(run_dir) / record.NAME, listener)
-        draw = drawer(self.config, self.plan, self.run.seq_length, vocab_size)
+            self.sampler = MixtureSampler(
+                mixture=mixture.copy(),
+                micro_batch=self.run.micro_batch,
+                data_parallel_rank=reduce.rank_in(groups.data),
+                data_parallel_size=reduce.size(groups.data),
+                global_batch=self.run.global_batch,
+                stop_sample=self.plan.samples,
+            )
+        batch = self.run.global_batch
         self.hook = Hook(
-            *(self.config, self.plan, self.run, mixture, ledger, model, groups, draw, log),
-            *(learning_rate, decay, self.sampler, say),
+            config=self.config,
+            plan=self.plan,
+            run=self.run,
+            stream=Stream(consumed=mixture, sampler=self.sampler, groups=groups, global_batch=batch),
+            ledger=ledger,
+            model=model,
+            groups=groups,
+            draw=drawer(self.config, self.plan, self.run.seq_length, vocab_size),
+            record=log.Record(pathlib.Path(run_dir) / log.NAME),
+            learning_rate=learning_rate,
+            decay=decay,
+            say=say,
+            listeners=listeners,
+            flow=self.flow,
         )
-        if (
-            state is not None
-        ):  # refused, where it is refused, before a new record takes the place of the old one
+        # what is refused is refused before a new record takes the place of the old one
+        if state is not None:
             self.hook.load_state_dict(state, rewind=not news)
         if state is None or news:
             self.hook.start(news)
         return self.hook
+
+    def _resumed(self, learning_rate, groups, state, consumed, accept, take_over):
+        """The data.resume.Resumed of this run, on the weights that law flow plans where it is followed."""
+        stock = None
+        if take_over and self.host_blend:
+            stock = takeover.stock_weights(blend.read(self.host_blend)[1])
+        rates = None
+        if flow_run.follows(self.config):
+            rates = flow_run.rates_of(self.config, learning_rate, self.run.train_iters)
+        kept = state.get("flow") if state is not None else None
+        also = [] if state is None else flow_run.differences(kept, self.config, self.plan, rates)
+        resumed = resume.resumed(
+            self.config,
+            self.plan,
+            self.mixture(),
+            state,
+            consumed,
+            stock,
+            accept=accept,
+            attach=take_over,
+            also=also,
+        )
+        mixture, news = resumed.mixture, resumed.news
+        if rates is not None:
+            self._follow(mixture, rates, groups, kept if not news else None)
+        elif news and kept is not None and not self.plan.schedule:
+            mixture.schedule(laws.left_evenly(mixture, self.plan.weights), mixture.index)
+        return resumed
+
+    def _follow(self, mixture, rates, groups, kept):
+        """Plan the rest of the run by law flow, as `kept` of its own checkpoint or anew from where the mixture stands."""
+        found = flow_run.planned(
+            config=self.config, plan=self.plan, run=self.run, rates=rates, mixture=mixture, state=kept
+        )
+        weights = found.schedule.weights
+        weights = reduce.broadcast_numbers(weights.ravel(), groups).reshape(weights.shape)
+        self.flow = flow_run.with_weights(found, weights, self.run.global_batch)
+        schedule, notes = self.flow.schedule.changes, self.flow.schedule.notes
+        self.plan = dataclasses.replace(self.plan, schedule=schedule, warnings=(*self.plan.warnings, *notes))
+        for at_sample, weights in () if kept else schedule:
+            mixture.schedule(weights, at_sample)
 
     def summary(self, run_dir):
         """Write the report of the run and return its closing table as text."""
@@ -262,47 +323,10 @@ class Plugin:
 
         from megatron_commute.report import plots, series
 
-        lines = record.read(run_dir)
+        lines = log.read(run_dir)
         headers, rows = series.summary_rows(lines)
         table = tabulate(rows, headers, floatfmt=".4g")
         end = next(line for line in reversed(lines) if line["event"] in ("end", "loss"))
         spent, total = end["timing"]["probe_seconds"], end["timing"]["seconds"]
         share = f"probes took {spent:.0f} s of {total:.0f} s, {spent / max(total - spent, 1e-9):.1%} on top of training"
         return f"{table}\n{share}\nreport: {plots.report(run_dir)}"
-
-
-def check_blend(config, plan, paths):
-    """In mode shadow the host feeds training: the mixture file must say what its blend says. Raises ConfigError."""
-    prefixes, shares = blend_of(paths)
-    weights = [share / sum(shares) for share in shares]
-    wanted = [path for domain in config.domains for path in domain.path]
-    if [str(pathlib.Path(p).resolve()) for p in prefixes] != [str(pathlib.Path(p).resolve()) for p in wanted]:
-        raise config.error(
-            "domains",
-            f"names {wanted}, the data flag names {prefixes}",
-            "write the same files in the same order",
-        )
-    if len(wanted) != len(config.domains):
-        raise config.error(
-            "domains", "a domain of several files has no place in the host's blend", "write one path a domain"
-        )
-    if max(abs(a - b) for a, b in zip(weights, plan.weights, strict=True)) > 1e-9:
-        told = [round(float(w), 6) for w in plan.weights]
-        raise config.error(
-            "domains", f"weights {told}, the data flag says {weights}", "write the same weights in both"
-        )
-
-
-def blend_of(paths, flag="--train-data-path"):
-    """(prefixes, weights as written) of Megatron's data flag; ConfigError where weights are missing or impossible."""
-    if len(paths) == 1:
-        return list(paths), [1.0]
-    try:
-        weights = [float(word) for word in paths[::2]]
-    except ValueError:
-        weights = []
-    if len(paths) % 2 or not all(0 <= w < float("inf") for w in weights) or not sum(weights) > 0:
-        raise mixture_file.ConfigError(
-            f"{flag}: {' '.join(paths)}: write WEIGHT PREFIX pairs, one for each domain, weights not negative"
-        )
-    return list(paths[1::2]), weights

@@ -11,12 +11,15 @@ from megatron_commute.mixture import Mixture
 _EDGE = 1 << 20  # bytes of either end of a .bin file that enter its fingerprint
 
 
-class Stream(NamedTuple):
-    """mixture: at the consumed samples; ledger: takeover.Ledger; news: what changed by consent, one sentence each."""
+class Resumed(NamedTuple):
+    """Where a run goes on, or begins."""
 
     mixture: Mixture
+    """at the consumed samples"""
     ledger: takeover.Ledger
+    """which domain is which over the life of the run"""
     news: list
+    """what changed by consent, one sentence each"""
 
 
 def fingerprint(paths, size):
@@ -36,13 +39,14 @@ def fingerprint(paths, size):
     return f"{code:08x}-{size}"
 
 
-def stream(config, plan, fresh, state, consumed=0, stock=None, *, accept=False, attach=False):
-    """The Stream of a run that has consumed `consumed` samples.
+def resumed(config, plan, fresh, state, consumed=0, stock=None, *, accept=False, attach=False, also=()):
+    """The Resumed of a run that has consumed `consumed` samples.
 
     fresh: the Mixture of a run that begins; state: Hook.state_dict of the checkpoint, None where it has none; stock: the
     stock blend's weights f64[K] that a checkpoint without state was trained with. accept (--commute-accept): a mixture file
     that differs from the checkpoint's holds from here on. attach (--commute-attach): a run that began without the plug-in is
-    taken over. Raises ConfigError naming every difference and the flag that accepts it.
+    taken over. also: how the weights planned ahead were found to differ. Raises ConfigError naming every difference and the
+    flag that accepts it.
     """
     prints = [fingerprint(d.path, n) for d, n in zip(config.domains, plan.sizes, strict=True)]
     limits = {"samples": fresh.samples, "minimum": list(plan.minimum), "maximum": list(plan.maximum)}
@@ -62,29 +66,32 @@ def stream(config, plan, fresh, state, consumed=0, stock=None, *, accept=False, 
     for what, now in (("lead", plan.lead), ("seed", config.seed)):
         if state[what] != now:
             found.append(f"{what} was {state[what]}, it is {now}")
-    coming = [[at, list(w)] for at, w in plan.schedule if at > state["mixture"]["index"]]
+    index, also = state["mixture"]["index"], list(also)
+    coming = [[at, list(w)] for at, w in plan.schedule if at > index]
     if plan.schedule and coming != state["mixture"]["pending"]:
-        found.append("the schedule's coming changes are others")
+        also.append("the schedule's coming changes are others")
+    found += also
     if not found:
-        return Stream(Mixture.from_state(state["mixture"]), book, [])
+        return Resumed(Mixture.from_state(state["mixture"]), book, [])
     if not accept:
         raise ConfigError(
             f"{config.file}: it differs from the checkpoint: {'; '.join(found)}; put it back, or start with "
-            f"--commute-accept to let it hold from sample {state['mixture']['index']} on"
+            f"--commute-accept to let it hold from sample {index} on"
         )
+    kept = state["mixture"] | ({"pending": []} if also else {})
     try:
-        both = takeover.changed(state["mixture"], book, names, prints, plan.weights, budgets, **limits)
+        both = takeover.changed(kept, book, names, prints, plan.weights, budgets, **limits)
     except ValueError as error:
         raise ConfigError(f"{config.file}: the changed mixture cannot go on: {error}") from error
-    for at, weights in coming:
+    for at, weights in [(index, w) for at, w in plan.schedule if at <= index][-1:] + coming:
         both[0].schedule(weights, int(at))
-    return Stream(*both, found)
+    return Resumed(*both, found)
 
 
 def _without_state(config, plan, fresh, prints, limits, consumed, stock, attach):
     book = takeover.ledger(plan.names, prints)
     if consumed == 0:
-        return Stream(fresh, book, [])
+        return Resumed(fresh, book, [])
     if not attach:
         raise ConfigError(
             f"{config.file}: the checkpoint was written without --commute after {consumed} samples; add --commute-attach to "
@@ -96,7 +103,7 @@ def _without_state(config, plan, fresh, prints, limits, consumed, stock, attach)
         )
     if fresh.samples is None:
         fresh.skip(consumed)
-        return Stream(fresh, book, [f"taken over at sample {consumed} from a run without the plug-in"])
+        return Resumed(fresh, book, [f"taken over at sample {consumed} from a run without the plug-in"])
     try:
         mixture = takeover.attached(stock, consumed, plan.weights, list(plan.budgets), **limits)
     except ValueError as error:
@@ -105,4 +112,4 @@ def _without_state(config, plan, fresh, prints, limits, consumed, stock, attach)
         ) from error
     served = ", ".join(f"{n} {int(c)}" for n, c in zip(plan.names, mixture.served, strict=True))
     told = f"taken over at sample {consumed} from the stock blend, which had served {served}"
-    return Stream(mixture, book, [f"{told}; every domain goes on in a NEW order"])
+    return Resumed(mixture, book, [f"{told}; every domain goes on in a NEW order"])

@@ -102,6 +102,7 @@ class MixtureSampler:
 
     def __init__(
         self,
+        *,
         mixture: Mixture,
         micro_batch: int,
         data_parallel_rank: int,

@@ -1,5 +1,4 @@
-"""Steering: what the laws may look at, what each of them decides, and the file by which people intervene in a running
-run.
+"""The control file: how people intervene in a run that goes on.
 
 RUN/commute.control.yaml may be written, changed and removed while the run goes on:
 
@@ -19,8 +18,6 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_commute.decide import controller
-from megatron_commute.decide.laws import NEEDS
 from megatron_commute.settings.mixture_file import (
     SHARE_TOLERANCE,
     by_domain,
@@ -126,108 +123,3 @@ class Watch:
             return None
         self.digest = digest[:12]
         return control
-
-
-def situation(config, plan, ahead, left, window, found, progress, control=None, **known):
-    """The controller.Situation at the sample where a decision would take effect.
-
-    ahead: the mixture there; left: samples to the end of the run; window: samples until the next decision; found:
-    probe.Measurement of one target; progress: part of the run that is used there; control: the Control in force; known:
-    further fields of a Situation (losses, loss, ..., memory).
-    """
-    law, K = config.controller, len(plan.names)
-    budgets = np.array([np.nan if b is None else b for b in plan.budgets], dtype=np.float64)
-    caps = np.array(law.caps or [1.0] * K)
-    if control is not None and control.caps is not None:
-        caps = np.minimum(caps, control.caps)
-    scheduled = [weights for at, weights in plan.schedule if at <= ahead.index]
-    return controller.Situation(
-        weights=np.asarray(ahead.weights, dtype=np.float64),
-        remaining=budgets - np.asarray(ahead.served),
-        initial=plan.weights,
-        samples_left=left,
-        window=window,
-        score=found.score[0],
-        score_se=found.score_se[0],
-        dof=config.probe.splits - 1,
-        minimum=plan.minimum,
-        maximum=plan.maximum,
-        floors=np.array(law.floors or [0.0] * K),
-        caps=caps,
-        rate=law.rate,
-        confidence=law.confidence,
-        strength=law.strength,
-        target=plan.targets[0],
-        scheduled=np.asarray(scheduled[-1]) if scheduled else None,
-        cooldown=law.cooldown,
-        progress=progress,
-        freeze=law.freeze,
-        frozen=control is not None and control.freeze,
-        **known,
-    )
-
-
-def decisions(laws, seen, memories):
-    """{law: controller.Decision} of every law on the same Situation, each with its own memory {law: dict}.
-
-    A law that fails decides nothing and says so: a fault of ours never ends a run.
-    """
-    found = {}
-    for law in laws:
-        own = dataclasses.replace(seen, memory=memories.get(law, {}))
-        try:
-            found[law] = controller.decide(law, own)
-        except Exception as fault:  # the same on every rank, since all look at the same numbers
-            why = f"weights stay: the controller failed, please report it: {type(fault).__name__}: {fault}"
-            found[law] = controller.Decision(None, why, memory=dict(own.memory))
-    return found
-
-
-def permitted(config, decision):
-    """The decision as far as the mode lets it act."""
-    if config.mode != "act":
-        return controller.Decision(None, f"mode {config.mode}: measured, weights not touched")
-    return decision
-
-
-def facts(seen):
-    """A Situation as JSON values for the record; NaN is None."""
-    found = {}
-    for field in dataclasses.fields(seen):
-        value = getattr(seen, field.name)
-        if field.name == "memory":
-            continue
-        found[field.name] = (
-            np.asarray(value).tolist() if isinstance(value, np.ndarray | np.generic) else value
-        )
-    return found
-
-
-def from_facts(found):
-    """The Situation that `facts` described, or a line of a record says; fields that were cut since are left out."""
-    values = {}
-    for field in dataclasses.fields(controller.Situation):
-        if field.name in found:
-            value = found[field.name]
-            values[field.name] = np.array(value, dtype=np.float64) if isinstance(value, list) else value
-    return controller.Situation(**values)
-
-
-def refuse_blind(config):
-    """Raises ConfigError for a law, or one to compare with, whose signal this run does not have."""
-    law = config.controller
-    has = {
-        "scheduled": config.schedule is not None,
-        "target": config.target != "each" or config.mode != "act",
-    }
-    cures = {
-        "scheduled": "write schedule: FILE and mode: fixed",
-        "target": "write the target as shares",
-    }
-    for key, names in (("law", (law.law,)), ("compare", law.compare)):
-        for name in names:
-            for need in NEEDS[name]:
-                if not has.get(need, True):
-                    raise config.error(
-                        f"controller.{key}", f"{name} needs `{need}`, which is not measured", cures[need]
-                    )

@@ -1,4 +1,4 @@
-"""Decisions: the wish of a law (laws.py), cut to what budgets, guardrails and its own error allow. Pure functions.
+"""Decisions: the wish of a law (laws.py), cut to what budgets and guardrails allow. Pure functions.
 
 A law proposes; the guardrails common to all laws decide how much of the wish is granted. Budgets are kept as bounds on the
 weights of the coming window, so a decision never leaves more of a domain than the samples after it can carry.
@@ -8,83 +8,22 @@ import dataclasses
 
 import numpy as np
 
-from megatron_commute.decide.laws import LAWS, MEASURED, Wish, remaining_shares, shares_of, significant
+from megatron_commute.decide.laws import LAWS, Wish, shares_of
 from megatron_commute.feasible import nearest
 
-__all__ = ["LAWS", "Decision", "Situation", "bounds", "decide", "remaining_shares", "significant"]
 DEAD_BAND = 1e-3  # smaller moves are not worth a change
-GATE = 5e-4  # of the loss: less than that, a predicted gain does not begin anything
-
-
-@dataclasses.dataclass(frozen=True)
-class Situation:
-    """What a decision may look at, as it will be when it takes effect. K domains."""
-
-    weights: np.ndarray
-    """f64[K] in force"""
-    remaining: np.ndarray
-    """f64[K] samples left of each budget, NaN for endless domains"""
-    initial: np.ndarray
-    """f64[K] planned weights, which share out what the budgets leave to endless domains"""
-    samples_left: int
-    """to the end of the run"""
-    window: int
-    """samples until the next decision"""
-    score: np.ndarray
-    """f64[K]; above zero: delay"""
-    score_se: np.ndarray
-    """f64[K] standard error"""
-    dof: int
-    """of score_se: replicates - 1"""
-    minimum: np.ndarray
-    """f64[K], the domains' own bound, kept to the end"""
-    maximum: np.ndarray
-    """f64[K], the same from above"""
-    floors: np.ndarray
-    """f64[K], least that a law may ask"""
-    caps: np.ndarray
-    """f64[K], most that a law may ask"""
-    rate: float
-    """largest change of one weight"""
-    confidence: float
-    """of the two-sided interval outside which a score counts"""
-    strength: float
-    """of the law"""
-    target: np.ndarray | None = None
-    """f64[K] shares of the target"""
-    losses: np.ndarray | None = None
-    """f64[K] mean training loss of each domain since the last decision, nats"""
-    scheduled: np.ndarray | None = None
-    """f64[K], the schedule's weights for this window"""
-    loss: float | None = None
-    """target loss, nats"""
-    memory: dict = dataclasses.field(default_factory=dict)
-    """what the law's last decision asked to keep"""
-    decisions_since_change: int = 2**31
-    """decisions since the last one that changed the weights; 0: that was the last one"""
-    cooldown: int = 1
-    """decisions to rest after a change"""
-    progress: float = 0.0
-    """samples used / samples in all"""
-    freeze: float = 1.0
-    """part of the run at whose end the law stops"""
-    frozen: bool = False
-    """the weights stay, whatever the law says"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """weights f64[K] for the coming window, or None where the weights stay as they are; reason: one sentence.
-
-    expected, expected_se: predicted change of the final target loss, nats, negative: better; None where the law does not
-    predict. memory: a JSON-able dict that the law wants in the next Situation.
-    """
+    """What is done with the weights of the coming window."""
 
     weights: np.ndarray | None
+    """f64[K], or None where they stay as they are"""
     reason: str
-    expected: float | None = None
-    expected_se: float | None = None
+    """one sentence"""
     memory: dict = dataclasses.field(default_factory=dict)
+    """JSON values that the law wants in the next Situation"""
 
 
 def guardrails(situation):
@@ -146,43 +85,17 @@ def granted(wish, low, high, endless, least, most):
     return weights
 
 
-def doubt(wish, situation):
-    """Why a predicted gain does not count, or None: it must exceed its own error and, for a law that was not acting before,
-    GATE of the loss (at the end of the run, where the law predicts that)."""
-    from scipy.special import ndtri, stdtrit
-
-    s = situation
-    if wish.expected is None:
-        return None
-    level = 0.5 + s.confidence / 2
-    quantile = ndtri(level) if wish.dof is None else stdtrit(wish.dof, level)
-    if (
-        not np.isfinite([wish.expected, wish.expected_se]).all()
-        or -wish.expected <= quantile * wish.expected_se
-    ):
-        return f"the expected change {wish.expected:+.2g} is inside its error"
-    loss = s.loss if wish.loss is None else wish.loss
-    acting = s.memory.get("acting", False)  # what is left to gain shrinks as a plan is carried out
-    if loss is not None and not acting and -wish.expected < GATE * abs(loss):
-        return f"the expected gain {-wish.expected:.2g} is below {GATE:g} of the loss"
-    return None
-
-
 def wished(law, situation):
-    """The Wish of `law`, with the gate, the cool-down and the freeze applied."""
+    """The Wish of `law`, with cool-down and freeze applied."""
     s = situation
-    wish, shares = (law if callable(law) else LAWS[law])(s), shares_of(s)
+    function, measured = (law, False) if callable(law) else (LAWS[law].function, LAWS[law].measured)
+    wish, shares = function(s), shares_of(s)
     if s.frozen:
         return wish._replace(weights=s.weights.copy(), active=False, why="the weights are frozen")
     if s.progress >= s.freeze:
         return wish._replace(weights=shares, active=False, why=f"the law stops at {s.freeze:g} of the run")
-    if law in MEASURED and s.decisions_since_change < s.cooldown:
+    if measured and s.decisions_since_change < s.cooldown:
         return wish._replace(weights=s.weights.copy(), active=False, why="cool-down after the last change")
-    if not wish.active:
-        return wish
-    why = doubt(wish, s)
-    if why is not None:
-        return wish._replace(weights=shares, active=False, why=why)
     return wish
 
 
@@ -193,7 +106,9 @@ def decide(law, situation):
     """
     s = situation
     if s.samples_left <= 0:
-        return Decision(None, "the run ends before new weights could take effect", memory=dict(s.memory))
+        return Decision(None, "the run ends before new weights could take effect", dict(s.memory))
+    if not callable(law) and LAWS[law].planned:
+        return Decision(None, f"weights follow the plan of law {law}", dict(s.memory))
     wish = wished(law, s)
     low, high, relaxed = bounds(s)
     asked = wish.weights
@@ -201,20 +116,40 @@ def decide(law, situation):
         asked = np.clip(asked, *guardrails(s))
     weights = granted(asked, low, high, np.isnan(s.remaining), *endless_share(s))
     moved = float(np.abs(weights - s.weights).max())
-    memory = dict(wish.memory or {}) | ({"acting": True} if wish.active and wish.expected is not None else {})
-    told = {"expected": wish.expected, "expected_se": wish.expected_se, "memory": memory}
+    memory = dict(wish.memory or {})
     # a sample more or less of a budget moves its share by 1 / samples_left
     if moved < max(DEAD_BAND, 1.5 / s.samples_left):
         why = "the wish is no further than rounding" if wish.active else _quiet(wish)
-        return Decision(None, f"weights stay: {why}", **told)
+        return Decision(None, f"weights stay: {why}", memory)
     stays = wish.active or np.array_equal(wish.weights, s.weights)
     why = wish.why if stays else f"back to the remaining-budget shares: {wish.why}"
     if relaxed or moved > s.rate + 1e-9:
         why += "; the budgets ask for more than the rate limit, floors or caps allow, and budgets win"
     elif np.abs(weights - asked).max() > DEAD_BAND:
         why += "; the wish is limited by rate, floors, caps or budgets"
-    return Decision(weights, why, **told)
+    return Decision(weights, why, memory)
 
 
 def _quiet(wish: Wish) -> str:
     return "every score is inside its error bar" if wish.why == "no score outside its error bar" else wish.why
+
+
+def decisions(laws, situation, memories):
+    """{law: Decision} of every law on the same Situation, each with its own memory {law: dict}.
+
+    A law that fails decides nothing and says so: a fault of ours never ends a run.
+    """
+    made = {}
+    for law in laws:
+        own = dataclasses.replace(situation, memory=memories.get(law, {}))
+        try:
+            made[law] = decide(law, own)
+        except Exception as fault:  # the same on every rank, since all look at the same numbers
+            made[law] = failed(fault, dict(own.memory))
+    return made
+
+
+def failed(fault, memory=None):
+    """The Decision that stands for one that ended with an exception: nothing moves, and the record says why."""
+    why = f"weights stay: the controller failed, please report it: {type(fault).__name__}: {fault}"
+    return Decision(None, why, memory or {})

@@ -15,11 +15,12 @@ import numpy as np
 from megatron_commute.feasible import nearest_schedule
 
 # Measured on a small GPT at 6 to 93 tokens a parameter, targets with a domain of share 0.1, fresh
-# paired seeds.
-# safe for every style: 5 to 10 gains more under WSD in 2000 steps and above, 10 harms a cosine
+# paired seeds. safe for every style: 5 to 10 gains more under WSD in 2000 steps and above, 10 harms
+# under a cosine
 MEMORY = 2.5
 KEPT_PART, KEPT_MOST = 0.1, 100  # early training needs every domain: 50 steps of 500, 100 of 2000 and of 8000
-# of a domain with RATIO times the share of the samples in the target, over one outside it
+# of a domain whose share of the target is RATIO times that of the samples, over one outside the
+# target
 RANGE = 3.5
 RATIO = 10.0
 SEGMENTS = 100  # at most, of a schedule
@@ -159,16 +160,17 @@ def planned(
     scale=None,
     begin=0,
     used=None,
+    reach=None,
+    retired=0,
 ) -> FlowSchedule:
-    """The schedule of a run whose steps have the learning rates f64[T] and take batches i64[T] of
-    samples.
+    """The schedule of a run whose steps have learning rates f64[T] and batches i64[T] of samples.
 
     budgets: samples of each domain, None for an endless one, which counts with its part of weights
     f64[K] in what the others leave. target, low, high f64[K]: of the target loss, and bounds of
     every weight. kept: first steps at the planned mixture, by default kept_steps. scale: of the
     state of a run that goes on. begin: first step to plan; used f64[K]: samples of each domain
-    before it (those planned make the same weights again, those served make the rest of a changed
-    run).
+    before it (those planned make the same weights again, those served the rest of a changed run);
+    retired: samples before it of domains that have left. reach: ranges f64[K], not the target's.
     """
     batches = np.asarray(batches, dtype=np.int64)
     kept = kept_steps(len(batches)) if kept is None else kept
@@ -179,21 +181,23 @@ def planned(
         raise ValueError(f"step {begin} of a run of {len(rates)}: nothing is left to plan")
     shares = _shares(budgets, weights, int(batches.sum()))
     scale = scale_of(rates, memory, kept) if scale is None else scale
-    reach, p = ranges(target, shares, strength), profile(rates, memory, scale)
+    reach = ranges(target, shares, strength) if reach is None else np.asarray(reach, dtype=np.float64)
+    p = profile(rates, memory, scale)
     edges = _edges(len(rates), kept)
     whole = np.add.reduceat(p * batches, edges[:-1]) / np.add.reduceat(batches, edges[:-1])
     ahead = edges[1:] > begin
     edges = np.append(np.maximum(edges[:-1][ahead], begin), len(rates))
-    sizes, owed = np.add.reduceat(batches, edges[:-1]), _owed(budgets, shares, batches, begin, used)
+    sizes, owed = np.add.reduceat(batches, edges[:-1]), _owed(budgets, shares, batches, begin, used, retired)
+    if begin:
+        low, high = _within_reach(owed, low, high)
     first = int(begin < kept)
     told, notes = _weights(shares * np.exp(np.outer(whole[ahead], reach)), sizes, owed, low, high, first)
     if not np.ptp(reach) > 0:
         notes = (SAME_TARGET,)
     elif not np.ptp(whole[ahead][first:]) > 0:
         notes = (SAME_STEPS,)
-    at = (np.cumsum(batches) - batches)[edges[:-1]]
     return FlowSchedule(
-        changes=_changes(at, told),
+        changes=changes_of((np.cumsum(batches) - batches)[edges[:-1]], told),
         edges=edges,
         weights=told,
         profile=p,
@@ -229,21 +233,35 @@ def _edges(steps, kept):
     return np.concatenate([[0], inner]) if kept else inner
 
 
-def _owed(budgets, shares, batches, begin, used):
+def _owed(budgets, shares, batches, begin, used, retired):
     """Samples f64[K] that each domain is to get from step `begin` on."""
     total, left = int(batches.sum()), int(batches[begin:].sum())
     used = np.zeros(len(shares)) if used is None else np.asarray(used, dtype=np.float64)
-    if abs(math.fsum(used) - (total - left)) > 1e-6 * total:
-        raise ValueError(f"{used.sum():.0f} samples used before step {begin}, which begins at {total - left}")
+    if abs(math.fsum(used) + retired - (total - left)) > 1e-6 * total:
+        raise ValueError(
+            f"{used.sum() + retired:.0f} samples used before step {begin}, which begins at {total - left}"
+        )
     owed = shares * total - used
     endless = np.array([budget is None for budget in budgets])
     for k in np.flatnonzero(~endless & (owed < -1e-6 * total)):
         raise ValueError(f"domain {k} has used {used[k]:.0f} of a budget of {budgets[k]}: raise it")
     owed = np.maximum(owed, 0.0)
     spare = left - math.fsum(owed[~endless])
+    if endless.any() and spare > 0 and not owed[endless].any():
+        owed[endless] = shares[endless]  # all have had more than was planned: by weight again
     if endless.any() and owed[endless].any():
         owed[endless] *= max(spare, 0.0) / math.fsum(owed[endless])
     return owed
+
+
+def _within_reach(owed, low, high):
+    """The bounds, moved to what is owed where that misses them by less than K samples: served
+    samples are whole ones.
+    """
+    left = math.fsum(owed)
+    share, slack = owed / left, len(owed) / left
+    low = np.where((share < low) & (share > low - slack), share, low)
+    return low, np.where((share > high) & (share < high + slack), share, high)
 
 
 def _weights(wish, sizes, owed, low, high, first):
@@ -263,7 +281,9 @@ def _weights(wish, sizes, owed, low, high, first):
     return told, (NO_ROOM,)
 
 
-def _changes(at, weights):
-    """(sample, weights f64[K]) wherever the weights differ from those before."""
+def changes_of(at, weights):
+    """(sample, weights f64[K]) wherever weights f64[M, K], from samples i64[M] on, differ from
+    those before.
+    """
     moved = [True, *(np.abs(b - a).max() > 1e-12 for a, b in itertools.pairwise(weights))]
     return tuple((int(sample), w) for sample, w, new in zip(at, weights, moved, strict=True) if new)

@@ -5,48 +5,40 @@ common to all and decide how much of a wish is granted. What a law does without 
 remaining-budget shares, under which every budget runs out exactly at the end.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
+from megatron_commute.feasible import owed_shares
 from megatron_commute.intervals import student
+from megatron_commute.settings.yaml_checks import did_you_mean
 
 ODM_SMOOTHING = 0.9  # of the moving average of rewards, as published
 
 
 class Wish(NamedTuple):
-    """What a law asks for.
-
-    weights f64[K]; active: whether it is more than the remaining-budget shares; why: one clause; expected, expected_se:
-    predicted change of the final target loss in nats against the shares (negative: better) with its standard error, None
-    where the law does not predict; dof: of that error, None for a normal one; memory: for the next decision; loss: the
-    target loss at the end under the shares, None where the law does not know it.
-    """
+    """What a law asks for."""
 
     weights: np.ndarray
+    """f64[K]"""
     active: bool
+    """whether it is more than the remaining-budget shares"""
     why: str
-    expected: float | None = None
-    expected_se: float | None = None
-    dof: int | None = None
+    """one clause"""
     memory: dict | None = None
-    loss: float | None = None
+    """JSON values for the next decision"""
 
 
-def remaining_shares(remaining, samples_left, initial):
-    """Weights f64[K] that would use up every budget exactly at the end; endless domains (NaN) share the rest as planned."""
-    endless = np.isnan(remaining)
-    shares = np.where(endless, 0.0, remaining) / samples_left
-    rest = max(0.0, 1.0 - shares.sum())
-    if endless.any():
-        planned = np.where(endless, np.maximum(initial, 1e-12), 0.0)
-        shares = shares + rest * planned / planned.sum()
-    return shares / shares.sum()
+def left_evenly(mixture, initial):
+    """The remaining-budget shares f64[K] of a mixture.Mixture, to its end; initial f64[K]: the planned weights."""
+    budgets = np.array([np.nan if budget is None else budget for budget in mixture.budgets], dtype=np.float64)
+    return owed_shares(budgets - mixture.served, mixture.samples - mixture.index, initial)
 
 
 def shares_of(situation):
     """The remaining-budget shares f64[K] of a Situation: the mixture that every law is judged against."""
-    return remaining_shares(situation.remaining, situation.samples_left, situation.initial)
+    return owed_shares(situation.remaining, situation.samples_left, situation.initial)
 
 
 def significant(score, score_se, dof, confidence):
@@ -62,7 +54,7 @@ def hold(situation):
 
 
 def schedule(situation):
-    """The weights that the schedule file names for this window; the remaining-budget shares where it names none."""
+    """The weights that a schedule, of a file or of law flow, names for this window; else the remaining-budget shares."""
     if situation.scheduled is None:
         return hold(situation)
     return Wish(np.asarray(situation.scheduled, dtype=np.float64), True, "the schedule's weights")
@@ -74,8 +66,16 @@ def proportional(situation):
     Where every domain has a budget this is `hold`; endless domains lose their planned weights.
     """
     s = situation
-    equal = remaining_shares(s.remaining, s.samples_left, np.ones_like(s.initial))
+    equal = owed_shares(s.remaining, s.samples_left, np.ones_like(s.initial))
     return Wish(equal, bool(np.isnan(s.remaining).any()), "in proportion to what is left")
+
+
+def excess_first(rest, target):
+    """(samples, excess f64[K]): how long budgets of `rest` f64[K] samples last beyond a tail in the proportions of `target`
+    f64[K] (sum 1), as long a tail as they carry, and what of each domain is used before it."""
+    asked = target > 0
+    tail = min(float((rest[asked] / target[asked]).min()), float(rest.sum()))
+    return float(rest.sum()) - tail, np.maximum(rest - tail * target, 0.0)
 
 
 def tau_tail(situation):
@@ -89,12 +89,9 @@ def tau_tail(situation):
         return Wish(shares, False, "no target to end on")
     target = s.target / s.target.sum()
     rest = shares * s.samples_left
-    asked = target > 0
-    tail = min(float((rest[asked] / target[asked]).min()), float(s.samples_left))
-    first = s.samples_left - tail
+    first, excess = excess_first(rest, target)
     if first < 1:
         return Wish(shares, False, "the budgets left are the target's own mixture")
-    excess = np.maximum(rest - tail * target, 0.0)
     window = min(s.window, s.samples_left)
     used = excess * min(window / first, 1.0) + target * max(window - first, 0.0)
     return Wish(
@@ -148,20 +145,59 @@ def odm(situation):
     return Wish(weights / weights.sum(), True, "the bandit's mixture of training losses", memory=memory)
 
 
+class Law(NamedTuple):
+    """One law: its function, and what a run must have for it."""
+
+    function: Callable
+    """Situation -> Wish"""
+    needs: tuple = ()
+    """fields of a Situation without which it only holds"""
+    measured: bool = False
+    """acts on a measured signal: rests after a change, and is loud while nothing calibrates it"""
+    planned: bool = False
+    """weights are planned before the run (flow_run.py), in mode fixed; a probe decides nothing"""
+
+
 LAWS = {
-    "hold": hold,
-    "schedule": schedule,
-    "proportional": proportional,
-    "tau-tail": tau_tail,
-    "tilt": tilt,
-    "odm": odm,
+    "hold": Law(hold),
+    "schedule": Law(schedule, needs=("scheduled",)),
+    "flow": Law(schedule, planned=True),
+    "proportional": Law(proportional),
+    "tau-tail": Law(tau_tail, needs=("target",)),
+    "tilt": Law(tilt, needs=("score", "score_se"), measured=True),
+    "odm": Law(odm, needs=("losses",), measured=True),
 }
-NEEDS = {  # fields of a Situation without which a law does nothing but hold
-    "hold": (),
-    "schedule": ("scheduled",),
-    "proportional": (),
-    "tau-tail": ("target",),
-    "tilt": ("score", "score_se"),
-    "odm": ("losses",),
-}
-MEASURED = {"tilt", "odm"}  # laws that rest after a change
+CURES = {"scheduled": "write schedule: FILE and mode: fixed", "target": "write the target as shares"}
+
+
+def check(config):
+    """Raises ConfigError for a law, or one to compare with, that is unknown or whose signal this run does not have."""
+    chosen = config.controller
+    missing = {
+        "scheduled": config.schedule is None,
+        "target": config.target == "each" and config.mode == "act",
+    }
+    for key, names in (("law", (chosen.law,)), ("compare", chosen.compare)):
+        for name in names:
+            if name not in LAWS:
+                cure = f"write one of {', '.join(LAWS)}{did_you_mean(name, LAWS)}"
+                raise config.error(f"controller.{key}", f"got {name}", cure)
+            for need in LAWS[name].needs:
+                if missing.get(need):
+                    problem = f"{name} needs `{need}`, which this run does not have"
+                    raise config.error(f"controller.{key}", problem, CURES[need])
+            if LAWS[name].planned:
+                _check_planned(config, key, name)
+
+
+def _check_planned(config, key, name):
+    """Refuses a planned law where it cannot plan."""
+    if name != config.controller.law:
+        problem = f"{name} is planned before a run, not at probes"
+        raise config.error(f"controller.{key}", problem, "take it out, or write it as controller.law")
+    if config.mode != "fixed":
+        raise config.error(f"controller.{key}", f"{name} works in mode fixed only", "write mode: fixed")
+    if config.schedule is not None:
+        raise config.error("schedule", f"law {name} plans the weights", "take it out, or write law: schedule")
+    if config.target == "each":
+        raise config.error("target", f"law {name} plans for one target", "write shares of the domains")

@@ -10,8 +10,9 @@ import dataclasses
 
 import numpy as np
 
-from megatron_commute.decide import control_file as control
+from megatron_commute.decide import controller
 from megatron_commute.decide.laws import LAWS
+from megatron_commute.decide.situation import from_facts
 from megatron_commute.record import log as record
 from megatron_commute.settings.cut_keys import CUT_LAWS, CUT_SINCE
 
@@ -130,7 +131,7 @@ def replay(records, law=None, changed=None):
     memory, found = {}, []
     for line in lines:
         seen = with_guards(_seen(line), changed or {})
-        decision = control.decisions([law], seen, {law: memory})[law]
+        decision = controller.decisions([law], seen, {law: memory})[law]
         memory = decision.memory
         found.append(_row(line, seen, decision, start))
     return found
@@ -143,7 +144,7 @@ def _seen(line):
             "an end phase or calibrated signals had a say in the decisions of this record; they were cut "
             f"in {CUT_SINCE}: replay it with version 0.1.0"
         )
-    return control.from_facts(line["situation"])
+    return from_facts(line["situation"])
 
 
 def with_guards(seen, changed):

@@ -1,10 +1,11 @@
 """`megatron-commute bilingual`: does the order in which languages are used matter to a small GPT?
 
 Studies: `paper` (sections 4.2 and 4.3 of Rukhovich et al., arXiv 2501.15556, with every effect
-judged again after a common tail) and `end-to-end` (whole runs with equal budgets under several
-schedules). Every number comes from cells.jsonl in the study's folder: killed at any moment, a study
-goes on where it stopped; complete, it redraws its tables and figures in seconds. Started by
-torchrun or deepspeed, all ranks work on every cell of study `paper` together.
+judged again after a common tail), `end-to-end` (whole runs with equal budgets under several
+schedules) and `flow` (the same for schedules that follow the learning rate). Every number comes
+from cells.jsonl in the study's folder: killed at any moment, a study goes on where it stopped;
+complete, it redraws its tables and figures in seconds. Started by torchrun or deepspeed, all ranks
+work on every cell of study `paper` together.
 """
 
 import dataclasses
@@ -20,11 +21,13 @@ from megatron_commute.experiments import bilingual_cells as cells
 from megatron_commute.experiments import bilingual_cost as cost
 from megatron_commute.experiments import bilingual_end_to_end as end_to_end
 from megatron_commute.experiments import bilingual_figures as figures
+from megatron_commute.experiments import bilingual_flow as flow
 from megatron_commute.experiments import bilingual_paper as paper
 from megatron_commute.experiments import bilingual_tables as tables
 from megatron_commute.experiments.bilingual_trainer import Settings
 
-MODULES = {"paper": paper, "end-to-end": end_to_end}
+MODULES = {"paper": paper, "end-to-end": end_to_end, "flow": flow}
+ALONE = ("end-to-end", "flow")  # studies of one process, without an estimate
 
 
 @reduce.joined()
@@ -46,7 +49,7 @@ def study(name, settings, out_dir, quick=False, processes=None, say=print, size=
         folder, {"study": name, "quick": quick, **dataclasses.asdict(settings), **_changed(name, quick, size)}
     )
     processes = processes or (1 if torch.cuda.is_available() else len(os.sched_getaffinity(0)))
-    work = {"paper": _paper, "end-to-end": _end_to_end}[name]
+    work = {"paper": _paper, "end-to-end": _end_to_end, "flow": flow.study}[name]
     found = work(settings, folder, size, processes, say)
     if found is None:
         return None
@@ -60,7 +63,7 @@ def estimate(name, settings, out_dir, size, tflops):
 
     tflops: assumed sustained TFLOP/s of one GPU in bfloat16. Returns {"text", "files", "rows"}.
     """
-    if name == "end-to-end":
+    if name in ALONE:
         raise ValueError("--estimate: for study paper only")
     rows = cost.rows(MODULES[name].parts(settings, size), tflops)
     path = Path(out_dir) / name / "estimate.csv"
@@ -101,15 +104,17 @@ def asked(name, data, changes, quick=False):
 
 
 def _changed(name, quick, size):
-    """What study.json says of a size: the fields that differ from the study's own."""
+    """What study.json says of a size: fields that differ from the study's own, whichever of its
+    parts are asked.
+    """
     own = vars(size_of(name, quick))
-    return {f"size.{key}": value for key, value in vars(size).items() if value != own[key]}
+    return {f"size.{key}": value for key, value in vars(size).items() if value != own[key] and key != "parts"}
 
 
 def _refuse(name, settings, processes, ranks):
     """What several ranks cannot do."""
-    if name == "end-to-end":
-        raise ValueError("--study end-to-end: runs in one process; start it without a launcher")
+    if name in ALONE:
+        raise ValueError(f"--study {name}: runs in one process; start it without a launcher")
     if processes not in (None, 1):
         raise ValueError(
             f"--processes {processes}: {ranks} ranks work on every cell together; leave --processes out"

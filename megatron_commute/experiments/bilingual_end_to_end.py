@@ -13,22 +13,17 @@ import math
 import numpy as np
 
 from megatron_commute import intervals
-from megatron_commute.adapters import torch_loop
-from megatron_commute.decide import controller
 from megatron_commute.experiments import bilingual_cells as cells
 from megatron_commute.experiments import bilingual_figures as figures
 from megatron_commute.experiments import bilingual_tables as tables
-from megatron_commute.experiments.bilingual_trainer import Text, Trainer, mean_loss, team
-from megatron_commute.measure import probe
+from megatron_commute.experiments.bilingual_schedules import Decider
+from megatron_commute.experiments.bilingual_trainer import Text, Trainer
 from megatron_commute.mixture import Mixture
-from megatron_commute.settings.rates import flow_times
-from megatron_commute.settings.values import Probe
 
 DOMAINS, SHARES = ("english", "russian", "code"), (0.6, 0.1, 0.3)
 LOW = int(np.argmin(SHARES))
 SCHEDULES = ("constant", "low-resource-last", "tau-tail", "odm", "tilt")
 SETTINGS = {"constant rate": {}, "cosine": {"optimizer": "adamw", "decay": "cosine", "weight_decay": 0.1}}
-TARGET = {"low-resource": np.eye(3)[LOW], "even": np.full(3, 1 / 3)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,7 +85,7 @@ def run(settings, folder, rate, schedule, seed, quick):
     samples = size.steps * settings.batch
     budgets = [round(samples * share) for share in SHARES]
     mixture = Mixture(np.array(SHARES), budgets, samples=samples)
-    decide = Decider(settings=settings, size=size, schedule=schedule, trainer=trainer, mixture=mixture)
+    decide = Decider(size=size, schedule=schedule, trainer=trainer, mixture=mixture, shares=SHARES)
     weights = []
     for step in range(size.steps):
         if step % size.every == 0:
@@ -100,98 +95,6 @@ def run(settings, folder, rate, schedule, seed, quick):
         trainer.step(None, np.bincount(domains, minlength=3))
     assert mixture.served.tolist() == budgets
     return {"losses": trainer.losses(), "weights": weights, "served": budgets}
-
-
-class Decider:
-    """The schedule of one run: called every `size.every` steps, it schedules weights on the
-    mixture.
-    """
-
-    def __init__(self, *, settings, size, schedule, trainer, mixture):
-        self.settings, self.size, self.schedule = settings, size, schedule
-        self.trainer, self.mixture, self.memory = trainer, mixture, {}
-
-    def __call__(self, step):
-        weights = {
-            "constant": lambda: None,
-            "low-resource-last": lambda: self._last(step),
-            "tau-tail": lambda: self._law("tau-tail", target=TARGET["even"]),
-            "odm": lambda: self._law("odm", losses=self._losses()),
-            "tilt": lambda: self._law("tilt", **self._scores()) if step else None,
-        }[self.schedule]()
-        if weights is not None:
-            self.mixture.schedule(np.asarray(weights), self.mixture.index)
-
-    def _losses(self):
-        return np.array([self.trainer.losses()[name] for name in DOMAINS])
-
-    def _last(self, step):
-        """Half the low-resource share until the end phase, the rest of its budget in it."""
-        share = SHARES[LOW] / 2 if step < self.size.steps - self.size.end else None
-        if share is None:
-            left = self.size.steps - step
-            spent = SHARES[LOW] / 2 * (self.size.steps - self.size.end)
-            share = (SHARES[LOW] * self.size.steps - spent) / self.size.end if left else 0.0
-        return _with_low(share)
-
-    def _law(self, law, **signals):
-        """A law of controller.py with its guardrails, in the situation of this step."""
-        budgets = np.array(self.mixture.budgets, dtype=np.float64)
-        samples = self.size.steps * self.settings.batch
-        K, left = len(SHARES), samples - self.mixture.index
-        nothing = {"score": np.zeros(K), "score_se": np.full(K, np.inf), "dof": 3}
-        situation = controller.Situation(
-            weights=np.asarray(self.mixture.weights, dtype=np.float64),
-            remaining=budgets - self.mixture.served,
-            initial=np.array(SHARES),
-            samples_left=left,
-            window=self.size.every * self.settings.batch,
-            minimum=np.zeros(K),
-            maximum=np.ones(K),
-            floors=np.zeros(K),
-            caps=np.ones(K),
-            rate=1.0,
-            confidence=0.8,
-            strength=1.0,
-            memory=self.memory,
-            progress=self.mixture.index / samples,
-            **{**nothing, **signals},
-        )
-        decision = controller.decide(law, situation)
-        self.memory = decision.memory
-        return decision.weights
-
-    def _scores(self):
-        """Scores of the paper's criterion under the Adam metric, with errors; the target is the
-        low-resource domain.
-        """
-        model = torch_loop.probe_model(
-            self.trainer.model,
-            mean_loss,
-            self.settings.micro,
-            lambda: torch_loop.second_moments(self.trainer.optimizer, list(self.trainer.model.parameters())),
-        )
-        half, text = self.settings.probe // 2, self.trainer.text
-
-        def draw(part, domain, numbers):
-            first = half if part == "direction" else 0
-            return text.probe(DOMAINS[domain], first + np.asarray(numbers) % half)
-
-        wish = Probe(samples=half, splits=4, method="difference", metric="adam")
-        times = flow_times(self.trainer.rate, self.trainer.done, self.size.every, self.size.steps)
-        flow = (self.settings.weight_decay, times)
-        weights = np.asarray(self.mixture.weights, dtype=np.float64)
-        target = TARGET["low-resource"][None]
-        found = probe.measure(model, *team(wish.splits), draw, wish, target, weights, flow)
-        return {"score": found.score[0], "score_se": found.score_se[0], "dof": 3}
-
-
-def _with_low(share):
-    """Weights with `share` for the low-resource domain and the others in proportion to their
-    budgets.
-    """
-    rest = 1 - SHARES[LOW]
-    return [share if k == LOW else (1 - share) * w / rest for k, w in enumerate(SHARES)]
 
 
 def summary(found, size):
@@ -229,7 +132,7 @@ def summary(found, size):
 def _loss(losses, name):
     if name in losses:
         return losses[name]
-    shares = SHARES if name == "mixture" else TARGET["even"]
+    shares = SHARES if name == "mixture" else np.full(len(SHARES), 1 / len(SHARES))
     return sum(share * losses[domain] for share, domain in zip(shares, DOMAINS, strict=True))
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.data import Subset
 
 from megatron_commute import reduce
 from megatron_commute.data.indexed import TokenSequences
@@ -156,15 +157,21 @@ class Text:
     """Sequences of every domain: NAME_train to train on, the first half of NAME_valid to read
     losses, the rest to probe.
 
-    Raises DataError where files are missing, ValueError where a domain is too small for `held` or
-    the vocabulary too large.
+    A name NAME:2/3 is the second third of NAME. limits: {name: sequences at most to train on,
+    spread over the domain}. Raises DataError where files are missing, ValueError where a domain is
+    too small for `held` or the vocabulary too large.
     """
 
-    def __init__(self, settings):
+    def __init__(self, settings, limits=None):
         self.settings, self.train, self.valid = settings, {}, {}
         for name in (*settings.domains, *settings.others):
+            stem, _, piece = name.partition(":")
             for part, into in (("train", self.train), ("valid", self.valid)):
-                into[name] = TokenSequences([f"{settings.data}/{name}_{part}"], settings.sequence)
+                into[name] = TokenSequences([f"{settings.data}/{stem}_{part}"], settings.sequence)
+                if piece:
+                    into[name] = _piece(into[name], piece)
+            if name in (limits or {}):
+                self.train[name] = _spread(self.train[name], limits[name])
             if len(self.valid[name]) < settings.held + settings.probe:
                 raise ValueError(
                     f"{name}_valid has {len(self.valid[name])} sequences of {settings.sequence} tokens, "
@@ -200,6 +207,16 @@ class Text:
         return torch.stack([data[int(i)]["tokens"] for i in chosen])
 
 
+def _piece(data, piece):
+    """Sequences of the i-th of n equal pieces of `data`; piece: "i/n", from 1."""
+    i, n = (int(number) for number in piece.split("/"))
+    return Subset(data, range(len(data) * (i - 1) // n, len(data) * i // n))
+
+
+def _spread(data, most):
+    return Subset(data, range(0, len(data) // most * most, len(data) // most)) if most < len(data) else data
+
+
 class Trainer:
     """A model in training: `step` trains, `state` and `load` copy everything that training depends
     on.
@@ -207,10 +224,11 @@ class Trainer:
     Weights act on the loss: every step reads batch / K sequences of each of the K domains and
     weighs their mean losses, so counts are never rounded and two orders see the same sequences at
     the same steps. `sampled=True` gives a step the counts per domain instead, as a mixture does.
+    rates f64[T]: learning rate of every step, in place of the settings'.
     """
 
-    def __init__(self, settings, text, *, seed=None):
-        self.settings, self.text = settings, text
+    def __init__(self, settings, text, *, seed=None, rates=None):
+        self.settings, self.text, self.rates = settings, text, rates
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.seed = settings.seed if seed is None else seed
         torch.manual_seed(self.seed)
@@ -230,6 +248,8 @@ class Trainer:
     def rate(self, step):
         """Learning rate of a 0-based step."""
         s = self.settings
+        if self.rates is not None:
+            return float(self.rates[min(step, len(self.rates) - 1)])
         if step < s.warmup:
             return s.lr * (step + 1) / s.warmup
         if s.decay == "constant":

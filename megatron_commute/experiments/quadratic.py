@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from megatron_commute import bracket
-from megatron_commute.decide.controller import Situation, decide
+from megatron_commute.decide.controller import decide
 from megatron_commute.decide.laws import tilted
+from megatron_commute.decide.situation import Situation
 from megatron_commute.experiments import (
     quadratic_errata,
     quadratic_figures,
@@ -158,14 +159,14 @@ class _Commute:
             return shares
         model = self.recycled.model(gradients, self.target, [0.0, self.time * left / self.steps])
         loss = float(self.target @ self.problem.losses(theta))
-        law = functools.partial(receding, model=model)
-        found = decide(law, self._situation(remaining, left, loss))
+        law = functools.partial(receding, model=model, loss=loss)
+        found = decide(law, self._situation(remaining, left))
         self.memory = found.memory
         wish = self.before if found.weights is None else found.weights
         self.before = nearest(wish, np.zeros_like(wish), np.minimum(remaining, 1.0))
         return self.before
 
-    def _situation(self, remaining, left, loss):
+    def _situation(self, remaining, left):
         """A step counts as GRAIN samples, so that the least change of a live run is far below a
         weight that matters.
         """
@@ -186,7 +187,6 @@ class _Commute:
             rate=1.0,
             confidence=0.95,
             strength=1.0,
-            loss=loss,
             memory=self.memory,
             cooldown=0,
         )

@@ -2,16 +2,18 @@
 model.
 
 No running job keeps such a model (receding.py), so the law has no name in a mixture file;
-experiments hand it to controller.decide as a function, with functools.partial(receding, model=...).
+experiments hand it to controller.decide as a function, with functools.partial(receding, model=...,
+loss=...).
 """
 
 from typing import NamedTuple
 
 import numpy as np
 
-from megatron_commute.decide.laws import Wish, shares_of
+from megatron_commute.decide.laws import Wish, excess_first, shares_of
 from megatron_commute.experiments import receding_plan
 
+GATE = 5e-4  # of the loss: less than that, a predicted gain does not begin anything
 MOST_PIECES = 32  # of a plan: windows of equal length while they are few, then growing
 ROUNDS = 240, 20  # of descent: of the first plan, and of one that goes on from the last
 # part of the disagreement with the leaner model that is an error, without and with noise
@@ -37,10 +39,11 @@ class Proposal(NamedTuple):
     pace: np.ndarray
 
 
-def receding(situation, model):
+def receding(situation, model, loss):
     """Plans the rest of the run anew at every decision on `model` (a receding.Model, RH-Nys) and
-    wishes the first window; no more of it than is surer than its error. No oracle: the model knows
-    only products and gradients.
+    wishes the first window; no more of it than is surer than its error, and nothing that begins
+    with less than GATE of the target loss at the end (`loss`: now, nats). No oracle: the model
+    knows only products and gradients.
     """
     s, shares = situation, shares_of(situation)
     times, sizes = segments(s.samples_left, min(s.window, s.samples_left), model.clock)
@@ -48,16 +51,30 @@ def receding(situation, model):
     found = propose(model, times, sizes, shares * s.samples_left, start)
     kept = {"plan": found.plan.round(9).tolist(), "sizes": sizes.tolist()}
     if not found.active:
-        return Wish(shares, False, "no plan gains more than its error", memory=kept)
+        return Wish(shares, False, "no plan gains more than its error", kept)
+    why = doubt(found, loss, s.confidence, s.memory.get("acting", False))
+    if why is not None:
+        return Wish(shares, False, why, kept)
     return Wish(
         found.wish,
         True,
         "the first window of the best plan for the rest of the run",
-        expected=float(found.expected),
-        expected_se=float(found.error),
-        memory=kept,
-        loss=None if s.loss is None else s.loss + float(found.constant),
+        {**kept, "acting": True},
     )
+
+
+def doubt(found, loss, confidence, acting):
+    """Why the gain that a Proposal predicts does not count, or None. acting: a plan is being
+    carried out, so what is left to gain shrinks.
+    """
+    from scipy.special import ndtri
+
+    expected, error = float(found.expected), float(found.error)
+    if not np.isfinite([expected, error]).all() or -expected <= ndtri(0.5 + confidence / 2) * error:
+        return f"the expected change {expected:+.2g} is inside its error"
+    if not acting and -expected < GATE * abs(loss + float(found.constant)):
+        return f"the expected gain {-expected:.2g} is below {GATE:g} of the loss"
+    return None
 
 
 def continued(memory, sizes, K):
@@ -100,11 +117,9 @@ def target_last(rest, sizes, target):
     """Schedule f64[M, K]: excess budgets first, then the target's mixture for as long as the
     budgets carry it.
     """
-    share = np.where(target > 0, target, 1.0)
-    tail = np.where(target > 0, rest / share, np.inf).min()
-    first = np.maximum(sizes.sum() - tail, 1e-9 * sizes.sum())
+    first, excess = excess_first(rest, target)
+    first = max(first, 1e-9 * sizes.sum())
     early = np.clip((first - (np.cumsum(sizes) - sizes)) / sizes, 0, 1)[:, None]
-    excess = np.maximum(rest - (sizes.sum() - first) * target, 0.0)
     return early * (excess / first) + (1 - early) * target
 
 

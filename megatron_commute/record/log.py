@@ -25,14 +25,16 @@ def _plain(value):
     return value
 
 
+def line(event, fields):
+    """A line of a record as a dict of JSON values."""
+    return {"schema": SCHEMA, "event": event, **_plain(fields)}
+
+
 class Record:
-    """An open decision log. `lines` and `size` (bytes) count whole lines on disk; what lies beyond them is torn.
+    """An open decision log. `lines` and `size` (bytes) count whole lines on disk; what lies beyond them is torn."""
 
-    listener: called with every event written, a dict, or None.
-    """
-
-    def __init__(self, path, listener=None):
-        self.path, self.listener = pathlib.Path(path), listener
+    def __init__(self, path):
+        self.path = pathlib.Path(path)
         self.lines = self.size = 0
 
     def start_fresh(self):
@@ -57,24 +59,21 @@ class Record:
             )
         head = b"".join(line + b"\n" for line in kept)
         if len(head) < len(content):
-            _replace(_free_name(self.path), content[len(head) :])
-            _replace(self.path, head)
+            replace(_free_name(self.path), content[len(head) :])
+            replace(self.path, head)
         self.lines, self.size = lines, len(head)
 
     def append(self, event, **fields):
         """Write one line and flush it to disk; a torn line left by an earlier failure is overwritten. Raises OSError."""
-        fields = {"schema": SCHEMA, "event": event, **_plain(fields)}
-        line = json.dumps(fields, allow_nan=False).encode() + b"\n"
+        text = json.dumps(line(event, fields), allow_nan=False).encode() + b"\n"
         with open(self.path, "r+b" if self.path.exists() else "wb") as file:
             end = min(self.size, file.seek(0, os.SEEK_END))  # a file that somebody has cut gets no hole
             file.seek(end)
             file.truncate()
-            file.write(line)
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        self.lines, self.size = self.lines + 1, end + len(line)
-        if self.listener is not None:
-            self.listener(fields)
+        self.lines, self.size = self.lines + 1, end + len(text)
 
 
 def _free_name(path):
@@ -84,8 +83,9 @@ def _free_name(path):
     return name
 
 
-def _replace(path, content):
-    temporary = path.with_name(path.name + ".tmp")
+def replace(path, content):
+    """Write `content`, bytes, as the whole of a file: whoever reads it sees the old one or this one."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
     temporary.write_bytes(content)
     os.replace(temporary, path)
 

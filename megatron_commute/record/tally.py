@@ -7,14 +7,14 @@ import numpy as np
 from megatron_commute import reduce
 
 
-class Account:
+class Tally:
     """Per-domain losses since the last log line and the fingerprint since the start, equal on all ranks.
 
     K domains. data_rank, data_size: place of this rank among the data-parallel ranks; micro_batch: sequences of one forward
     pass; group: the ranks that tell each a part of the step, the data-parallel group.
     """
 
-    def __init__(self, domains, global_batch, micro_batch, data_rank, data_size, group):
+    def __init__(self, *, domains, global_batch, micro_batch, data_rank, data_size, group):
         chunks = np.arange(global_batch).reshape(-1, data_size, micro_batch)
         self.mine = chunks[:, data_rank].reshape(
             -1
@@ -24,7 +24,7 @@ class Account:
         self.group = group
 
     def over(self, group):
-        """The same account summed over `group`: for layouts in which not every rank of a replica sees losses and tokens."""
+        """The same tally summed over `group`: for layouts in which not every rank of a replica sees losses and tokens."""
         self.group = group
         return self
 

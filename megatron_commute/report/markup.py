@@ -6,6 +6,8 @@ Every name, reason or number that comes from a record passes through `text`.
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import re
 from html import escape
 
@@ -102,6 +104,41 @@ def unbroken(value):
 def named(name):
     """An escaped name; a long one may be broken anywhere."""
     return f'<span class="name">{text(name)}</span>' if len(name) > 20 else text(name)
+
+
+def document(title, body):
+    """A whole page of HTML sections, which fetches nothing and runs no script but SCRIPT."""
+    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    return f"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{text(title)}</title>
+<style>{STYLE}</style>
+<body>
+{"".join(body)}
+<script>{SCRIPT}</script>
+</body>
+</html>
+"""
+
+
+def listed(facts):
+    """A list of {name: value}; what is None is left out."""
+    return f"<dl>{''.join(_fact(name, value) for name, value in facts.items() if value is not None)}</dl>"
+
+
+def _fact(name, value):
+    wide = ' class="wide"' if len(str(value)) > 48 else ""
+    return f"<div{wide}><dt>{text(name)}</dt><dd>{text(value)}</dd></div>"
+
+
+def figure(picture):
+    svg = picture.svg().replace("<svg ", f'<svg role="img" aria-label="{text(picture.title)}" ', 1)
+    caption = f"<figcaption>{text(picture.caption)}</figcaption>"
+    return f'<figure id="{text(picture.name)}"><h3>{text(picture.title)}</h3>{svg}{caption}</figure>\n'
 
 
 def section(heading, content):

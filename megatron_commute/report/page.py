@@ -6,18 +6,16 @@ Every name, reason or number that comes from a record passes through markup.text
 
 from __future__ import annotations
 
-import base64
-import hashlib
-
 import numpy as np
 
 from megatron_commute.report import analysis as report_analysis
 from megatron_commute.report import series
 from megatron_commute.report.markup import (
     FIND,
-    SCRIPT,
-    STYLE,
     by_domain,
+    document,
+    figure,
+    listed,
     named,
     section,
     table,
@@ -31,8 +29,6 @@ def page(run, pictures, torn=0):
     """The report as HTML text. run: series.Run; pictures: drawing.Picture each; torn: unreadable
     lines.
     """
-    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     shown = f'<div class="pictures">{"".join(map(figure, pictures))}</div>' if pictures else ""
     if run.analysis:
         tables = [section("Checkpoints", report_analysis.checkpoints(run))]
@@ -47,19 +43,7 @@ def page(run, pictures, torn=0):
         *tables,
         section("Interventions", interventions(run)),
     ]
-    return f"""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{text(title(run))}</title>
-<style>{STYLE}</style>
-<body>
-{"".join(body)}
-<script>{SCRIPT}</script>
-</body>
-</html>
-"""
+    return document(title(run), body)
 
 
 def title(run):
@@ -88,7 +72,7 @@ def header(run):
         or None,
         "memory of a probe": f"{held['mode']}, {in_units(held['bytes'])} a rank" if held else None,
         "law": (start.get("controller") or {}).get("law")
-        if start.get("mode") == "act" and not run.analysis
+        if (start.get("mode") == "act" or run.flow is not None) and not run.analysis
         else None,
         "confidence": f"{100 * run.confidence:g} %",
         "seed": start.get("seed"),
@@ -96,13 +80,7 @@ def header(run):
     }
     told = start["analysis"].get("notes") if run.analysis else start.get("warnings")
     notes = "".join(f"<p>Note: {text(note)}</p>\n" for note in told or [])
-    items = "".join(fact(name, value) for name, value in facts.items() if value is not None)
-    return f"<header>\n<h1>{text(title(run))}</h1>\n<dl>{items}</dl>\n{notes}</header>\n"
-
-
-def fact(name, value):
-    wide = ' class="wide"' if len(str(value)) > 48 else ""
-    return f"<div{wide}><dt>{text(name)}</dt><dd>{text(value)}</dd></div>"
+    return f"<header>\n<h1>{text(title(run))}</h1>\n{listed(facts)}\n{notes}</header>\n"
 
 
 def loud(run):
@@ -177,12 +155,6 @@ def _lacks_of_a_run(run):
     if run.probes and not len(series.overhead(run)[0]):
         notes.append("No probe has a timing, so the overhead is unknown.")
     return notes
-
-
-def figure(picture):
-    svg = picture.svg().replace("<svg ", f'<svg role="img" aria-label="{text(picture.title)}" ', 1)
-    caption = f"<figcaption>{text(picture.caption)}</figcaption>"
-    return f'<figure id="{text(picture.name)}"><h3>{text(picture.title)}</h3>{svg}{caption}</figure>\n'
 
 
 def decisions(run):

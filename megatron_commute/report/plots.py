@@ -10,13 +10,13 @@ import csv
 import pathlib
 
 from megatron_commute.record import log as record
-from megatron_commute.report import picture_criterion, picture_run, series
+from megatron_commute.report import design, picture_criterion, picture_flow, picture_run, series
 from megatron_commute.report.drawing import house_style
 from megatron_commute.report.page import page
 from megatron_commute.report.series import summary_rows
 from megatron_commute.report.tables import tables
 
-__all__ = ["export", "pictures", "replayed", "report", "summary_rows"]
+__all__ = ["export", "pictures", "planned", "replayed", "report", "summary_rows"]
 
 
 def report(run, out=None):
@@ -57,10 +57,27 @@ def export(run, out_dir):
     return paths
 
 
+def planned(start, out_dir, with_page=False):
+    """Draw law flow's plan in the fields of a start line as flow.png in `out_dir`, with_page:
+    report.html beside it, too; return the paths written.
+    """
+    run = series.by_event([record.line("start", {**start, "sample": 0})])
+    folder = pathlib.Path(out_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    with house_style():
+        picture = picture_flow.planned(run)
+    paths = [folder / "flow.png"]
+    if with_page:
+        paths.append(folder / "report.html")
+        paths[-1].write_text(design.page(run, picture), encoding="utf-8")
+    picture.save_png(paths[0])
+    return paths
+
+
 def pictures(run):
     """Every Picture a series.Run has numbers for, in the order of the report."""
     with house_style():
-        drawn = [picture_run.weights(run), picture_run.budgets(run)]
+        drawn = [picture_flow.planned(run), picture_run.weights(run), picture_run.budgets(run)]
         drawn += [picture_run.losses(run), picture_run.overhead(run)]
         drawn += [*picture_criterion.scores(run), *picture_criterion.brackets(run)]
     return [picture for picture in drawn if picture is not None]

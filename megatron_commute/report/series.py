@@ -11,8 +11,7 @@ import dataclasses
 
 import numpy as np
 
-from megatron_commute.decide import controller
-from megatron_commute.decide.laws import MEASURED
+from megatron_commute.decide.laws import LAWS, significant
 
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -67,6 +66,11 @@ class Run:
     def confidence(self):
         """Confidence of the two-sided interval outside which the law lets a score count."""
         return (self.start.get("controller") or {}).get("confidence") or 0.95
+
+    @property
+    def flow(self):
+        """The plan of law flow, as the start line has it, or None."""
+        return self.start.get("flow")
 
     @property
     def targets(self):
@@ -136,9 +140,9 @@ def served(run):
 def weights(run):
     """Samples i64[n] at which weights f64[n, K] came into force or were seen in force, in order.
 
-    Planned changes (`effective_sample` of the probes that were reached) fix where a step lies; loss
-    lines add what the mixture made of them when a budget ran short. Of an analysis: what the
-    checkpoints hold.
+    Planned changes (of law flow, and `effective_sample` of the probes that were reached) fix where
+    a step lies; loss lines add what the mixture made of them when a budget ran short. Of an
+    analysis: what the checkpoints hold.
     """
     knots = {0: run.start["weights"]}
     if run.analysis:
@@ -146,12 +150,34 @@ def weights(run):
     for probe in moves(run):
         if probe["effective_sample"] <= run.samples:
             knots[probe["effective_sample"]] = probe["weights_next"]
-    # once every budget is used up no weights are in force
-    in_force = [line for line in run.losses if any((line.get("weights") or {}).values())]
-    seen, values = _by_domain(run, in_force, "weights")
+    seen, values = in_force(run)
     knots |= dict(zip(seen.tolist(), values.tolist(), strict=True))
+    knots |= {
+        at: w for at, w in planned(run) if at <= run.samples
+    }  # a loss line has the weights of the step before it
     sample = sorted(knots)
     return np.array(sample, dtype=np.int64), _numbers([knots[n] for n in sample])
+
+
+def planned(run):
+    """(sample, weights) of law flow's plan, up to where people wrote weights of their own."""
+    if run.flow is None:
+        return []
+    written = [line["effective_sample"] for line in run.interventions
+               if line.get("weights") is not None and line.get("effective_sample") is not None]  # fmt: skip
+    until, segments = min(written, default=float("inf")), run.flow["segments"]
+    pairs = zip(segments["sample"], segments["weights"], strict=True)
+    return [(int(at), weights) for at, weights in pairs if at < until]
+
+
+def in_force(run):
+    """Samples i64[n] of the loss lines and the weights f64[n, K] that the step before each of them
+    used.
+    """
+    # once every budget is used up no weights are in force
+    return _by_domain(
+        run, [line for line in run.losses if any((line.get("weights") or {}).values())], "weights"
+    )
 
 
 def moves(run):
@@ -186,7 +212,7 @@ def certain(run, value, error, probes=1):
     """Where zero lies outside the interval of a value (mean over `probes`), by the rule of the
     decisions.
     """
-    return controller.significant(value, error, max(1, probes * (run.splits - 1)), run.confidence)
+    return significant(value, error, max(1, probes * (run.splits - 1)), run.confidence)
 
 
 def power_of_ten(*arrays):
@@ -282,7 +308,7 @@ def uncalibrated(run):
     with effects at the end.
     """
     law = (run.start.get("controller") or {}).get("law")
-    return run.start.get("mode") == "act" and law in MEASURED and not run.analysis
+    return run.start.get("mode") == "act" and law in LAWS and LAWS[law].measured and not run.analysis
 
 
 def improvable(run):

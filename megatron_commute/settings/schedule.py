@@ -158,16 +158,34 @@ def refuse_impossible(initial, planned, names, budgets, samples, minimum, maximu
             )
 
 
-def drawing(names, initial, planned, samples: int, width: int = 60) -> list[str]:
+def written(names, planned) -> str:
+    """Text of a CSV file that `read` and `changes` make the same changes of."""
+    rows = [",".join([str(at), *(repr(float(w)) for w in weights)]) for at, weights in planned]
+    return "\n".join([",".join(["at", *names]), *rows]) + "\n"
+
+
+def drawing(names, initial, planned, samples: int, width: int = 60, rates=None) -> list[str]:
     """One line of text for each domain: its weight along the run in `width` bars, and its planned
     samples.
+
+    rates: learning rate f64[T] of every step, which adds a line in parts of its peak.
     """
     at = [0, *(start for start, _ in planned)]
     weights = np.array([initial, *(w for _, w in planned)], dtype=np.float64)
-    shown = weights[np.searchsorted(at, (np.arange(width) + 0.5) * samples / width, side="right") - 1]
-    level = np.ceil(shown * (len(BARS) - 1) - TOLERANCE).astype(int).clip(0, len(BARS) - 1)
-    counts, longest = planned_counts(initial, planned, samples), max(len(name) for name in names)
-    return [
-        f"{name:<{longest}} |{''.join(BARS[bar] for bar in level[:, d])}| {counts[d]:.0f} samples"
-        for d, name in enumerate(names)
+    places = (np.arange(width) + 0.5) / width
+    shown = weights[np.searchsorted(at, places * samples, side="right") - 1].T
+    counts = planned_counts(initial, planned, samples)
+    lines = [
+        (name, row, f"{count:.0f} samples") for name, row, count in zip(names, shown, counts, strict=True)
     ]
+    if rates is not None:
+        peak = rates.max()
+        row = rates[(places * len(rates)).astype(int)] / (peak or 1.0)
+        lines.append(("learning rate", row, f"peak {peak:g}"))
+    longest = max(len(name) for name, *_ in lines)
+    return [f"{name:<{longest}} |{_bars(row)}| {told}" for name, row, told in lines]
+
+
+def _bars(shares) -> str:
+    level = np.ceil(shares * (len(BARS) - 1) - TOLERANCE).astype(int).clip(0, len(BARS) - 1)
+    return "".join(BARS[bar] for bar in level)

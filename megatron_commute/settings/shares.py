@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_commute.feasible import owed_shares
 from megatron_commute.settings import schedule
 from megatron_commute.settings.mixture_file import SHARE_TOLERANCE
 from megatron_commute.settings.values import Config
@@ -108,14 +109,8 @@ def planned_shares(run: Run, budgets: list[int | None], weights: np.ndarray) -> 
     """Share of the run's samples of each domain: its budget, and for endless domains the rest by
     weight.
     """
-    endless = np.array([budget is None for budget in budgets])
-    shares = np.array([budget or 0 for budget in budgets]) / run.samples
-    rest = 1 - shares.sum()
-    if endless.any() and rest > 0:
-        parts = np.where(endless, weights, 0.0)
-        parts = parts if parts.sum() > 0 else endless.astype(float)
-        shares = shares + rest * parts / parts.sum()
-    return shares
+    owed = np.array([np.nan if budget is None else budget for budget in budgets], dtype=np.float64)
+    return owed_shares(owed, run.samples, weights)
 
 
 def share_bounds(config: Config, weights: np.ndarray, shares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

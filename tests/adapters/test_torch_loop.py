@@ -1,36 +1,19 @@
 """The adapter for plain torch: losses at other weights, the metric, quiet modules, the host's blend, a loop of one's own."""
 
 import json
-import struct
 
 import numpy as np
 import oracles
 import pytest
 import torch
+from indexed_files import LENGTH, VOCABULARY, write_domain
 from torch.utils.checkpoint import checkpoint
 
 from megatron_commute import hvp, reduce
 from megatron_commute.adapters import torch_loop
 from megatron_commute.config import ConfigError, Run, holdout_parts
-from megatron_commute.measure.probe import ProbeFailed
+from megatron_commute.data import blend
 from megatron_commute.record import log as record
-
-VOCABULARY, LENGTH = 32, 8
-
-
-def write_domain(prefix, sequences, seed, vocabulary=VOCABULARY):
-    """Indexed data of one text: `sequences` whole sequences of LENGTH tokens in which a fixed token follows each."""
-    rng = np.random.default_rng(seed)
-    follows = np.random.default_rng(seed + 100).permutation(vocabulary)
-    tokens = rng.integers(vocabulary, size=sequences * LENGTH + 1)
-    for i in range(1, len(tokens)):
-        tokens[i] = follows[tokens[i - 1]] if rng.random() < 0.8 else tokens[i]
-    tokens.astype(np.uint16).tofile(f"{prefix}.bin")
-    head = struct.pack("<9sQBQQ", b"MMIDIDX\x00\x00", 1, 8, 1, 2)
-    body = np.array([len(tokens)], np.int32).tobytes() + np.zeros(1, np.int64).tobytes()
-    with open(f"{prefix}.idx", "wb") as file:
-        file.write(head + body + np.array([0, 1], np.int64).tobytes())
-    return str(prefix)
 
 
 def mean_loss(module, tokens):
@@ -253,7 +236,7 @@ def test_a_loop_of_ones_own_with_workers_and_the_shortest_lead(data):
     lines = record.read(data / "run")
     assert [line["event"] for line in lines].count("probe") == 5
     assert any(line.get("effective_sample") for line in lines), [line.get("reason") for line in lines]
-    assert hook.mixture.served.tolist() == [72, 24] and not any("OTHER SAMPLES" in line for line in said)
+    assert hook.stream.served.tolist() == [72, 24] and not any("OTHER SAMPLES" in line for line in said)
     assert len(set(brought)) == 96, "no sample twice"
     with pytest.raises(ConfigError, match=r"lead.*9 samples, is less than the 10 samples"):
         torch_loop.Plugin(mixture_file(data, more="lead: 9"), Run(LENGTH, 4, 2, 1, 24, 4))
@@ -272,7 +255,7 @@ def test_planned_weights_are_followed_and_resumed(data):
     (data / "plan.csv").write_text("at,then,en,ru\n0,linear,1,0\n50%,hold,0.5,0.5\n")
     file = mixture_file(data, mode="fixed", more="schedule: plan.csv", budgets=(60, 36))
     hook, _, brought, _ = own_loop(data, file)
-    assert hook.mixture.served.tolist() == [60, 36]
+    assert hook.stream.served.tolist() == [60, 36]
     late = [domain for domain, _ in brought[48:]]
     assert late.count(1) == 24 and [domain for domain, _ in brought[:12]].count(1) <= 2
     _, _, one, kept = own_loop(data, file, stop=10, folder="parted")
@@ -342,9 +325,9 @@ def test_shadow_mode_wants_the_blend_that_the_host_trains_on(data):
         "not negative": ["-3", f"{data}/en", "4", f"{data}/ru"],
         "3 x y": ["3", "x", "y"],
     }
-    for told, blend in wrong.items():
+    for told, flags in wrong.items():
         with pytest.raises(ConfigError, match=told):
-            torch_loop.Plugin(file, run, blend)
+            torch_loop.Plugin(file, run, flags)
 
 
 def test_shadow_mode_refuses_a_domain_of_two_files(data):
@@ -362,19 +345,5 @@ def test_a_blend_that_the_plug_in_replaces_is_not_looked_at(data):
 
 
 def test_one_prefix_is_a_blend():
-    assert torch_loop.blend_of(["x"]) == (["x"], [1.0])
-    assert torch_loop.blend_of(["2", "x", "6", "y"]) == (["x", "y"], [2.0, 6.0])
-
-
-def test_a_probe_of_a_model_that_fails_tells_why():
-    from megatron_commute.measure import probe
-
-    model = torch_loop.probe_model(Checkpointing(True), lambda m, x: m(x), 2)
-    settings = type(
-        "S", (), {"samples": 4, "splits": 2, "method": "difference", "metric": "identity", "memory": "full"}
-    )
-    with pytest.raises(ProbeFailed, match="rank 0: direction: RuntimeError: activation checkpointing"):
-        probe.measure(
-            model, reduce.Groups(), reduce.team(reduce.Groups(), 2), lambda part, k, n: torch.ones(len(n), 4), settings,
-            np.eye(2)[:1], np.array([0.5, 0.5]), (0.0, (1.0, 1.0)),
-        )  # fmt: skip
+    assert blend.read(["x"]) == (["x"], [1.0])
+    assert blend.read(["2", "x", "6", "y"]) == (["x", "y"], [2.0, 6.0])

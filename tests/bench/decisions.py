@@ -1,12 +1,9 @@
 """What decisions are worth: every law on random quadratics with exact flows, against the best schedule of each problem.
 
     python tests/bench/decisions.py --jobs 2   # base cells and one axis at a time
-    python tests/bench/decisions.py --jobs 2 --resume  # the same, with the rows that decisions.csv has already
     python tests/bench/decisions.py --quick    # two seeds, two flow times, two noise levels, for CI
-    python tests/bench/decisions.py --all      # every axis at every noise level
-    python tests/bench/decisions.py --laws tilt receding --axes base --times 1 4 --noise 0 --seeds 10 --out /tmp
 
-Writes decisions.csv (a line for each cell and law), decisions.png and prints the table. 32 decisions a run, all through
+Writes decisions.csv, a line for each cell and law. 32 decisions a run, all through
 controller.decide, without floors, caps, rate limit and cool-down. share: part of the attainable gain (decisions_optima.csv)
 in percent, median and worst over seeds; harm: worst increase of the final loss over the constant mixture, percent of the
 loss. noise: relative, on every gradient and product, isotropic, each the mean of two independent halves whose difference is
@@ -29,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from decisions_optima import AXES, BUDGETS, SEEDS, TIMES, WINDOWS, cached, problem, shares
 
 from megatron_commute import bracket
-from megatron_commute.decide.controller import Situation, decide
+from megatron_commute.decide.controller import decide
+from megatron_commute.decide.situation import Situation
 from megatron_commute.experiments.receding import Recycled
 from megatron_commute.experiments.receding_law import receding
 from megatron_commute.feasible import nearest
@@ -71,7 +69,7 @@ class Run:
         return halves.mean(0), np.sqrt(((halves[0] - halves[1]) ** 2).mean(1)) / 2
 
     def signals(self, law, w, left):
-        """The fields of a Situation that `law` needs; for `receding` its model is learned as well."""
+        """The fields of a Situation that `law` needs; `receding` gets a model that is learned here."""
         gradients = self.domains.gradients(self.theta)
         losses = self.domains.losses(self.theta)
         if law == "odm":
@@ -91,7 +89,7 @@ class Run:
                     self.recycled.add(direction, list(self.noisy(self.domains.A @ direction)[0]))
                     self.products += self.K
             self.model = self.recycled.model(list(seen), self.target, [0.0, left * self.h], error)
-            return {"loss": float(self.target @ losses)}
+            self.law = functools.partial(receding, model=self.model, loss=float(self.target @ losses))
         return {}
 
     def _scores(self, gradients, w):
@@ -125,8 +123,7 @@ class Run:
             minimum=np.zeros(K), maximum=np.ones(K), floors=np.zeros(K), caps=np.ones(K), rate=1.0, confidence=0.95,
             strength=0.5 if law == "tilt" else 1.0, cooldown=0, memory=self.memory, **given,
         )  # fmt: skip
-        chosen = functools.partial(receding, model=self.model) if law == "receding" else law
-        found = decide(chosen, situation)
+        found = decide(self.law if law == "receding" else law, situation)
         self.memory = found.memory
         return nearest(w if found.weights is None else found.weights, np.zeros(K), np.minimum(rest, 1.0))
 
@@ -153,15 +150,9 @@ def measured(task):
     return dict(zip(FIELDS, (axis, time, budgets, level, law, seeds, *told), strict=True))
 
 
-def key_of(row):
-    """What a row is about, in the order of the file."""
-    return tuple(row[name] for name in FIELDS[:5])
-
-
-def study(wanted, laws, seeds, jobs, known=()):
-    """The rows of all cells and laws as they are done, in `jobs` processes; but those of `known` with as many seeds."""
-    done = {key_of(row) for row in known if row["seeds"] >= seeds}
-    tasks = [(cell, law, seeds) for cell in wanted for law in laws if (*cell, law) not in done]
+def study(wanted, seeds, jobs):
+    """The rows of all cells and laws as they are done, in `jobs` processes."""
+    tasks = [(cell, law, seeds) for cell in wanted for law in LAWS]
     if jobs == 1:
         yield from map(measured, tasks)
         return
@@ -169,23 +160,12 @@ def study(wanted, laws, seeds, jobs, known=()):
         yield from pool.imap_unordered(measured, tasks)
 
 
-def read(path):
-    """The rows of a file that `write` left."""
-    with open(path, newline="") as file:
-        lines = list(csv.DictReader(file))
-    texts = {"axis", "budgets", "law"}
-    return [
-        {k: v if k in texts else (int if k == "seeds" else float)(v) for k, v in line.items()}
-        for line in lines
-    ]
-
-
 def write(path, rows):
     """Rows in the order axis, noise, flow time, budgets, law."""
-    axes, laws = list(AXES), ("hold", *LAWS)
+    axes = list(AXES)
     rows = sorted(
         rows,
-        key=lambda r: (axes.index(r["axis"]), r["noise"], r["time"], r["budgets"], laws.index(r["law"])),
+        key=lambda r: (axes.index(r["axis"]), r["noise"], r["time"], r["budgets"], LAWS.index(r["law"])),
     )
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
@@ -195,107 +175,23 @@ def write(path, rows):
     return rows
 
 
-def table(rows, laws):
-    """The shares as text: median [worst], and the worst harm where it is above 0.01 % of the loss."""
-    from tabulate import tabulate
-
-    lines = []
-    for key in dict.fromkeys((r["axis"], r["time"], r["budgets"], r["noise"]) for r in rows):
-        mine = {r["law"]: r for r in rows if (r["axis"], r["time"], r["budgets"], r["noise"]) == key}
-        line = [*key]
-        for law in laws:
-            r = mine[law]
-            harm = f" +{r['harm_worst_percent']:.2g} %" if r["harm_worst_percent"] > 0.01 else ""
-            line.append(f"{r['share_median']:.0f} [{r['share_worst']:.0f}]{harm}")
-        lines.append(line)
-    return tabulate(lines, ["axis", "flow time", "budgets", "noise", *laws], disable_numparse=True)
-
-
-def draw(rows, laws, path):
-    """Median share (bars to the worst seed) against flow time, one panel a noise level and budget, base cells."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    levels = sorted({r["noise"] for r in rows if r["axis"] == "base"})
-    figure, panels = pyplot.subplots(
-        2, len(levels), figsize=(3.2 * len(levels) + 1.5, 6), sharey=True, squeeze=False
-    )
-    for (i, budgets), (j, level) in itertools.product(enumerate(BUDGETS), enumerate(levels)):
-        panel = panels[i][j]
-        for place, law in enumerate(laws):
-            key = ("base", budgets, level, law)
-            mine = [r for r in rows if (r["axis"], r["budgets"], r["noise"], r["law"]) == key]
-            middle, worst = (
-                np.clip([r[f"share_{name}"] for r in mine], -100, 105) for name in ("median", "worst")
-            )
-            aside = 1.09 ** (place - (len(laws) - 1) / 2)  # so that bars stand side by side
-            panel.errorbar(
-                [r["time"] * aside for r in mine],
-                middle,
-                [middle - worst, 0 * middle],
-                marker="o",
-                markersize=4,
-                linewidth=1,
-                capsize=2,
-                label=law,
-            )
-        panel.axhline(0, color="grey", linewidth=0.8)
-        panel.set(xscale="log", title=f"{budgets} budgets, noise {level:g}", ylim=(-105, 110))
-        times = sorted({r["time"] for r in rows})
-        panel.set_xticks(times, [f"{time:g}" for time in times], minor=False)
-        panel.minorticks_off()
-        panel.set_xlabel("flow time (learning rate x steps)")
-    for row in panels:
-        row[0].set_ylabel("share of the gain, %")
-    figure.suptitle(
-        "Part of the attainable gain: median over seeds, bars to the worst, cut at -100 %", fontsize=11
-    )
-    figure.tight_layout(rect=(0, 0.05, 1, 1))
-    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="lower center", ncols=len(laws), fontsize=9)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    pyplot.close(figure)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--all", action="store_true")
-    parser.add_argument("--laws", nargs="+", default=list(LAWS), choices=("hold", *LAWS))
-    parser.add_argument("--axes", nargs="+", default=None, choices=list(AXES))
-    parser.add_argument("--times", nargs="+", type=float, default=TIMES)
-    parser.add_argument("--noise", nargs="+", type=float, default=None)
-    parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--resume", action="store_true")
     parser.add_argument("--out", type=Path, default=HERE)
     asked = parser.parse_args()
     started = clock.perf_counter()
     if asked.quick:
-        wanted, asked.seeds = list(cells(["base"], (1.0, 16.0), (0.0, 0.3))), 2
-    elif asked.axes or asked.noise is not None:
-        wanted = list(
-            cells(asked.axes or ["base"], asked.times, NOISE if asked.noise is None else asked.noise)
-        )
+        wanted, seeds = list(cells(["base"], (1.0, 16.0), (0.0, 0.3))), 2
     else:
         others = [axis for axis in AXES if axis != "base"]
-        wanted = [
-            *cells(["base"], asked.times, NOISE),
-            *cells(others, asked.times, NOISE if asked.all else (0.0, 0.3)),
-        ]
+        wanted, seeds = [*cells(["base"], TIMES, NOISE), *cells(others, TIMES, (0.0, 0.3))], SEEDS
     asked.out.mkdir(parents=True, exist_ok=True)
-    name = "decisions_quick" if asked.quick else "decisions"
-    path = asked.out / f"{name}.csv"
-    rows = read(path) if asked.resume and path.exists() else []
-    for row in study(wanted, asked.laws, asked.seeds, asked.jobs, rows):
-        rows = [old for old in rows if key_of(old) != key_of(row)] + [row]
-        rows = write(path, rows)  # at every row: a study that is stopped keeps what it measured
-    if any(row["axis"] == "base" for row in rows):
-        draw(rows, asked.laws, asked.out / f"{name}.png")
-    mine = {(*cell, law) for cell in wanted for law in asked.laws}
-    print(table([row for row in rows if key_of(row) in mine], asked.laws))
-    print(f"{clock.perf_counter() - started:.0f} s, {asked.seeds} seeds, {WINDOWS} decisions a run")
+    path, rows = asked.out / ("decisions_quick.csv" if asked.quick else "decisions.csv"), []
+    for row in study(wanted, seeds, asked.jobs):
+        rows = write(path, [*rows, row])  # at every row: a study that is stopped keeps what it measured
+    print(f"{clock.perf_counter() - started:.0f} s, {seeds} seeds, {WINDOWS} decisions a run")
 
 
 if __name__ == "__main__":

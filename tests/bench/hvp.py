@@ -1,14 +1,12 @@
-"""Cost, memory and accuracy of Hessian-vector products: `python tests/bench/hvp.py [--all]`.
+"""Cost, memory and accuracy of Hessian-vector products: `python tests/bench/hvp.py`.
 
-Three tables, one CPU thread, float32, written to hvp.csv beside this file. cost: CPU time over that of a plain gradient in
+Two tables, one CPU thread, float32, written to hvp.csv beside this file. cost: CPU time over that of a plain gradient in
 the same process, median of interleaved rounds, each between two gradients. memory: bytes of tensors alive at the worst
 moment, over a gradient's.
 
-cost      a GPT-2 of 1, 2, 10 and, with --all, 50 million parameters; ours and other packages' methods. floor: matrix
+cost      a GPT-2 of 1, 2 and 10 million parameters; ours and curvlinops where it is installed. floor: matrix
           products alone, of H u or of g and H u, over those of a gradient; matmul: their share of the gradient's time; error
-          against double backward. Packages that are not installed are left out with a line.
-length    sequences of 128 to 1024 tokens, 1024 tokens in all, with attention in tiles and with its scores materialised:
-          microseconds a token.
+          against double backward.
 accuracy  ways of `difference` and `exact` on a small GPT and a small Llama: |error| / |H v| against double backward in
           float64, v the gradient of another batch, median and largest over the draws; estimate: estimated over true error.
 """
@@ -19,7 +17,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2] / part) for part in ("tests/support", "")]
@@ -29,7 +26,6 @@ import oracles
 from oracles import length
 
 from megatron_commute import hvp
-from megatron_commute.measure import rop
 
 HERE = Path(__file__).resolve().parent
 # vocabulary, width, heads, blocks, length, samples; rounds
@@ -38,8 +34,6 @@ SIZES = {
     "2M": ((2048, 192, 6, 3, 128, 8), 9),
     "10M": ((8192, 384, 6, 4, 128, 8), 5),
 }
-LARGE = {"50M": ((16384, 640, 10, 8, 128, 8), 3)}
-LENGTHS, LENGTH_ROUNDS = (128, 256, 512, 1024), 5
 VOCABULARY, LENGTH, DRAWS, ROUNDS = 256, 64, 12, 7
 CASES = {
     "gpt": lambda: oracles.GPT(VOCABULARY, 96, 4, 4, LENGTH),
@@ -51,7 +45,7 @@ METHODS = {
     "exact": lambda *case: hvp.gradient_and_product(*case, "exact"),
 }
 COLUMNS = ["table", "model", "parameters", "length", "weights", "method", "cost", "floor", "matmul", "memory",
-           "microseconds", "error", "largest_error", "estimate"]  # fmt: skip
+           "error", "largest_error", "estimate"]  # fmt: skip
 
 
 def cpu_seconds(function, *args):
@@ -61,16 +55,15 @@ def cpu_seconds(function, *args):
 
 
 def ratios(functions, base, rounds):
-    """{name: median CPU time over that of `base`, run before and after each}, and the median time of base."""
-    found, bases = {name: [] for name in functions}, []
+    """{name: median CPU time over that of `base`, run before and after each}."""
+    found = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
             before = cpu_seconds(base)
             took = cpu_seconds(function)
             after = cpu_seconds(base)
-            bases += before, after
             found[name].append(2 * took / (before + after))
-    return {name: statistics.median(values) for name, values in found.items()}, statistics.median(bases)
+    return {name: statistics.median(values) for name, values in found.items()}
 
 
 def matmul_share(function):
@@ -82,73 +75,27 @@ def matmul_share(function):
     return sum(times.get(name, 0) for name in products) / sum(times.values())
 
 
-def costs(sizes):
+def costs():
     """Rows of table cost."""
-    for name, (size, rounds) in sizes.items():
+    for name, (size, rounds) in SIZES.items():
         case = hvp_methods.Case(*size)
-        functions, absent = hvp_methods.methods(case)
-        for line in absent.values() if name == "1M" else ():
-            print(line)
+        functions = hvp_methods.methods(case)
 
-        def gradient(tiled=False, case=case):
-            return hvp.gradient(lambda p: case.loss(p, tiled), case.params)
+        def gradient(case=case):
+            return hvp.gradient(case.loss, case.params)
 
         truth = functions["double backward"]()
         memory = hvp_methods.peak(gradient)
         share = matmul_share(gradient)
-        timed = {"gradient, attention in tiles": lambda gradient=gradient: gradient(True), **functions}
-        found, _ = ratios(timed, gradient, rounds)
-        for method, cost in found.items():
+        for method, cost in ratios(functions, gradient, rounds).items():
             row = {"table": "cost", "model": name, "parameters": case.parameters, "length": case.length}
             row |= {"method": method, "cost": f"{cost:.2f}", "matmul": f"{share:.2f}"}
             if method.startswith("R operator"):
                 row["floor"] = f"{case.floors()[0 if 'alone' in method else 1]:.2f}"
-            if not method.startswith(("JAX", "gradient")):
-                row["memory"] = f"{hvp_methods.peak(functions[method]) / memory:.2f}"
-            if not method.startswith("gradient"):
-                away = [a.detach() - b for a, b in zip(tensors(functions[method]()), truth, strict=True)]
-                row["error"] = f"{length(away) / length(truth):.1e}"
+            row["memory"] = f"{hvp_methods.peak(functions[method]) / memory:.2f}"
+            away = [a.detach() - b for a, b in zip(functions[method](), truth, strict=True)]
+            row["error"] = f"{length(away) / length(truth):.1e}"
             yield row
-
-
-def tensors(vector):
-    """A vector as torch tensors, whichever package it comes from."""
-    return [t if isinstance(t, torch.Tensor) else torch.from_numpy(np.array(t)) for t in vector]
-
-
-def lengths():
-    """Rows of table length: microseconds a token of a gradient and of H u, attention in tiles and materialised."""
-    for s in LENGTHS:
-        case = hvp_methods.Case(1024, 128, 4, 4, s, 1024 // s)
-
-        def gradient(tiled=False, case=case):
-            return hvp.gradient(lambda p: case.loss(p, tiled), case.params)
-
-        def product(case=case):
-            return rop.gradient_and_product(case.stack, case.params, case.u, case.tokens, gradient=False)
-
-        def materialised(product=product):
-            with hvp_methods.materialised():
-                return product()
-
-        functions = {
-            "gradient, materialised": gradient,
-            "gradient, attention in tiles": lambda gradient=gradient: gradient(True),
-            "R operator, H u alone, materialised": materialised,
-            "R operator, H u alone, attention in tiles": product,
-        }
-        found, base = ratios(functions, gradient, LENGTH_ROUNDS)
-        memory = hvp_methods.peak(gradient)
-        for method, cost in found.items():
-            row = {
-                "table": "length",
-                "model": "1M",
-                "parameters": case.parameters,
-                "length": s,
-                "method": method,
-            }
-            row |= {"cost": f"{cost:.2f}", "microseconds": f"{1e6 * cost * base / 1024:.0f}"}
-            yield row | {"memory": f"{hvp_methods.peak(functions[method]) / memory:.2f}"}
 
 
 def case_of(model, draw):
@@ -178,7 +125,7 @@ def accuracy():
                     found[name].append((error / length(truth), result.error and result.error / error))
             case = case_of(model, 0)
             timed = {name: lambda method=method: method(*case) for name, method in METHODS.items()}  # noqa: B023
-            for name, cost in ratios(timed, lambda: hvp.gradient(*case[:2]), ROUNDS)[0].items():  # noqa: B023
+            for name, cost in ratios(timed, lambda: hvp.gradient(*case[:2]), ROUNDS).items():  # noqa: B023
                 errors, estimates = zip(*found[name], strict=True)
                 known = [e for e in estimates if e is not None]
                 row = {
@@ -195,8 +142,7 @@ def accuracy():
 def main():
     torch.set_num_threads(1)
     rows = []
-    tables = costs(SIZES | (LARGE if "--all" in sys.argv[1:] else {})), lengths(), accuracy()
-    for table in tables:
+    for table in (costs(), accuracy()):
         for row in table:
             if not rows or rows[-1]["table"] != row["table"]:
                 print("\n" + row["table"])

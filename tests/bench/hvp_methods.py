@@ -1,4 +1,4 @@
-"""The Hessian-vector products that hvp.py measures, on one plain GPT: theirs, ours and those of other packages.
+"""The Hessian-vector products that hvp.py measures, on one plain GPT: theirs and ours.
 
 Every method is a callable () -> H u that takes as much as it needs; `methods` gives those that are installed.
 """
@@ -17,8 +17,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2] / part) for part in ("te
 
 import rop_cases
 
-from megatron_commute import hvp, ops
-from megatron_commute.kernels import reference
+from megatron_commute import hvp
 from megatron_commute.measure import rop
 
 
@@ -26,7 +25,7 @@ class Case:
     """A GPT-2 of the given size with random weights, a batch, and a direction.
 
     Its loss is written with torch's fused functions, as one would write it for speed; attention is materialised as in
-    Megatron's local layers, or goes through scaled_dot_product_attention with tiled=True.
+    Megatron's local layers.
     """
 
     def __init__(self, vocabulary, width, heads, blocks, length, samples):
@@ -49,7 +48,7 @@ class Case:
         attention = 2 * self.length * self.size["blocks"]
         return (8 * linear + 9 * attention) / (3 * (linear + attention)), 3.0
 
-    def logits(self, p, tiled=False):
+    def logits(self, p):
         """[b * s, vocabulary] from a list of parameters."""
         b, s = self.inputs.shape
         mask = torch.ones(s, s, dtype=torch.bool).triu(1)
@@ -64,21 +63,18 @@ class Case:
         for block in self.stack.blocks:
             qkv = linear(block.qkv, norm(block.norm1, x)).view(b, s, self.heads, 3, -1)
             q, k, v = qkv.permute(3, 0, 2, 1, 4)
-            if tiled:
-                o = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            else:
-                o = ((q @ k.mT) * block.scale).masked_fill(mask, -math.inf).softmax(-1) @ v
+            o = ((q @ k.mT) * block.scale).masked_fill(mask, -math.inf).softmax(-1) @ v
             x = x + linear(block.out, o.transpose(1, 2).reshape(b, s, -1))
             y = F.gelu(linear(block.up, norm(block.norm2, x)), approximate="tanh")
             x = x + linear(block.down, y)
         return F.linear(norm(self.stack.norm, x), p[self.stack.output]).flatten(0, 1)
 
-    def loss(self, p, tiled=False):
-        return F.cross_entropy(self.logits(p, tiled), self.labels.flatten())
+    def loss(self, p):
+        return F.cross_entropy(self.logits(p), self.labels.flatten())
 
 
 class Module(torch.nn.Module):
-    """A Case as a module without arguments that matter: what curvlinops and PyHessian take."""
+    """A Case as a module without arguments that matter: what curvlinops takes."""
 
     def __init__(self, case):
         super().__init__()
@@ -90,7 +86,7 @@ class Module(torch.nn.Module):
 
 
 def methods(case):
-    """{name: () -> H u} and {name: why it is left out}."""
+    """{name: () -> H u}; curvlinops where it is installed."""
     loss, params, u = case.loss, case.params, case.u
     found = {
         "central difference": lambda: hvp.gradient_and_product(loss, params, u, step=1e-4).product,
@@ -102,17 +98,9 @@ def methods(case):
         ).product,
         "R operator, loss, g and H u": lambda: rop.gradient_and_product(case.stack, params, u, case.tokens).product,
     }  # fmt: skip
-    absent = {}
-    for name, package, method in (
-        ("curvlinops", "curvlinops", of_curvlinops),
-        ("PyHessian", "pyhessian", of_pyhessian),
-        ("JAX jit jvp of grad", "jax", of_jax),
-    ):
-        if importlib.util.find_spec(package) is None:
-            absent[name] = f"{name}: left out, {package} is not installed"
-        else:
-            found[name] = method(case)
-    return found, absent
+    if importlib.util.find_spec("curvlinops"):
+        found["curvlinops"] = of_curvlinops(case)
+    return found
 
 
 def of_curvlinops(case):
@@ -127,28 +115,6 @@ def of_curvlinops(case):
         check_deterministic=False,
     )
     return lambda: operator @ case.u
-
-
-def of_pyhessian(case):
-    from pyhessian import hessian
-    from pyhessian.utils import hessian_vector_product
-
-    module = Module(case)
-
-    def product():
-        # it differentiates into .grad, with a graph, which would add up and stay from call to call
-        state = hessian(module, torch.nn.CrossEntropyLoss(), (case.inputs, case.labels.flatten()), cuda=False)
-        found = hessian_vector_product(state.gradsH, state.params, case.u)
-        module.zero_grad(set_to_none=True)
-        return found
-
-    return product
-
-
-def of_jax(case):
-    import jax_gpt
-
-    return jax_gpt.product(case)
 
 
 class Peak(TorchDispatchMode):
@@ -183,18 +149,3 @@ def peak(function):
     with Peak() as seen:
         function()
     return seen.most
-
-
-class materialised:
-    """Within this context attention goes through the plain-torch reference, whose scores are s x s."""
-
-    names = "attention_forward", "attention_backward"
-
-    def __enter__(self):
-        self.kept = {name: getattr(ops, name) for name in self.names}
-        for name in self.names:
-            setattr(ops, name, getattr(reference, name))
-
-    def __exit__(self, *_):
-        for name, function in self.kept.items():
-            setattr(ops, name, function)

@@ -1,12 +1,11 @@
 """What the sampler costs, beside the tables it replaces: python tests/bench/mixture.py [FOLDER]
 
-Writes mixture.csv and mixture.png into FOLDER (default: here). Every start-up runs in a process of its own, so that its
+Writes mixture.csv into FOLDER (default: here). Every start-up runs in a process of its own, so that its
 peak memory is its own; throughputs are the best of five. One core is enough.
 """
 
 import argparse
 import csv
-import importlib.metadata
 import json
 import resource
 import subprocess
@@ -57,37 +56,10 @@ def megatron_table(samples):
     return blending_table(shares(DOMAINS), samples)
 
 
-class Source:
-    """As much of a MegatronDataset as BlendedDataset looks at while it is built."""
-
-    def __init__(self, k, split):
-        self.unique_identifiers, self.index_split = {"k": k}, split
-
-    def __len__(self):
-        return 2**62
-
-
-def megatron_core_dataset(samples):
-    from megatron.core.datasets.blended_dataset import BlendedDataset
-    from megatron.core.datasets.utils import Split
-
-    class Config:
-        path_to_cache, defer_npy_index_mmap, fast_cache_load, mid_level_dataset_surplus = (
-            None,
-            False,
-            False,
-            0.005,
-        )
-
-    sources = [Source(k, Split.train) for k in range(DOMAINS)]
-    return BlendedDataset(sources, shares(DOMAINS).tolist(), samples, Config())
-
-
 STARTS = {
     "ours": ours,
     "ours, resumed": resumed,
     "Megatron helper": megatron_table,
-    "megatron-core BlendedDataset": megatron_core_dataset,
 }
 
 
@@ -102,21 +74,11 @@ def measured_start(name, samples):
 
 
 def start_rows(long, short):
-    for name, samples in zip(STARTS, (long, long, short, short), strict=True):
+    for name, samples in zip(STARTS, (long, long, short), strict=True):
         command = [sys.executable, "-W", "ignore", __file__, "--start", name, str(samples)]
         answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         seconds, extra = json.loads(answer.splitlines()[-1])
         yield row("start-up: " + name, DOMAINS, samples, seconds, extra)
-    yield streaming_row()
-
-
-def streaming_row():
-    try:
-        version = importlib.metadata.version("mosaicml-streaming")
-        note = f"{version} installed: its work table is built for each epoch, see its own benchmarks"
-    except importlib.metadata.PackageNotFoundError:
-        note = "does not install here: mosaicml-streaming 0.13 needs numpy < 2.2 and transformers < 5"
-    return {**dict.fromkeys(COLUMNS, ""), "what": "start-up: mosaicml-streaming", "note": note}
 
 
 def row(what, K, samples, seconds, extra="", note=""):
@@ -154,7 +116,14 @@ def throughput_rows():
 def step_rows(steps=200):
     """One training step of the quickstart: 16 samples in 4 micro-batches, and the hook's own count of them."""
     stream = Mixture(shares(8), samples=None)
-    sampler = MixtureSampler(stream, 4, 0, 1, 16, 16 * 10**6)
+    sampler = MixtureSampler(
+        mixture=stream,
+        micro_batch=4,
+        data_parallel_rank=0,
+        data_parallel_size=1,
+        global_batch=16,
+        stop_sample=16 * 10**6,
+    )
     batches = iter(sampler)
 
     def run():
@@ -174,22 +143,6 @@ def step_rows(steps=200):
     )
 
 
-def draw(rows, path):
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5, 3.2), layout="constrained")
-    axes = figure.subplots()
-    for what, marker in (("ours, compiled", "o"), ("Megatron helper", "s"), ("ours, numpy", "^")):
-        mine = [r for r in rows if r["what"] == f"stream: {what}"]
-        cost = [1e9 / float(r["samples_per_second"]) for r in mine]
-        axes.loglog([r["domains"] for r in mine], cost, marker=marker, label=what)
-    axes.axhline(200, color="grey", linestyle=":", label="5 million samples a second")
-    axes.set_xlabel("domains K")
-    axes.set_ylabel("nanoseconds a sample, one core")
-    figure.legend(loc="outside upper left", ncols=2, frameon=False)
-    figure.savefig(path, dpi=150, metadata={"Software": None})
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", nargs="?", type=Path, default=HERE)
@@ -206,7 +159,6 @@ def main():
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    draw(rows, options.folder / "mixture.png")
     for line in rows:
         print("  ".join(str(value) for value in line.values()))
 

@@ -1,6 +1,5 @@
 """analyze: the live probe's numbers, resumption, bad input at the command line, and the check of optimality."""
 
-import hashlib
 import json
 import shutil
 import types
@@ -9,33 +8,11 @@ from pathlib import Path
 import jobs
 import numpy as np
 import pytest
-import ranks
-import test_checkpoints
-from click.testing import CliRunner
+from checkpoint_runs import call, digests, probes
 
-from megatron_commute import cli
 from megatron_commute.checkpoints import analysis as checkpoints
 from megatron_commute.checkpoints import results as checkpoint_results
 from megatron_commute.record import log as record
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A run on one rank with probes at steps 4 and 8 and checkpoints at 4, 8 and 10."""
-    path = tmp_path_factory.mktemp("analyze")
-    test_checkpoints.prepare(path)
-    ranks.run(jobs.train, 1, [test_checkpoints.flags(path, "run", 1)], timeout=200)
-    return path
-
-
-def call(*words):
-    found = CliRunner().invoke(cli.main, ["analyze", *map(str, words)])
-    assert found.exit_code in (0, 2), found.output
-    return found
-
-
-def probes(run):
-    return {line["step"]: line for line in record.read(run) if line["event"] == "probe"}
 
 
 @pytest.fixture(scope="module")
@@ -47,16 +24,13 @@ def done(folder):
     return found.output, folder / "out", digests(folder / "run") == before
 
 
-def digests(run):
-    return {
-        str(path): (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns)
-        for path in sorted(run.rglob("*"))
-        if path.is_file()
-    }
-
-
-def test_the_numbers_are_those_of_the_live_probes(folder, done):
-    live, later = probes(folder / "run"), probes(done[1])
+def test_the_numbers_are_those_of_the_live_probes_and_no_checkpoint_is_touched(folder, done):
+    output, out, untouched = done
+    assert untouched and "memory: about" in output
+    for name in ("commute.jsonl", "report.html", "analysis.csv"):
+        assert (out / name).stat().st_size > 0 and str(out / name) in output
+    assert [checkpoints.first_number(None, step, 4) for step in (1, 4, 5, 8, 12)] == [0, 0, 1, 1, 2]
+    live, later = probes(folder / "run"), probes(out)
     assert sorted(live) == [4, 8] and sorted(later) == [4, 8, 10]
     last = later[10]  # of a run that has ended, all budgets used up
     assert sum(last["weights"]) == pytest.approx(1)
@@ -70,14 +44,6 @@ def test_the_numbers_are_those_of_the_live_probes(folder, done):
         )
         for key in ("windows", "lr", "decay", "weights", "sample"):
             assert later[step][key] == line[key]
-
-
-def test_everything_is_there_and_no_checkpoint_was_touched(done):
-    output, out, untouched = done
-    assert untouched
-    for name in ("commute.jsonl", "report.html", "analysis.csv"):
-        assert (out / name).stat().st_size > 0 and str(out / name) in output
-    assert "memory: about" in output and not (out / "schedule.csv").exists()
 
 
 def test_a_killed_analysis_goes_on_and_ends_in_the_same_record(folder, done, tmp_path):
@@ -163,8 +129,3 @@ def test_the_pairs_told_improvable_name_the_earlier_one_first(error, pairs):
     gap = [[0.0, 2 * error], [2 * error, 0.0]]
     line = {"score": [3.0, -3.0], "gap_se": gap, "weights": [0.5, 0.5]}  # score of a above zero: delay it
     assert checkpoint_results.improvable(line, plan, 4, 0.95) == [pairs]
-
-
-def test_a_run_without_the_plug_in_draws_what_a_live_probe_would(folder):
-    assert [checkpoints.first_number(None, step, 4) for step in (1, 4, 5, 8, 12)] == [0, 0, 1, 1, 2]
-    assert checkpoints.first_number({"probes": 7}, 4, 4) == 7

@@ -11,73 +11,13 @@ from pathlib import Path
 import jobs
 import numpy as np
 import pytest
-import ranks
 import torch
+from checkpoint_runs import EVERY
 
 from megatron_commute.checkpoints import analysis as checkpoints
 from megatron_commute.checkpoints import files as checkpoint_files
-from megatron_commute.checkpoints import parallel as checkpoint_parallel
 from megatron_commute.checkpoints.checkpoint import learning_rate
 from megatron_commute.checkpoints.files import CheckpointError
-
-ITERS, EVERY = 10, 4
-RICH = [
-    *(
-        "--num-attention-heads",
-        "4",
-        "--swiglu",
-        "--normalization",
-        "RMSNorm",
-        "--position-embedding-type",
-        "rope",
-    ),
-    *("--group-query-attention", "--num-query-groups", "2", "--untie-embeddings-and-output-weights"),
-    "--disable-bias-linear",
-]
-
-
-def flags(folder, name, stage, *more, plugin=True):
-    hooked = ["--commute", folder / "mixture.yaml"] if plugin else []
-    fixed = [
-        "--save",
-        folder / name,
-        "--save-interval",
-        EVERY,
-        "--deepspeed_config",
-        folder / f"zero{stage}.json",
-    ]
-    still = ["--hidden-dropout", 0, "--attention-dropout", 0]
-    return jobs.flags(folder, *hooked, *fixed, *still, *more, iters=ITERS)
-
-
-def prepare(folder):
-    """Data, mixture file and DeepSpeed configurations in `folder`."""
-    jobs.write_data(folder)
-    extra = "probe: {samples: 8, splits: 2, method: difference, metric: adam}"
-    path = Path(jobs.write_mixture(folder, mode="fixed", iters=ITERS, extra=extra))
-    path.write_text(path.read_text().replace("every: 8", f"every: {EVERY}"))
-    for stage in (0, 1, 3):
-        config = {"zero_optimization": {"stage": stage}, "gradient_clipping": 1.0}
-        if stage == 3:
-            config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-        Path(folder, f"zero{stage}.json").write_text(json.dumps(config))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Checkpoints at steps 4, 8 and 10 of the same runs on one rank and on two: ZeRO 1 and 3, tensor-parallel."""
-    path = tmp_path_factory.mktemp("checkpoints")
-    prepare(path)
-    two = ("--tensor-model-parallel-size", 2)
-    argvs = [flags(path, "zero1", 1), flags(path, "zero3", 3, plugin=False), flags(path, "tensor", 1, *two)]
-    ranks.run(jobs.train, 2, [*argvs, flags(path, "tensor-rich", 1, *two, *RICH)], timeout=300)
-    argvs = [
-        flags(path, "one", 0),
-        flags(path, "one-stock", 0, plugin=False),
-        flags(path, "one-rich", 1, *RICH),
-    ]
-    ranks.run(jobs.train, 1, argvs, timeout=300)
-    return path
 
 
 def measured(folder, name, out, method="exact"):
@@ -91,41 +31,14 @@ def measured(folder, name, out, method="exact"):
 
 @pytest.mark.parametrize(
     ("name", "single"),
-    [("zero1", "one"), ("zero3", "one-stock"), ("tensor", "one"), ("tensor-rich", "one-rich")],
+    [("zero1", "run"), ("zero3", "run-stock"), ("tensor", "run"), ("tensor-rich", "run-rich")],
 )
 def test_a_checkpoint_of_two_ranks_measures_what_the_single_process_one_does(folder, tmp_path, name, single):
-    """The weights differ by the order of the training's reductions; both are measured by double backward."""
+    """The weights differ by what Adam makes of the order of reductions; a shard in a wrong place moves P by as much as M."""
     one, two = (np.array(measured(folder, n, tmp_path / n)["P"]) for n in (single, name))
     scale = np.abs(measured(folder, single, tmp_path / single)["M"]).max()
     assert np.abs(one).max() > 1e-3 * scale
-    assert np.abs(one - two).max() <= 1e-5 * scale
-
-
-def test_shards_are_put_together_as_tensor_parallel_ranks_cut_them():
-    whole = {
-        "a.linear_fc1.weight": torch.arange(16.0).view(8, 2),
-        "a.linear_fc2.weight": torch.arange(8.0).view(2, 4),
-        "a.linear_qkv.bias": torch.arange(6.0),
-        "a.linear_proj.bias": torch.arange(2.0),
-        "embedding.word_embeddings.weight": torch.arange(8.0).view(4, 2),
-    }
-    gate, value = whole["a.linear_fc1.weight"].chunk(2)
-
-    def of_rank(r):
-        half = lambda tensor, dim=0: tensor.chunk(2, dim)[r]  # noqa: E731
-        return {
-            "a.linear_fc1.weight": torch.cat([half(gate), half(value)]),
-            "a.linear_fc2.weight": half(whole["a.linear_fc2.weight"], 1),
-            "a.linear_qkv.bias": half(whole["a.linear_qkv.bias"]),
-            "a.linear_proj.bias": whole["a.linear_proj.bias"],
-            "embedding.word_embeddings.weight": half(whole["embedding.word_embeddings.weight"]),
-        }
-
-    merged = checkpoint_parallel.merged([of_rank(0), of_rank(1)], True, "here")
-    for name, tensor in whole.items():
-        torch.testing.assert_close(merged[name], tensor, rtol=0, atol=0)
-    with pytest.raises(CheckpointError, match="both hold"):
-        checkpoint_parallel.merged([of_rank(0), {}], True, "here")
+    assert np.abs(one - two).max() <= 1e-4 * scale
 
 
 def test_a_checkpoint_that_would_run_code_is_refused_and_runs_none(tmp_path):

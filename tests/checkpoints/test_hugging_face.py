@@ -1,6 +1,7 @@
 """Hugging Face folders: losses, gradients and second moments are those of transformers itself, and what is refused."""
 
 import contextlib
+import copy
 import json
 import pickle
 import re
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import ranks
 import torch
-from test_analyze import call, digests, probes
+from checkpoint_runs import call, digests, probes
 
 from megatron_commute.adapters import megatron_core
 from megatron_commute.adapters.one_process import one_process
@@ -99,13 +100,15 @@ def test_losses_and_gradients_are_those_of_transformers(name, tmp_path):
         module = LoadedModel(found).module
         ours = megatron_core.token_losses(module, tokens[:, :-1], tokens[:, 1:]).mean(1)
         ours.mean().backward()
-    theirs = their_losses(model, tokens)
+    theirs, double = their_losses(model, tokens), copy.deepcopy(model).double()
     theirs.mean().backward()
+    their_losses(double, tokens).mean().backward()
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
+    both = zip(model.parameters(), double.parameters(), strict=True)
+    rounding = max(float((one.grad - two.grad).abs().max()) for one, two in both)  # of float32, theirs
     gradients = laid_out(model, [p.grad for p in model.parameters()], tmp_path)
-    scale = max(float(g.abs().max()) for g in gradients.values())
     for name, p in module.named_parameters():
-        torch.testing.assert_close(p.grad, gradients[name], rtol=1e-4, atol=1e-6 * scale, msg=name)
+        torch.testing.assert_close(p.grad, gradients[name], rtol=1e-4, atol=8 * rounding, msg=name)
 
 
 def test_rotations_as_transformers_4_wrote_them():
@@ -201,6 +204,17 @@ def test_trainer_under_deepspeed(stage, tmp_path):
             torch.testing.assert_close(vector, expected[name], rtol=1e-6, atol=0, msg=name)
 
 
+@pytest.fixture
+def copied(trained, tmp_path):
+    """copied(kind): a checkpoint-2 that a test may damage."""
+    return lambda kind: Path(shutil.copytree(trained[kind][0] / "checkpoint-2", tmp_path / "checkpoint-2"))
+
+
+def refused(place, match, extra=FLAGS):
+    with pytest.raises(CheckpointError, match=match):
+        read(place, extra)
+
+
 def changed(folder, file, **keys):
     path = folder / file
     found = json.loads(path.read_text()) | keys
@@ -210,16 +224,12 @@ def changed(folder, file, **keys):
 REFUSED = {
     "model_type bloom": ("gpt2", {"model_type": "bloom"}),
     "scale_attn_by_inverse_layer_idx True": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
-    "scale_attn_weights False": ("gpt2", {"scale_attn_weights": False}),
     "activation_function relu": ("gpt2", {"activation_function": "relu"}),
-    "add_cross_attention True": ("gpt2", {"add_cross_attention": True}),
     "quantization_config": ("gpt2", {"quantization_config": {"load_in_4bit": True}}),
     "lacks 'n_head'": ("gpt2", {"n_head": None}),
     "vocabulary of 300": ("gpt2", {"vocab_size": 300}),
     "lack h.2": ("gpt2", {"n_layer": 3}),
-    "have h.1": ("gpt2", {"n_layer": 1}),
     "lack lm_head.weight": ("gpt2", {"tie_word_embeddings": False}),
-    "have lm_head.weight": ("llama", {"tie_word_embeddings": True}),
     "hidden_act gelu": ("llama", {"hidden_act": "gelu"}),
     "attention_bias True, mlp_bias False": ("llama", {"attention_bias": True}),
     "'rope_type': 'yarn'": ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}),
@@ -229,21 +239,15 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("told", REFUSED)
-def test_what_cannot_be_rebuilt_is_refused_by_name(trained, told, tmp_path):
+def test_what_cannot_be_rebuilt_is_refused_by_name(trained, told, copied):
     kind, keys = REFUSED[told]
-    place = Path(shutil.copytree(trained[kind][0] / "checkpoint-2", tmp_path / "checkpoint-2"))
+    place = copied(kind)
     changed(place, "config.json", **keys)
-    with pytest.raises(CheckpointError, match=re.escape(told)):
-        read(place, FLAGS)
+    refused(place, re.escape(told))
 
 
-def refused(place, match, extra=FLAGS):
-    with pytest.raises(CheckpointError, match=match):
-        read(place, extra)
-
-
-def test_damage_and_missing_pieces_are_named(trained, tmp_path, monkeypatch):
-    place = Path(shutil.copytree(trained["gpt2"][0] / "checkpoint-2", tmp_path / "checkpoint-2"))
+def test_damage_and_missing_pieces_are_named(copied, tmp_path, monkeypatch):
+    place = copied("gpt2")
     refused(place, "seq_length and global_batch_size; .*--arguments FILE.*4 here", None)
     refused(place, "seq_length 64.*write 32 or less", FLAGS | {"seq_length": 64})
     refused(place, "vocab_size 257.*write 256 or less", FLAGS | {"vocab_size": 257})
@@ -252,9 +256,8 @@ def test_damage_and_missing_pieces_are_named(trained, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setitem(sys.modules, "safetensors", None)
         refused(place, "pip install safetensors")
-    for cut in (b"", whole[:100], whole[:-8]):
-        weights.write_bytes(cut)
-        refused(place, "model.safetensors: damaged or cut off")
+    weights.write_bytes(whole[:-8])
+    refused(place, "model.safetensors: damaged or cut off")
     weights.unlink()
     refused(place, "no weights in it")
     (place / "pytorch_model.bin").write_bytes(pickle.dumps(types.SimpleNamespace()))
@@ -273,8 +276,8 @@ def test_damage_and_missing_pieces_are_named(trained, tmp_path, monkeypatch):
     refused(tmp_path, "merge_and_unload")
 
 
-def test_second_moments_in_an_unknown_order_are_not_guessed(trained, tmp_path):
-    place = Path(shutil.copytree(trained["gpt2"][0] / "checkpoint-2", tmp_path / "checkpoint-2"))
+def test_second_moments_in_an_unknown_order_are_not_guessed(copied):
+    place = copied("gpt2")
     stored = torch.load(place / "optimizer.pt")
     groups = stored["param_groups"]
     one = {**groups[0], "params": groups[0]["params"] + groups[1]["params"]}  # another order of shapes
@@ -309,57 +312,16 @@ def data(tmp_path_factory):
     return mixture, folder / "flags.json"
 
 
-def as_ours(found, folder):
-    """The same weights and moments as a checkpoint of pretrain_gpt.py without ZeRO."""
-    order = sorted(
-        found.parameters, key=lambda name: found.parameters[name].dim() == 1
-    )  # what decays comes first
-    matrices = sum(p.dim() > 1 for p in found.parameters.values())
-    held = [found.moments[name] * (1 - 0.999**found.iteration) for name in order]
-    groups = [
-        {"betas": (0.9, 0.999), "weight_decay": decay, "params": [*numbers]}
-        for decay, numbers in ((0.1, range(matrices)), (0.0, range(matrices, len(order))))
-    ]
-    states = {i: {"exp_avg_sq": moment, "step": found.iteration} for i, moment in enumerate(held)}
-    state = {"module": found.parameters, "optimizer": {"state": states, "param_groups": groups}}
-    state |= {"iteration": found.iteration, "arguments": json.dumps(vars(found.arguments))}
-    place = folder / f"global_step{found.iteration}"
-    place.mkdir(parents=True)
-    torch.save(state, place / "mp_rank_00_model_states.pt")
-
-
-def test_a_series_measures_what_the_same_weights_in_our_own_checkpoints_do(trained, data, tmp_path):
+def test_a_series_is_analysed_like_our_own_checkpoints_and_not_touched(trained, data, tmp_path):
+    """Weights, moments and rates are those of the optimiser, as above; the probes that follow are those of test_analyze."""
     folder, (mixture, flags) = trained["llama"][0], data
-    before = digests(folder)
-    asked = checkpoints.asked(arguments=flags)
-    checkpoints.analyze([folder], mixture, tmp_path / "theirs", asked, say=lambda line: None)
-    assert digests(folder) == before
-    for step in (2, 4):
-        as_ours(read(folder / f"checkpoint-{step}", FLAGS), tmp_path / "run")
-    checkpoints.analyze([tmp_path / "run"], mixture, tmp_path / "ours", say=lambda line: None)
-    theirs, ours = probes(tmp_path / "theirs"), probes(tmp_path / "ours")
-    assert [*theirs] == [2, 4] == [*ours]
-    for one, two in zip(theirs.values(), ours.values(), strict=True):
-        scale = np.abs(one["M"]).max()
-        for key in ("M", "P", "P_se"):
-            assert np.abs(np.array(one[key]) - np.array(two[key])).max() <= 1e-6 * scale, key
-        np.testing.assert_allclose(one["score"], two["score"], atol=1e-6 * np.abs(two["score"]).max())
-        for key in ("windows", "lr", "decay", "weights", "sample"):
-            assert one[key] == two[key], key
+    before, asked = digests(folder), checkpoints.asked(arguments=flags)
+    checkpoints.analyze([folder], mixture, tmp_path, asked, say=lambda line: None)
+    found = probes(tmp_path)
+    assert digests(folder) == before and [*found] == [2, 4]
+    assert all(np.abs(line["P"]).max() > 1e-3 * np.abs(line["M"]).max() > 0 for line in found.values())
     # Trainer's default schedule: linear to zero, after steps 2 and 4 of 4
-    assert [line["lr"] for line in theirs.values()] == pytest.approx([0.5e-2, 0.0])
-
-
-def test_gpt2_at_the_command_line_by_every_method(trained, data, tmp_path):
-    found, mixture_and_flags = {}, ("--data", data[0], "--arguments", data[1])
-    for method in ("exact", "difference", "fused"):
-        out = tmp_path / method
-        asked = ("--method", method, "--metric", "identity", "--out", out)
-        told = call(trained["gpt2"][0] / "checkpoint-2", *mixture_and_flags, *asked)
-        assert told.exit_code == 0, told.output
-        found[method] = np.array(probes(out)[2]["M"])
-    for method, near in (("fused", 1e-5), ("difference", 1e-3)):
-        assert np.abs(found[method] - found["exact"]).max() <= near * np.abs(found["exact"]).max(), method
+    assert [line["lr"] for line in found.values()] == pytest.approx([0.5e-2, 0.0])
 
 
 def test_what_is_missing_is_asked_for_at_the_command_line(trained, data, tmp_path):
@@ -367,7 +329,7 @@ def test_what_is_missing_is_asked_for_at_the_command_line(trained, data, tmp_pat
     plain, flags = tmp_path / "plain", tmp_path / "flags.json"
     shutil.copytree(trained["gpt2"][0], plain, ignore=shutil.ignore_patterns("checkpoint-*"))
     flags.write_text(json.dumps({name: FLAGS[name] for name in ("seq_length", "global_batch_size")}))
-    words = (plain, "--data", data[0], "--out", tmp_path / "out", "--arguments", flags)
+    words = (plain, "--data", data[0], "--out", tmp_path / "out", "--arguments", flags, "--method", "fused")
     long = ("--train-iters", STEPS)
     for more, told in (
         ((), "--train-iters"),

@@ -99,22 +99,15 @@ def _stock_epoch(host, prefix, tmp_path):
 
 
 def test_sequences_never_cross_prefixes(prepare):
-    one, two = prepare("one", [20]), prepare("two", [18], first=100)
-    data = TokenSequences([one, two], SEQ)
-    assert len(data) == 4
+    one, none, two = prepare("one", [20]), prepare("none", [3]), prepare("two", [18], first=100)
+    data = TokenSequences([one, none, two], SEQ)
+    assert len(data) == 4, "a prefix without a sequence is passed over"
     firsts = [data[i]["tokens"].tolist() for i in range(4)]
     assert firsts == [list(range(a, a + SEQ + 1)) for a in (0, 8, 100, 108)]
     assert data[0]["tokens"].dtype == torch.int64
     for outside in (-1, 4):
         with pytest.raises(IndexError, match=f"item {outside} of 4"):
             data[outside]
-
-
-def test_a_prefix_without_a_sequence_is_passed_over(prepare):
-    data = TokenSequences(
-        [prepare("a", [3]), prepare("b", [17]), prepare("c", [2]), prepare("d", [9], first=50)], SEQ
-    )
-    assert [data[i]["tokens"][0].item() for i in range(len(data))] == [0, 8, 50]
 
 
 def test_pickled_without_its_maps(prepare):
@@ -135,14 +128,12 @@ def damage(path, change):
     ("ending", "change", "message"),
     [
         (".idx", None, r"en\.idx is missing; prepare the data or correct the prefix"),
-        (".bin", None, r"en\.bin is missing; prepare the data or correct the prefix"),
         (".bin", lambda raw: raw[:-2], r"en\.bin has 398 bytes, its index says 400; prepare the data again"),
         (
             ".idx",
-            lambda raw: raw[:10],
-            r"en\.idx is no Megatron index; prepare the data with IndexedDatasetBuilder",
+            lambda raw: b"TNTIDX" + raw[6:],
+            r"en\.idx is no Megatron index; prepare the data with Indexed",
         ),
-        (".idx", lambda raw: b"TNTIDX" + raw[6:], r"en\.idx is no Megatron index; prepare"),
         (
             ".idx",
             lambda raw: raw[:9] + b"\2" + raw[10:],

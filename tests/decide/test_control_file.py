@@ -13,7 +13,8 @@ from plain_loop import BATCH, NAMES, WEIGHTS, Loop, lines
 from megatron_commute import reduce
 from megatron_commute.config import Config, ConfigError, Controller, Domain
 from megatron_commute.decide import control_file as control
-from megatron_commute.decide import controller
+from megatron_commute.decide import laws
+from megatron_commute.decide.situation import Situation, facts, from_facts
 from megatron_commute.mixture import Mixture
 
 GOOD = "freeze: true\nweights: {en: 0.5, ru: 0.5}\nfrom: 64\ncaps: {en: 0.6}\n"
@@ -71,13 +72,14 @@ def test_a_file_that_stays_is_not_read_again_and_a_broken_one_is_told_once(tmp_p
 
 
 def test_situations_survive_the_record():
-    seen = controller.Situation(
-        np.array([0.5, 0.5]), np.array([10.0, math.nan]), np.array([0.5, 0.5]), 40, 8, np.array([1e-3, -2.0 / 3]),
-        np.ones(2), 3, np.zeros(2), np.ones(2), np.zeros(2), np.ones(2), 0.1, 0.95, 1.0, losses=np.array([math.nan, 2.0]),
+    seen = Situation(
+        weights=np.array([0.5, 0.5]), remaining=np.array([10.0, math.nan]), initial=np.array([0.5, 0.5]), samples_left=40,
+        window=8, score=np.array([1e-3, -2.0 / 3]), score_se=np.ones(2), dof=3, minimum=np.zeros(2), maximum=np.ones(2),
+        floors=np.zeros(2), caps=np.ones(2), rate=0.1, confidence=0.95, strength=1.0, losses=np.array([math.nan, 2.0]),
     )  # fmt: skip
     from megatron_commute.record.log import _plain
 
-    again = control.from_facts(json.loads(json.dumps(_plain(control.facts(seen)))))
+    again = from_facts(json.loads(json.dumps(_plain(facts(seen)))))
     for field in dataclasses.fields(seen):
         one, two = getattr(seen, field.name), getattr(again, field.name)
         same = np.array_equal(one, two, equal_nan=True) if isinstance(one, np.ndarray) else one == two
@@ -90,37 +92,20 @@ def settings(law, mode="act", compare=(), **more):
     return Config(domains=domains, mode=mode, controller=law, **more)
 
 
-def test_weights_move_in_mode_act_only():
-    moves = controller.Decision(np.ones(3) / 3, "moves")
-    assert control.permitted(settings("tilt"), moves) is moves
-    for mode in ("shadow", "fixed"):
-        found = control.permitted(settings("tilt", mode), moves)
-        assert found.weights is None and "not touched" in found.reason
-
-
 @pytest.mark.parametrize(
     ("config", "words"),
     [
         (settings("tilt", compare=("schedule",)), "controller.compare: schedule needs `scheduled`"),
-        (settings("schedule"), "controller.law: schedule needs `scheduled`, which is not measured; write schedule: FILE"),
+        (settings("odd"), "controller.law: got odd; write one of hold, schedule, flow, proportional, tau-tail, tilt"),
+        (settings("schedule"), "controller.law: schedule needs `scheduled`, which this run does not have; write schedule"),
         (settings("tau-tail", mode="act", target="each"), "needs `target`"),
     ],
 )  # fmt: skip
 def test_a_law_without_its_signal_is_refused_with_the_cure(config, words):
     with pytest.raises(ConfigError) as caught:
-        control.refuse_blind(config)
+        laws.check(config)
     assert words in str(caught.value)
-    control.refuse_blind(settings("hold", compare=("tilt", "odm")))
-
-
-def test_a_law_that_fails_decides_nothing_and_says_so(monkeypatch):
-    monkeypatch.setattr(controller, "decide", lambda law, seen: 1 / 0)
-    seen = controller.Situation(
-        *[np.ones(2)] * 3, 1, 1, *[np.ones(2)] * 2, 3, *[np.ones(2)] * 4, 0.1, 0.9, 1.0
-    )
-    found = control.decisions(["tilt"], seen, {"tilt": {"a": 1}})
-    assert found["tilt"].weights is None and "please report it: ZeroDivisionError" in found["tilt"].reason
-    assert found["tilt"].memory == {"a": 1}
+    laws.check(settings("hold", compare=("tilt", "odm")))
 
 
 # --- a run ----------------------------------------------------------------------------------------------------------
@@ -163,7 +148,7 @@ def test_an_edit_takes_effect_at_its_sample_is_logged_and_a_broken_one_is_ignore
     for at, weights in sorted([*changes, (100, told[0]["weights"])], key=lambda change: change[0]):
         stream.schedule(weights, at)
     assert loop.drawn == list(zip(*map(np.ndarray.tolist, stream.take(loop.plan.samples)), strict=True))
-    assert loop.hook.mixture.served.tolist() == list(loop.plan.budgets)
+    assert loop.hook.stream.served.tolist() == list(loop.plan.budgets)
     (last,) = (line for line in lines(tmp_path, "probe") if line["step"] == 32)
     assert last["situation"]["frozen"] and "the weights are frozen" in last["reason"], (
         "only budgets may still win"

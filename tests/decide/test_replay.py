@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 from plain_loop import Loop
 
-from megatron_commute.cli import main
+from megatron_commute.cli.main import main
 from megatron_commute.decide import replay
 from megatron_commute.record import log as record
 

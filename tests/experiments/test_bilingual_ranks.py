@@ -4,7 +4,6 @@ import collections
 import csv
 import dataclasses
 import itertools
-import json
 import os
 import shutil
 import subprocess
@@ -81,8 +80,8 @@ def numbers(value):
     return [value] if isinstance(value, (int, float)) else []
 
 
-def changes(settings, size):
-    """The same as flags of the command line."""
+def changes(size):
+    """SMALL and a size as flags of the command line."""
     fields = {**SMALL, **vars(size)}
     words = {k: ",".join(map(str, v)) if isinstance(v, tuple) else v for k, v in fields.items()}
     return [word for name, value in words.items() for word in ("--set", f"{name}={value}")]
@@ -103,7 +102,7 @@ def test_two_ranks_fill_what_is_missing_with_the_numbers_of_one(data, alone, tmp
     command = ["bash", ROOT / "launch" / "paper" / "study.sh", "paper", out, "--data", data]
     surroundings = {**os.environ, "LAUNCH": launch, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(
-        [*command, *changes(SMALL, SIZE), "--set", "lr=1e-3", "--set", "dtype=float32"],
+        [*command, *changes(SIZE), "--set", "lr=1e-3", "--set", "dtype=float32"],
         env={**surroundings, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
@@ -117,9 +116,8 @@ def test_two_ranks_fill_what_is_missing_with_the_numbers_of_one(data, alone, tmp
     assert done.stdout.count("excess_losses.csv") == 1
     for key, cell in ours.items():
         found, expected = numbers(cell), numbers(theirs[key])
-        # P is a difference of gradients in float32, at weights that differ by rounding
-        tolerance = 1e-4 * np.abs(expected).max() if "/P/" in key else 1e-6
-        np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance, err_msg=key)
+        # weights of float32 differ by what Adam makes of the order of sums, losses by hundredths if a sample does
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max(), err_msg=key)
 
 
 def refused(rank, data, out, there):
@@ -200,35 +198,6 @@ def test_the_estimate_of_quick_by_hand(tmp_path):
     assert {**even, "run": "skewed"} == skewed and whole["gpu_hours"] == 2 * even["gpu_hours"]
     assert (tmp_path / "paper" / "estimate.csv").read_text().startswith("study,run,cells,steps,tokens,")
     assert "N = 82752 parameters" in found["text"] and "not a measurement" in found["text"]
-
-
-def test_sizes_by_name(data, tmp_path):
-    settings, size = bilingual.asked(
-        "paper", "d", ["starts=2000,8000", "window=4000", "others=", "hidden=768"]
-    )
-    assert (settings.others, settings.hidden) == ((), 768)
-    assert size == bilingual_paper.Size(starts=(2000, 8000), window=4000)
-    with pytest.raises(ValueError, match="--set stretch=2: write NAME=VALUE with one of"):
-        bilingual.asked("paper", "d", ["stretch=2"])
-    with pytest.raises(ValueError, match="--set starts=x: starts is of type int"):
-        bilingual.asked("paper", "d", ["starts=x"])
-
-
-def test_a_folder_keeps_its_size_and_older_folders_are_read(data, alone, tmp_path):
-    settings, out = Settings(data=data, **SMALL), tmp_path / "out"
-    shutil.copytree(alone[0], out)
-    with pytest.raises(ValueError, match=r"other settings \(size.window\)"):
-        bilingual.study("paper", settings, out, processes=1, size=dataclasses.replace(SIZE, window=3))
-    path = out / "paper" / "study.json"
-    kept = json.loads(path.read_text())
-    assert kept["size.window"] == 2
-    del kept["dtype"]  # as before there was such a field
-    path.write_text(json.dumps(kept))
-    said = []
-    bilingual.study("paper", settings, out, processes=1, say=said.append, size=SIZE)
-    assert not said
-    with pytest.raises(ValueError, match=r"other settings \(dtype\)"):
-        bilingual.study("paper", dataclasses.replace(settings, dtype="bfloat16"), out, size=SIZE)
 
 
 def test_the_table_of_the_paper_size_is_what_the_command_counts():

@@ -19,7 +19,6 @@ def rows(tmp_path_factory):
         [sys.executable, BENCH, "--quick", "--out", folder], capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
-    assert (folder / "decisions_quick.png").stat().st_size > 10_000
     with open(folder / "decisions_quick.csv", newline="") as file:
         lines = list(csv.DictReader(file))
     texts = {"axis", "budgets", "law"}

@@ -20,6 +20,8 @@ import parallel_text
 import prepare_data
 import text_sources
 
+from megatron_commute.data.indexed import data_summary
+
 PAGE = """<!DOCTYPE html><html><head><title>no</title><style>p {{}}</style></head><body>
 <header><p>menu</p></header><div><h1 id="a">{0}</h1><p>{1} &amp; <b>more</b>
  of it</p><script>var x = "<p>no</p>";</script><ul><li>{2}</li></ul></div></body></html>"""
@@ -112,17 +114,13 @@ def dictionary_cache(cache, entries=400):
     database.unlink()
 
 
-def test_blocks_of_a_page():
-    blocks = [b for b in parallel_text.html_blocks(PAGE.format("Head", "Some text", "item")) if b]
-    assert blocks == ["Head", "Some text & more of it", "item"]
-
-
-def test_translated_blocks_are_mostly_cyrillic():
+def test_blocks_of_a_page_and_which_are_translated():
     assert parallel_text.translated("Open the file", "Откройте файл")
     assert parallel_text.translated("Choose View", "Выберите команду View")
     assert not parallel_text.translated("Open the file", "Open the file")
     assert not parallel_text.translated("Open the file", "Open this file Ж")
-    assert not parallel_text.translated("1 + 1", "1 + 2")
+    blocks = parallel_text.html_blocks(PAGE.format("Head", "Some text", "item"))
+    assert list(filter(None, blocks)) == ["Head", "Some text & more of it", "item"]
 
 
 def test_pair_keeps_translated_blocks_once(tmp_path):
@@ -180,28 +178,15 @@ def test_own_text_reads_back_exactly(tmp_path):
         entry = record["domains"][name][part]
         assert entry["tokens"] == sum(map(len, read_back(out / prefix)))
         assert entry["bytes"] == sum(len(text.encode()) for text in decoded(out, prefix))
+        summary = data_summary([str(out / prefix)])
+        assert (summary.tokens, summary.dtype) == ((entry["tokens"],), "uint16")
 
 
-def test_the_trainer_counts_the_files_alike(tmp_path):
-    from megatron_commute.data.indexed import data_summary
-
-    arguments, _, _ = own(tmp_path)
-    assert prepare_data.main(["--out", str(tmp_path / "out"), "--vocab-size", "512", *arguments]) == 0
-    summary = data_summary([str(tmp_path / "out/left_train")])
-    assert summary.tokens == (sum(map(len, read_back(tmp_path / "out/left_train"))),)
-    assert summary.dtype == "uint16" and summary.vocab_size == 512
-
-
-def test_tokenizer_takes_equal_shares_of_every_domain():
+def test_tokenizer_takes_equal_shares_of_every_domain_and_is_the_same_in_every_process(tmp_path):
     short, long = [words(1, 200)], [words(2, 400, "клмнопрст")]
-    share = len(short[0].encode())
-    cut = long[0].encode()[:share].decode(errors="ignore")
+    cut = long[0].encode()[: len(short[0].encode())].decode(errors="ignore")
     one = prepare_data.train_tokenizer([short, long], 400).to_str()
     assert one == prepare_data.train_tokenizer([short, [cut]], 400).to_str()
-    assert one != prepare_data.train_tokenizer([short, [words(3, 400, "клмнопрст")]], 400).to_str()
-
-
-def test_tokenizer_is_the_same_in_every_process(tmp_path):
     program = (
         "import hashlib, sys; from pathlib import Path\n"
         "sys.path.insert(0, sys.argv[1]); import prepare_data\n"
@@ -215,7 +200,7 @@ def test_tokenizer_is_the_same_in_every_process(tmp_path):
         subprocess.run(
             command, check=True, capture_output=True, env={**os.environ, "PYTHONHASHSEED": str(seed)}
         ).stdout
-        for seed in (1, 2, 3)
+        for seed in (1, 2)
     }
     assert len(digests) == 1
 
@@ -255,7 +240,6 @@ def test_a_failure_on_the_way_leaves_nothing(tmp_path, monkeypatch):
     ("texts", "says"),
     [
         (["left"], "write NAME=PATH"),
-        (["a/b=x.txt"], "write NAME=PATH"),
         (["left=left"], "needs at least two"),
         (["left=left", "left=right.txt"], "given twice"),
         (["left=left", "right=missing.txt"], "no such file"),
@@ -327,17 +311,11 @@ def test_without_apt_and_network_the_error_names_the_cure(tmp_path, monkeypatch,
     [
         ("[[столетие]] {{пример|В {{выдел|веке}} роль.|Автор|Книга}}", "столетие В веке роль."),
         ("{{геол.|ru}} [[время|времени]], ''слово''", "времени, слово"),
-        ("верх {{--}} {{п.}} низ {{пример}}", "верх — низ"),
-        ("край}} [[", "край"),
+        ("верх {{--}} {{п.}} низ {{пример}} край}} [[", "верх — низ край"),
     ],
 )
 def test_dictionary_markup_goes(markup, plain):
     assert text_sources.plain_wiki(markup) == plain
-
-
-def test_docstrings_are_taken_out_by_line():
-    source = '"""Doc."""\nimport os\n\n\ndef f():\n    """One\n    two.\n    """\n    return "kept"\n'
-    assert text_sources.without_docstrings(source) == 'import os\n\n\ndef f():\n    return "kept"\n'
 
 
 def mixture(tmp_path, names, iterations, capsys):
@@ -350,8 +328,9 @@ def mixture(tmp_path, names, iterations, capsys):
     return [line.split("\t") for line in capsys.readouterr().out.splitlines()]
 
 
-@pytest.mark.parametrize("names", [["english", "russian", "code"], ["a", "b"], [f"d{i}" for i in range(9)]])
-@pytest.mark.parametrize("iterations", [500, 7])
+@pytest.mark.parametrize(
+    ("names", "iterations"), [(["english", "russian", "code"], 500), ([f"d{i}" for i in range(9)], 7)]
+)
 def test_the_mixture_file_fits_domains_and_run(tmp_path, capsys, names, iterations):
     from megatron_commute.config import load
 
@@ -363,12 +342,15 @@ def test_the_mixture_file_fits_domains_and_run(tmp_path, capsys, names, iteratio
     assert [domain.path for domain in config.domains] == [
         (str(tmp_path / f"data/{name}_train"),) for name in config.names
     ]
-    assert config.every == (100 if iterations == 500 else 1) and config.mode == "act"
+    assert config.every == (100 if iterations == 500 else 1) and config.mode == "fixed"
+    assert config.controller.law == "flow" and config.target == {
+        min(config.domains, key=lambda d: d.weight).name: 1
+    }
 
 
 def test_a_mixture_file_that_is_there_stays(tmp_path, capsys):
     mixture(tmp_path, ["english", "russian", "code"], 500, capsys)
-    text = (tmp_path / "mixture.yaml").read_text(encoding="utf-8").replace("rate: 0.1", "rate: 0.2")
+    text = (tmp_path / "mixture.yaml").read_text(encoding="utf-8").replace("splits: 8", "splits: 4")
     put(tmp_path / "mixture.yaml", text)
     assert mixture(tmp_path, ["english", "russian", "code"], 40, capsys)[0][0] == "english"
     assert (tmp_path / "mixture.yaml").read_text(encoding="utf-8") == text
@@ -377,8 +359,9 @@ def test_a_mixture_file_that_is_there_stays(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "settings", "says"),
     [
-        (["--foo"], {}, "only --text NAME=PATH"),
-        (["--text"], {}, "write --text NAME=PATH"),
+        (["--foo"], {}, "only --text NAME=PATH and --compare"),
+        ([], {"QUICKSTART_DECAY": "step"}, "QUICKSTART_DECAY=step: write cosine, linear, constant or WSD"),
+        ([], {"QUICKSTART_SEED": "x"}, "QUICKSTART_SEED=x: write a whole number"),
         ([], {"QUICKSTART_ITERS": "0"}, "positive number of training steps"),
     ],
 )

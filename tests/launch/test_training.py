@@ -40,6 +40,13 @@ def runs(folder):
         "act": jobs.flags(folder, "--commute", act, "--save", folder / "act", "--num-workers", 2),
         "exact": jobs.flags(folder, "--commute", exact, "--save", folder / "exact", iters=10),
     }
+    near = jobs.write_mixture(folder, "near.yaml", iters=10, extra=PROBE % ("difference", "identity"))
+    for name, file, more in (
+        ("tensor", exact, ("--tensor-model-parallel-size", 2)),
+        ("bf16 exact", exact, ("--bf16",)),
+        ("bf16 difference", near, ("--bf16",)),
+    ):
+        argvs[name] = jobs.flags(folder, "--commute", file, "--save", folder / name, *more, iters=10)
     results = ranks.run(jobs.train, 2, list(argvs.values()), timeout=400)
     return {name: [results[rank][i] for rank in range(2)] for i, name in enumerate(argvs)}
 
@@ -55,6 +62,26 @@ def test_shadow_mode_leaves_every_loss_bit_identical(runs):
 def test_dropout_is_on_in_training_and_the_ranks_see_different_samples(runs):
     one, two = (np.array(runs["stock"][rank]["losses"]) for rank in range(2))
     assert (one != two).all()
+
+
+def test_with_dropout_tensor_parallel_ranks_keep_equal_copies_of_what_they_share(runs):
+    """Dropout of shared activations must be the same on both, or layer norms and positions drift apart."""
+    one, two = (seen["probes"][0]["state"] for seen in runs["tensor"])
+    shared = [name for name in one if "layernorm" in name or "position" in name]
+    assert len(shared) > 8
+    for name in shared:
+        np.testing.assert_array_equal(one[name], two[name], err_msg=name)
+    np.testing.assert_array_equal(*(np.array(seen["losses"]) for seen in runs["tensor"]))
+
+
+def test_bf16_models_are_measured_in_float32_by_both_methods(runs, folder):
+    """Both read the same float32 copies of bf16 weights, so they agree as closely as in a float32 run."""
+    (one,), (two,) = (
+        [line for line in record.read(folder / f"bf16 {method}") if line["event"] in ("probe", "skip")]
+        for method in ("difference", "exact")
+    )
+    away = np.abs(np.array(one["P"]) - np.array(two["P"])).max()
+    assert 0 < away <= 1e-3 * np.abs(two["M"]).max()
 
 
 def oracle_P(seen, targets, splits, samples):
@@ -146,6 +173,12 @@ def test_killed_twice_and_started_again_the_log_is_that_of_an_uninterrupted_run(
             ranks.run(jobs.train, 2, [argv], int(step), timeout=200)
     ranks.run(jobs.train, 2, [argv], timeout=200)
     assert without_timing(run) == without_timing(folder / "act")
+    whole = (run / record.NAME).read_bytes()
+    ranks.run(jobs.train, 2, [argv], timeout=200)
+    assert (run / record.NAME).read_bytes() == whole, (
+        "a finished run that is started again only draws its report"
+    )
+    assert (run / "report.html").stat().st_size > 10_000
     kept = [
         json.loads(line)
         for file in run.glob("commute.jsonl.discarded-*")

@@ -1,14 +1,12 @@
 """The R-operator pass against double backward of the same stack in torch's own functions."""
 
-import dataclasses
 import math
 import sys
 from pathlib import Path
 
 import pytest
-import ranks
 import torch
-from oracles import asymmetry, gap, inner
+from oracles import gap, inner
 from rop_cases import (
     CASES,
     GPT2,
@@ -93,23 +91,8 @@ def wide_case(case, seed=0):
     """A stack large enough for rounding to average out; ordinary weights, u of length one."""
     stack, shapes = build(case, vocabulary=64, width=64, heads=4, length=32, inner=128)
     params = random_vector(stack, shapes, 10 + seed, torch.float32, 0.1)
-    directions = []
-    for i in (1, 2):
-        u = random_vector(stack, shapes, 10 * i + 5 + seed, torch.float32, 1.0)
-        directions.append([t / math.sqrt(inner(u, u)) for t in u])
-    return stack, params, directions, random_tokens(4, 32, 64, seed)
-
-
-@pytest.mark.parametrize("case", [GPT2, LLAMA], ids=["gpt2", "llama"])
-def test_float32(case):
-    stack, params, (u, _), tokens = wide_case(case)
-    found = rop.gradient_and_product(stack, params, u, tokens)
-    value, gradient, product = truth(loss(stack, tokens), params, u)
-    plain = hvp.gradient_and_product(loss(stack, tokens), params, u, "exact", step=1.0)
-    assert abs(found.loss - value) < 1e-6
-    assert gap(found.gradient, gradient) < 1.2 * gap(plain.gradient, gradient) < 1e-6
-    assert gap(found.product, product) < 1.2 * gap(plain.product, product) < 1.2e-6
-    assert all(t.dtype is torch.float32 for t in (*found.gradient, *found.product))
+    u = random_vector(stack, shapes, 15 + seed, torch.float32, 1.0)
+    return stack, params, [t / math.sqrt(inner(u, u)) for t in u], random_tokens(4, 32, 64, seed)
 
 
 def in_bfloat16(function):
@@ -125,38 +108,13 @@ def in_bfloat16(function):
 @pytest.mark.parametrize("case", [GPT2, LLAMA], ids=["gpt2", "llama"])
 def test_bfloat16_errs_no_more_than_twice_as_plain_pytorch(case):
     for seed in range(3):
-        stack, params, (u, _), tokens = wide_case(case, seed)
+        stack, params, u, tokens = wide_case(case, seed)
         _, gradient, product = truth(loss(stack, tokens), params, u)
         plain = hvp.gradient_and_product(in_bfloat16(loss(stack, tokens)), params, u, "exact", step=1.0)
         found = rop.gradient_and_product(stack, params, u, tokens, dtype=torch.bfloat16)
         assert all(t.dtype is torch.float32 for t in (*found.gradient, *found.product))
         assert gap(found.gradient, gradient) < 2 * gap(plain.gradient, gradient)
         assert gap(found.product, product) < 2 * gap(plain.product, product)
-
-
-# eps |v| of a central difference: hvp's rule for float32, scaled to bfloat16, and three that swallow less and bend more
-RULE, OTHERS = 1.5e-3 * 2 ** (16 / 3), (0.3, 1.0, 3.0)
-
-
-@pytest.mark.parametrize("case", [GPT2, LLAMA], ids=["gpt2", "llama"])
-def test_bfloat16_is_ten_times_as_symmetric_as_a_central_difference(case):
-    """a.Hb = b.Ha, root mean square over eight fixed draws of a and b; and five times, were the best step known."""
-    squares = {}
-    for seed in range(8):
-        stack, params, pair, tokens = wide_case(case, seed)
-        function = in_bfloat16(loss(stack, tokens))
-        products = {
-            step: [hvp.hessian_vector_product(function, params, v, step=step) for v in pair]
-            for step in (RULE, *OTHERS)
-        }
-        products["rop"] = [
-            rop.gradient_and_product(stack, params, v, tokens, dtype=torch.bfloat16).product for v in pair
-        ]
-        for key, found in products.items():
-            squares.setdefault(key, []).append(asymmetry(*pair, *found) ** 2)
-    mean = {key: math.sqrt(sum(values) / len(values)) for key, values in squares.items()}
-    assert mean["rop"] < mean[RULE] / 10
-    assert mean["rop"] < min(mean[step] for step in OTHERS) / 5
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -170,59 +128,6 @@ def test_memory_stays_below_what_was_promised(samples):
     both = hvp_methods.peak(lambda: rop.gradient_and_product(case.stack, case.params, case.u, case.tokens))
     assert gradient > 1.5 * 4 * case.parameters  # the counter counts
     assert both < 2.2 * gradient
-
-
-# --- tensor parallelism -----------------------------------------------------------------------------------------------
-
-
-def shard(stack, block_of, i, tensor, rank, size):
-    """What a tensor-parallel rank holds of parameter i."""
-    if i in (stack.words, stack.output):
-        return tensor.chunk(size)[rank]
-    block = block_of.get(i)
-    if block is None:
-        return tensor
-    if i in (block.qkv.weight, block.qkv.bias):  # grouped: whole groups side by side
-        return tensor.chunk(size)[rank]
-    if i in (block.up.weight, block.up.bias):
-        halves = tensor.chunk(2) if block.activation == "swiglu" else [tensor]
-        return torch.cat([half.chunk(size)[rank] for half in halves])
-    return tensor.chunk(size, 1)[rank] if i in (block.out.weight, block.down.weight) else tensor
-
-
-def on_rank(rank, size):
-    found = {}
-    for name in ("gpt2", "llama"):
-        stack, shapes = build(CASES[name], vocabulary=20)
-        block_of = {
-            i: b
-            for b in stack.blocks
-            for part in (b.qkv, b.out, b.up, b.down)
-            for i in (part.weight, part.bias)
-        }
-        own = dataclasses.replace(
-            stack,
-            blocks=tuple(
-                dataclasses.replace(b, heads=b.heads // size, groups=b.groups // size) for b in stack.blocks
-            ),
-        )
-        params, u = random_vector(stack, shapes, 1), random_vector(stack, shapes, 2, spread=1.0)
-        tokens = random_tokens(vocabulary=20)
-        parts = [[shard(stack, block_of, i, t, rank, size) for i, t in enumerate(v)] for v in (params, u)]
-        group = torch.distributed.group.WORLD
-        dual = rop.gradient_and_product(own, *parts, tokens, group)
-        value, gradient, product = truth(loss(stack, tokens), params, u)
-        gradient, product = (
-            [shard(stack, block_of, i, t, rank, size) for i, t in enumerate(v)] for v in (gradient, product)
-        )
-        found[name] = abs(dual.loss - value), gap(dual.gradient, gradient), gap(dual.product, product)
-    return found
-
-
-def test_tensor_parallel_ranks_hold_their_parts_of_the_same_vectors():
-    for found in ranks.run(on_rank, 2, 2, timeout=120):
-        for away in found.values():
-            assert max(away) < 1e-12
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ ROWS = (  # layout, method, compared with: the single process in the same precis
     ("checkpointing", "fused", "single"),
     ("bf16-zero1", "fused", "bf16-single"),
 )
-LIMITS = {"difference": 1e-4, "exact": 1e-6, "fused": 1e-6}
+LIMITS = {"difference": 1e-4, "exact": 1e-5, "fused": 1e-5}  # float32 on any processor
 ORACLE = {"difference": "difference", "exact": "exact", "fused": "exact"}  # the method of the single process
 STILL = ["--lr", "0", "--lr-warmup-iters", "0", "--min-lr", "0"]
 STILL += ["--hidden-dropout", "0", "--attention-dropout", "0"]

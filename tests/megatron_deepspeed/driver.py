@@ -276,15 +276,14 @@ def in_our_own():
     import unittest.mock as mock
 
     from megatron_commute import hook
-    from megatron_commute.adapters.megatron_deepspeed import scalars as scalars
     from megatron_commute.adapters.megatron_deepspeed import sight as sight
     from megatron_commute.record import log as record
-    from megatron_commute.report import plots
+    from megatron_commute.report import curves, plots
 
     full, broken = OSError(28, "No space left on device (injected)"), KeyError("injected")
     with contextlib.ExitStack() as faults:
         for place, name, fault in (
-            (record.Record, "append", full), (plots, "report", full), (scalars, "_pairs", broken), (sight, "_mask", broken),
+            (record.Record, "append", full), (plots, "report", full), (curves, "of", broken), (sight, "_mask", broken),
             (sight.Sight, "delivered", broken), (hook.Hook, "state_dict", broken),
         ):  # fmt: skip
             faults.enter_context(mock.patch.object(place, name, side_effect=fault))

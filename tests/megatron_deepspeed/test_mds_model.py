@@ -1,4 +1,4 @@
-"""Small parts of the adapter that need no checkout: rates, decay, precision and recomputing, scalars."""
+"""Small parts of the adapter that need no checkout: rates, decay, precision and recomputing."""
 
 from types import SimpleNamespace
 
@@ -7,7 +7,6 @@ import torch
 
 from megatron_commute.adapters import megatron_core
 from megatron_commute.adapters.megatron_deepspeed import model as models
-from megatron_commute.adapters.megatron_deepspeed.scalars import heard
 
 
 class Scheduler:
@@ -57,18 +56,3 @@ def test_recomputing_and_casts_rest_and_come_back_after_a_fault():
     assert module[0].checkpoint_activations is True
     assert module[0].recompute_granularity == "full" and module[0].input_in_bf16 is True
     assert not hasattr(module[1], "checkpoint_activations")
-
-
-def test_a_writer_that_fails_is_told_of_nothing_more(capsys):
-    written, told = [], []
-
-    def listen(line):
-        told.append(line["event"])
-        raise OSError("no space left")
-
-    write = heard(lambda event, **fields: written.append((event, fields)), listen)
-    write("loss", step=5)
-    write("probe", step=8)
-    assert written == [("loss", {"step": 5}), ("probe", {"step": 8})]
-    assert told == ["loss"]
-    assert "no space left" in capsys.readouterr().out

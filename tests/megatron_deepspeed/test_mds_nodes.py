@@ -11,7 +11,6 @@ import matrix
 import pytest
 import ranks
 
-SCRIPT = matrix.HERE.parent.parent / "launch" / "multi_node.sh"
 STILL = ("--hidden-dropout", "0", "--attention-dropout", "0")
 DIES = 13  # checkpoints are written every 5 steps
 
@@ -25,20 +24,10 @@ def surroundings(tree, dies=""):
 
 
 def nodes(folder, tree, argv, dies=""):
-    """(exit status, output) of both nodes; each is a process group of its own. Killed as a whole when time runs out."""
     (folder / "hosts").write_text("node-0 slots=2\nnode-1 slots=2\n")
-    port, started = str(ranks.free_port()), []
-    for number in "01":
-        command = ["bash", SCRIPT, "--hostfile", folder / "hosts", "--node-rank", number, "--master-addr"]
-        command += ["127.0.0.1", "--master-port", port, "--", matrix.HERE / "launched.py", *argv]
-        output = open(folder / f"output{number}", "w+")  # noqa: SIM115  the node writes to it until it ends
-        node = subprocess.Popen(
-            [str(word) for word in command], stdout=output, stderr=subprocess.STDOUT,
-            start_new_session=True, env=surroundings(tree, dies),
-        )  # fmt: skip
-        started.append((node, output))
+    port, words = ranks.free_port(), [matrix.HERE / "launched.py", *argv]
     try:
-        return ranks.ended(started, 300)
+        return ranks.two_nodes(folder, words, surroundings(tree, dies), port, 300)
     finally:
         for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
             left.unlink()

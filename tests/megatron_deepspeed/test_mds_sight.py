@@ -1,4 +1,4 @@
-"""What one rank sees of a step, and how the account adds up what several ranks see; needs no checkout."""
+"""What one rank sees of a step, and how the tally adds up what several ranks see; needs no checkout."""
 
 import functools
 from types import SimpleNamespace
@@ -10,7 +10,7 @@ import torch
 
 from megatron_commute import reduce
 from megatron_commute.adapters.megatron_deepspeed.sight import Sight
-from megatron_commute.record.tally import Account, sample_hash
+from megatron_commute.record.tally import Tally, sample_hash
 
 TEXT = torch.arange(12).reshape(2, 6)
 LOSSES = torch.tensor([[1.0, 2.0, 3.0], [5.0, 7.0, 9.0]])
@@ -91,14 +91,16 @@ TOKENS = np.arange(20).reshape(4, 5)
 
 def two_stages(rank):
     """Rank 0 sees the sequences, rank 1 the losses."""
-    account = Account(2, 4, 2, 0, 1, None).over(reduce.everyone())
+    tally = Tally(domains=2, global_batch=4, micro_batch=2, data_rank=0, data_size=1, group=None).over(
+        reduce.everyone()
+    )
     losses = np.array([1.0, 2.0, 4.0, 3.0])
-    account.add(8, DOMAINS, POSITIONS, losses if rank else None, None if rank else TOKENS)
-    return account.state_dict(), account.means()
+    tally.add(8, DOMAINS, POSITIONS, losses if rank else None, None if rank else TOKENS)
+    return tally.state_dict(), tally.means()
 
 
-def test_the_account_adds_what_several_ranks_see():
-    whole = Account(2, 4, 2, 0, 1, None)
+def test_the_tally_adds_what_several_ranks_see():
+    whole = Tally(domains=2, global_batch=4, micro_batch=2, data_rank=0, data_size=1, group=None)
     whole.add(8, DOMAINS, POSITIONS, np.array([1.0, 2.0, 4.0, 3.0]), TOKENS)
     rows = zip(range(8, 12), DOMAINS, POSITIONS, TOKENS, strict=True)
     told = [(whole.state_dict(), whole.means())] * 2

@@ -1,16 +1,13 @@
 """The report as a reader's browser shows it: on a phone, on a desk and on paper, alone, without network."""
 
 import html
-import http.server
 import json
 import re
 import shutil
 import subprocess
 import tempfile
-import threading
 from pathlib import Path
 
-import numpy as np
 import pytest
 import records
 
@@ -24,7 +21,7 @@ pytestmark = pytest.mark.skipif(
 )
 FLAGS = "--headless=new --no-sandbox --disable-gpu --no-first-run --disable-background-networking --hide-scrollbars"
 FLAGS += " --disable-component-update --disable-sync --enable-logging=stderr"
-CASES = ("quickstart", "analysis", "eight", "long names")
+CASES = ("quickstart", "flow", "analysis", "eight", "long names")
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +30,10 @@ def pages(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pages")
     lines = {
         "quickstart": record.read(ROOT / "launch/results/quickstart.jsonl"),
+        "flow": records.of_flow(records.lines(K=3)),
         "analysis": records.analysed(records.lines(K=3)),
-        "eight": records.of_0_1_0(records.lines(K=8)),
-        "long names": records.of_0_1_0(records.lines(names=["x" * 60, "long name " * 6, "中文"])),
+        "eight": records.lines(K=8),
+        "long names": records.lines(names=["x" * 60, "long name " * 6, "中文"]),
     }
     return {name: plots.report(records.write(folder / name, lines[name])) for name in CASES}
 
@@ -122,38 +120,3 @@ def test_only_the_script_of_the_report_may_run(pages, tmp_path):
     title, complaints = browse(text, tmp_path, "document.title = 'foreign'")
     assert title == "Order of data: english, code, russian"
     assert len(complaints) == 1 and "Content Security Policy" in complaints[0]
-
-
-def test_no_request_leaves_the_page_even_if_something_asks(pages, tmp_path):
-    asked = []
-
-    class Listener(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            asked.append(self.path)
-            self.send_error(404)
-
-        def log_message(self, *_):
-            pass
-
-    with http.server.HTTPServer(("127.0.0.1", 0), Listener) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        image = f'<img src="http://127.0.0.1:{server.server_port}/NAME">'
-        browse(pages["analysis"].read_text(encoding="utf-8") + image.replace("NAME", "kept"), tmp_path)
-        browse(without_policy(pages["analysis"]) + image.replace("NAME", "free"), tmp_path)
-        server.shutdown()
-    assert asked == ["/free"]  # the copy without its policy: this test would see a request
-
-
-@pytest.mark.parametrize("name", ["quickstart", "analysis"])
-def test_it_is_a_picture_on_a_screen_and_pages_on_paper(pages, name, tmp_path):
-    from matplotlib import image
-
-    chromium(f"--screenshot={tmp_path}/wide.png", "--window-size=1280,4200", f"file://{pages[name]}")
-    seen = image.imread(tmp_path / "wide.png")
-    assert seen.shape[:2] == (4200, 1280)
-    ink = (seen[..., :3] < 0.9).any(-1)
-    assert not ink[:, :60].any() and not ink[:, -60:].any()  # the margins of 1120 pixels of text
-    assert np.count_nonzero(ink.any(1)) > 1000
-    chromium(f"--print-to-pdf={tmp_path}/paper.pdf", f"file://{pages[name]}")
-    paper = (tmp_path / "paper.pdf").read_bytes()
-    assert paper.startswith(b"%PDF") and 2 <= len(re.findall(rb"/Type ?/Page\b", paper)) <= 6

@@ -42,13 +42,9 @@ def expected(run, name, headers, row):
     ]
 
 
-@pytest.mark.parametrize(
-    "options", [{"K": 3}, {"K": 2}, {"K": 3, "each": True, "mode": "shadow"}, {"K": 3, "endless": (1,)}]
-)
+@pytest.mark.parametrize("options", [{"K": 3, "endless": (1,)}, {"K": 3, "each": True, "mode": "shadow"}])
 def test_every_series_of_the_report_is_a_curve_with_the_same_numbers(options):
     lines = records.lines(**options)
-    if not options.get("each"):
-        lines = records.of_0_1_0(lines)
     run, found = series.by_event(lines), drawn(lines)
     seen = set()
     for name, (headers, rows) in tables(run).items():

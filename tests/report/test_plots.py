@@ -62,15 +62,6 @@ def test_summary_of_a_run():
         )
 
 
-def test_with_target_each_a_row_shows_the_domain_as_its_own_target():
-    lines = records.lines(K=3, each=True, mode="shadow")
-    headers, rows = plots.summary_rows(lines)
-    probe = [line for line in lines if line["event"] == "probe"][-1]
-    for k, row in enumerate(rows):
-        shown = float(row[headers.index("s (10⁻³)")].split()[0].replace("−", "-"))
-        assert shown == pytest.approx(1e3 * probe["s"][k][k], abs=0.006)
-
-
 def test_summary_without_probes_losses_or_budgets():
     start = records.lines(K=2, endless=(0, 1))[0]
     _, rows = plots.summary_rows([start])
@@ -87,13 +78,6 @@ def test_numbers_without_an_error_are_never_certain():
     error = np.array([np.nan, 0.5, 0.1, 0.1])
     assert series.certain(run, value, error).tolist() == [False, False, True, False]  # 3 degrees: 3.18 errors
     assert series.certain(run, value, error, probes=100).tolist() == [False, True, True, False]
-
-
-def test_mean_leaves_out_what_is_unknown():
-    value = np.array([[1.0, np.nan], [3.0, np.nan], [np.nan, np.nan]])
-    mean, error = series.mean_with_error(value, np.array([[3.0, 1.0], [4.0, 1.0], [np.nan, 1.0]]))
-    assert mean[0] == 2.0 and error[0] == 2.5
-    assert np.isnan([mean[1], error[1]]).all()
 
 
 @pytest.mark.parametrize(
@@ -141,16 +125,6 @@ def test_scores_over_many_orders_of_magnitude_stay_readable():
     assert 3 <= len(shown) <= 9
 
 
-def test_when_all_is_served_the_last_weights_in_force_count():
-    lines = records.lines(K=3)
-    last = [line for line in lines if line["event"] == "loss"][-1]
-    before = dict(last["weights"])
-    last["weights"] = dict.fromkeys(before, 0.0)
-    headers, rows = plots.summary_rows(lines)
-    shown = [row[headers.index("weight")].split(" → ")[1] for row in rows]
-    assert shown == [f"{value:.3f}" for value in before.values()]
-
-
 def test_the_same_record_gives_the_same_bytes(tmp_path):
     record = records.write(tmp_path, records.lines(K=3))
     first = plots.report(record, tmp_path / "a.html").read_bytes()
@@ -178,18 +152,6 @@ def test_export_writes_every_picture_and_every_number(tmp_path):
     assert read_csv(tmp_path / "out" / "skips.csv")[0]["reason"] == "loss of code is not finite on rank 1"
     decided = read_csv(tmp_path / "out" / "decisions.csv")
     assert [row["effective_sample"] for row in decided] == [str(p["effective_sample"] or "") for p in probes]
-
-
-def test_export_of_an_analysis_has_its_checks_and_nothing_empty(tmp_path):
-    lines = records.analysed(records.lines(K=3))
-    plots.export(records.write(tmp_path, lines), tmp_path / "out")
-    pairs = [
-        [line["step"], *pair] for line in lines if line["event"] == "probe" for pair in line["improvable"][0]
-    ]
-    found = read_csv(tmp_path / "out" / "improvable.csv")
-    assert [[int(row["step"]), row["earlier"], row["later"]] for row in found] == pairs and pairs
-    for path in (tmp_path / "out").glob("*.csv"):
-        assert len(read_csv(path)) > 0, path
 
 
 def test_the_weights_of_an_analysis_are_those_of_its_checkpoints_and_go_on_to_the_end_of_the_run():

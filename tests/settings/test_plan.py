@@ -72,7 +72,6 @@ def test_omitted_weights_share_the_rest_by_budget(tmp_path):
     ("content", "message"),
     [
         (domains("weight: 0.6", "weight: 0.6"), "1: domains: the weights sum to 1.2 (en 0.6, ru 0.6); write weights that sum to 1"),
-        (domains("weight: 0.6", "weight: 0.3"), "1: domains: the weights sum to 0.9 (en 0.6, ru 0.3); write weights that sum to 1"),
         (domains("weight: 1", "weight: null"), "3: domains.ru.weight: missing, and the others sum to 1 already; write 0 here or lower the others"),
         (TWO, "2: domains.en.weight: missing, and there is no budget to take the share from; write a weight (all sum to 1) or a budget"),
         (domains("budget: 600", "budget: 208"), "2: domains.en.budget: the budgets sum to 808 sequences, the run has 800 (100 iterations x global batch 8); run --train-iters 101 or write 592 here"),
@@ -81,7 +80,6 @@ def test_omitted_weights_share_the_rest_by_budget(tmp_path):
         (domains("budget: 801", "weight: 0.1"), "2: domains.en.budget: the budgets sum to 801 sequences, the run has 800 (100 iterations x global batch 8); write 800 here"),
         (domains("budget: 15tok", "weight: 1"), "2: domains.en.budget: 15 tokens fill no sequence of 16; write more tokens"),
         (domains("budget: 600, max: 0.7", "weight: 0.3"), "2: domains.en.max: 0.7 is below the share of the run's samples of en, 0.75; write at least 0.75, or give en less"),
-        (domains("weight: 0.3, budget: 600, max: 0.7", "weight: 0.7"), "2: domains.en.max: 0.7 is below the share of the run's samples of en, 0.75; write at least 0.75, or give en less"),
         (domains("budget: 600", "min: 0.3"), "3: domains.ru.min: 0.3 is above the weight of ru, 0.25; write at most 0.25, or give ru more"),
         (domains("weight: 0.5, min: 0.6", "weight: 0.5, min: 0.6"), "3: domains.ru.min: the lower bounds sum to 1.2; write bounds that sum to at most 1"),
         (domains("weight: 0.5, max: 0.3", "weight: 0.5, max: 0.4"), "2: domains.en.max: the upper bounds sum to 0.7; write bounds that sum to at least 1"),
@@ -127,12 +125,9 @@ def test_holdout_comes_off_the_training_part(tmp_path, mode, size):
     assert planned.holdouts == (256, 256) and planned.sizes == (size, size)
     overlap = [w for w in planned.warnings if "the host trains on it too" in w]
     assert len(overlap) == (2 if mode == "shadow" else 0)
-
-
-def test_separate_holdout_leaves_the_training_part_whole(tmp_path):
-    content = domains("weight: 0.5, holdout: held/en", "weight: 0.5, holdout: 400", "mode: act\n")
-    planned = plan(tmp_path, content, holdouts=[128, None])
-    assert planned.holdouts == (128, 400) and planned.sizes == (4000, 3600)
+    apart = domains("weight: 0.5, holdout: held/en", "weight: 0.5, holdout: 400", f"mode: {mode}\n")
+    planned = plan(tmp_path, apart, holdouts=[128, None])
+    assert planned.holdouts == (128, 400) and planned.sizes[0] == 4000
 
 
 @pytest.mark.parametrize(
@@ -179,14 +174,6 @@ def test_warnings(tmp_path):
     assert plan(tmp_path, EQUAL + "mode: act\nevery: 50\nmeasure_budget: 1\n").warnings == ()
 
 
-def test_warnings_of_a_file_with_nothing_to_measure(tmp_path):
-    found = plan(tmp_path, "domains: {en: {path: en}}\nmode: fixed\nevery: 100\n", sequences=[4000]).warnings
-    assert found == (
-        "every: no probe within 100 iterations when one comes every 100",
-        "domains: there is only one, so there is no order to choose",
-    )
-
-
 def test_cost_of_probes(tmp_path):
     assert list(probe_steps(30, 91)) == [30, 60, 90] and list(probe_steps(30, 90)) == [30, 60]
 
@@ -195,6 +182,7 @@ def test_cost_of_probes(tmp_path):
 
     # 2 domains x (64 samples x 2 gradients + 32 for the direction + 4 for the error) = 328; 3 probes in 800 samples
     assert cost("") == (3, 328, 1.23)
+    assert cost("probe: {memory: scores}").gradients == 2 * 64 * 4 + 2 * 32 + 8  # two passes of products
     assert cost("probe: {method: exact}").gradients == 2 * 64 * 3.1 + 2 * 32
     assert cost("target: {ru: 1}").gradients == 2 * (64 * 2 + 4) + 32
     assert cost("target: each").gradients == 2 * (2 * (64 * 2 + 4)) + 2 * 32
@@ -203,23 +191,14 @@ def test_cost_of_probes(tmp_path):
     )
 
 
-SCHEDULE = [
-    ("at,en\n0,1", "s.csv:1: the columns are at,en; write at,then,en,ru"),
-    ("", "s.csv:1: the columns are missing; write at,then,en,ru"),
-    ("at,en,ru\n0,0.5,x", "s.csv:2: could not convert string to float: 'x'; write a number for each domain"),
-    ("at,en,ru\n8,0.5,0.5\n8,0.6,0.4", "s.csv:3: 8 is sample 8; write points that rise"),
-    (
-        "at,en,ru\n50%,0,1",
-        "sample 400: weight 1 of ru is outside min 0, max 0.9; change the point or the bounds",
-    ),
-    (
-        "at,en,ru\n0,0.5,0.5",
-        "the schedule asks for 400 samples of en, its budget is 600; write points that add up to it, budget: 400, or budget: null",
-    ),
-]
-
-
-@pytest.mark.parametrize(("table", "message"), SCHEDULE)
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("at,en\n0,1", "s.csv:1: the columns are at,en; write at,then,en,ru"),
+        ("at,en,ru\n50%,0,1", "sample 400: weight 1 of ru is outside min 0, max 0.9; change the point or the bounds"),
+        ("at,en,ru\n0,0.5,0.5", "the schedule asks for 400 samples of en, its budget is 600; write points that add up to it, budget: 400, or budget: null"),
+    ],
+)  # fmt: skip
 def test_bad_schedule(tmp_path, table, message):
     (tmp_path / "s.csv").write_text(table)
     content = domains("weight: 0.5, budget: 600", "weight: 0.5, max: 0.9", "mode: fixed\nschedule: s.csv\n")
@@ -246,8 +225,3 @@ def test_schedule_that_begins_later_needs_weights(tmp_path):
     assert "domains.en.weight: missing" in refusal(tmp_path, TWO + "mode: fixed\nschedule: s.csv\n")
     planned = plan(tmp_path, EQUAL + "mode: fixed\nschedule: s.csv\n")
     assert list(planned.weights) == [0.5, 0.5] and list(planned.shares) == [0.375, 0.625]
-
-
-def test_floors_above_a_weight_are_refused(tmp_path):
-    content = EQUAL + "mode: act\ncontroller: {floors: {en: 0.6}}\n"
-    assert "controller.floors: 0.6 is above the weight of en" in refusal(tmp_path, content)

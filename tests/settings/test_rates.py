@@ -120,3 +120,14 @@ def test_flags_make_the_schedule_and_none_is_the_default():
     for missing in ("lr", "train_iters"):
         with pytest.raises(ValueError, match=f"--{missing.replace('_', '-')}: missing"):
             rates.from_flags({"lr": 0.1, "train_iters": 5, missing: None})
+
+
+def test_the_two_windows_of_a_decision_end_with_the_run():
+    rate = [1e-2 * (1 - step / 24) for step in range(25)]
+
+    def times(step):
+        return rates.flow_times(rate.__getitem__, step, 4, 24)
+
+    assert times(8) == pytest.approx((sum(rate[8:12]), sum(rate[12:16])))
+    assert times(20) == pytest.approx((sum(rate[20:22]), sum(rate[22:24])))
+    assert times(23) == pytest.approx((rate[23], 1e-30))

@@ -13,18 +13,18 @@ DOMAINS = {"english": 0.6, "russian": 0.1, "code": 0.3}
 VOCABULARY, SEQUENCE, HEADS = 256, 32, 2
 
 
-def write_data(folder, documents=300):
-    """Indexed data of three domains: Markov chains over 256 tokens, each with transitions of its own."""
+def write_data(folder, documents=300, names=tuple(DOMAINS)):
+    """Indexed data of these domains: Markov chains over 256 tokens, each with transitions of its own."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # megatron-core's own, on import and on numpy 2
-        _write_data(folder, documents)
+        _write_data(folder, documents, names)
 
 
-def _write_data(folder, documents):
+def _write_data(folder, documents, names):
     import torch
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-    for d, name in enumerate(DOMAINS):
+    for d, name in enumerate(names):
         successor = np.random.default_rng(d).permutation(VOCABULARY)
         for split, count in (("train", documents), ("valid", 40)):
             rng = np.random.default_rng([d, count])

@@ -2,8 +2,7 @@
 
 Exact for SGD (momentum), Adam and AdamW as torch.optim defines them: with s the optimiser's state
 and theta', s' = step(theta, s, g(theta)), the row (lambda_theta, lambda_s) is multiplied by the
-step's Jacobian from the right, in which the loss appears through one Hessian-vector product. It
-holds for effects small enough to be linear: swaps of up to a fifth of the smaller weight. A loss is
+step's Jacobian from the right, in which the loss appears through one Hessian-vector product. A loss is
 a callable params (list of tensors) -> scalar; vectors are such lists. Products are torch's own
 double backward, so that nothing of the package judges itself.
 """
@@ -49,54 +48,23 @@ class Step(NamedTuple):
     number: int
 
 
-class Adjoint(NamedTuple):
-    """direction: d target(end) / d params(start), a vector; effects f64[steps, K]: d target(end) / d weight of every
-    domain in every step (None without domains); lengths: |lambda| before every step, first step first."""
-
-    direction: list[torch.Tensor]
-    effects: torch.Tensor | None
-    lengths: list[float]
-
-
-def adjoint(
-    target: Loss,
-    end_params: Vector,
-    window: Sequence[Step],
-    domains: Callable[[int], Sequence[Loss]] | None = None,
-) -> Adjoint:
-    """The target's gradient after `window`, pulled back to its start through every step.
-
-    domains(t) -> K losses of step t as they entered its mixture: then effects[t, k] is the exact first variation of the
-    target with domain k's weight in that step.
-    """
+def adjoint(target: Loss, end_params: Vector, window: Sequence[Step]) -> list[torch.Tensor]:
+    """The target's gradient after `window`, pulled back to its start through every step: d target(end) / d params(start)."""
     pulled = _gradient(target, end_params)
     memory = tuple([torch.zeros_like(p) for p in pulled] for _ in window[-1].state)
-    effects, lengths = [], []
-    for t in range(len(window) - 1, -1, -1):
-        pulled, memory, force = _back(window[t], pulled, memory)
-        lengths.append(float(sum(p.double().square().sum() for p in pulled)) ** 0.5)
-        if domains is not None:
-            slopes = [_gradient(loss, window[t].params) for loss in domains(t)]
-            effects.append([_dot(force, slope) for slope in slopes])
-    table = torch.tensor(effects[::-1], dtype=torch.float64) if domains is not None else None
-    return Adjoint(pulled, table, lengths[::-1])
+    for step in reversed(window):
+        pulled, memory = _back(step, pulled, memory)
+    return pulled
 
 
 def stored(optimizer: torch.optim.Optimizer, params: Vector, loss: Loss) -> Step:
-    """The Step that `optimizer` (torch.optim SGD, Adam or AdamW, one set of settings) is about to take; copies of all.
+    """The Step that `optimizer` (torch.optim SGD, Adam or AdamW, one group of parameters) is about to take; copies of all.
 
-    ValueError names what the adjoint does not cover: Nesterov, dampening, AMSGrad, maximize, several settings.
+    Without Nesterov, dampening, AMSGrad and maximize.
     """
-    kinds = {"SGD": "sgd", "Adam": "adam", "AdamW": "adam"}
-    name, groups = type(optimizer).__name__, optimizer.param_groups
-    if name not in kinds:
-        raise ValueError(f"the adjoint knows SGD, Adam and AdamW, not {name}: train with one of them")
-    settings = [{k: v for k, v in group.items() if k != "params"} for group in groups]
-    asked = [k for k in ("nesterov", "dampening", "amsgrad", "maximize") if any(s.get(k) for s in settings)]
-    if asked or any(s != settings[0] for s in settings):
-        what = ", ".join(asked) or "parameter groups with different settings"
-        raise ValueError(f"the adjoint does not cover {what}: train without")
-    s, names = settings[0], ("momentum_buffer",) if kinds[name] == "sgd" else ("exp_avg", "exp_avg_sq")
+    kinds, name = {"SGD": "sgd", "Adam": "adam", "AdamW": "adam"}, type(optimizer).__name__
+    (s,) = optimizer.param_groups
+    names = ("momentum_buffer",) if kinds[name] == "sgd" else ("exp_avg", "exp_avg_sq")
     decoupled = name == "AdamW" or bool(s.get("decoupled_weight_decay"))
     rule = Rule(
         kinds[name], float(s["lr"]), s.get("momentum", 0.0), s.get("betas", (0.9, 0.999)), s.get("eps", 1e-8),
@@ -116,10 +84,6 @@ def stored(optimizer: torch.optim.Optimizer, params: Vector, loss: Loss) -> Step
     return Step([p.detach().clone() for p in params], loss, rule, kept, number)
 
 
-def _dot(a: Vector, b: Vector) -> float:
-    return float(sum((x.double() * y.double()).sum() for x, y in zip(a, b, strict=True)))
-
-
 def _gradient(loss: Loss, params: Vector) -> list[torch.Tensor]:
     leaves = [p.detach().clone().requires_grad_(True) for p in params]
     return list(torch.autograd.grad(loss(leaves), leaves))
@@ -132,7 +96,7 @@ def _product(loss: Loss, params: Vector, v: Vector) -> list[torch.Tensor]:
 
 
 def _back(step: Step, pulled, memory):
-    """(adjoint of params, of state, force) before the step from those after it; force: adjoint of the step's gradient."""
+    """(adjoint of params, of state) before the step from those after it; force: adjoint of the step's gradient."""
     rule = step.rule
     slope = _gradient(step.loss, step.params)
     if rule.decay and not rule.decoupled:
@@ -142,10 +106,10 @@ def _back(step: Step, pulled, memory):
     kept = 1 - rule.rate * rule.decay if rule.decoupled else 1.0
     own = rule.decay if not rule.decoupled else 0.0
     if not any(f.any() for f in force):
-        return [kept * p for p in pulled], memory, force
+        return [kept * p for p in pulled], memory
     product = _product(step.loss, step.params, force)
     pulled = [kept * p + h + own * f for p, h, f in zip(pulled, product, force, strict=True)]
-    return pulled, memory, force
+    return pulled, memory
 
 
 def _sgd(step, slope, pulled, memory):

@@ -177,11 +177,6 @@ def gap(a, b):
     return length([x.double() - y.double() for x, y in zip(a, b, strict=True)]) / length(b)
 
 
-def asymmetry(a, b, ha, hb):
-    """|a.H b - b.H a| over the geometric mean of |a| |H b| and |b| |H a|."""
-    return abs(inner(a, hb) - inner(b, ha)) / math.sqrt(math.prod(map(length, (a, b, ha, hb))))
-
-
 def train(model, vocabulary=32, samples=16, length=8, steps=80, rate=3e-3):
     """Train the model in place with Adam, each step on a new batch; a model that has left its
     initialisation."""

@@ -12,6 +12,7 @@ from megatron_commute import reduce
 from megatron_commute.adapters import torch_loop
 from megatron_commute.config import Config, Controller, Domain, Plan, Probe, Run
 from megatron_commute.data import takeover
+from megatron_commute.data.stream import Stream
 from megatron_commute.hook import Hook
 from megatron_commute.mixture import Mixture
 from megatron_commute.record import log as record
@@ -38,7 +39,7 @@ class Loop:
     def __init__(
         self, folder, steps=24, mode="act", draw=held_out, state=None, groups=None, watched=True, confidence=0.5,
         names=NAMES, weights=WEIGHTS, targets=None, every=EVERY, budgets="shares", law="tilt", compare=(),
-        batch=BATCH, cooldown=1,
+        batch=BATCH, cooldown=1, listeners=(),
     ):  # fmt: skip
         torch.manual_seed(0)
         gpt = oracles.GPT(VOCABULARY, 8, 2, 1, LENGTH, spread=0.2)
@@ -80,18 +81,32 @@ class Loop:
         feed = self.mixture.copy()
         self.sampler = types.SimpleNamespace(frontier=feed, schedule=feed.schedule, take=feed.take)
         if watched:
-            self._attach(folder, config, draw, state)
+            self._attach(folder, config, draw, state, listeners)
 
-    def _attach(self, folder, config, draw, state):
+    def _attach(self, folder, config, draw, state, listeners):
         params = list(self.module.parameters())
         model = torch_loop.probe_model(
             self.module, mean_loss, 3, lambda: torch_loop.second_moments(self.optimizer, params), groups=self.groups
         )  # fmt: skip
         log = record.Record(folder / record.NAME)
         ledger = takeover.ledger(self.plan.names, ["x"] * len(self.plan.names))
+        stream = Stream(
+            consumed=self.mixture.copy(), sampler=self.sampler, groups=self.groups, global_batch=self.batch
+        )
         self.hook = Hook(
-            *(config, self.plan, self.run, self.mixture.copy(), ledger, model, self.groups, draw, log),
-            *(lambda step: 1e-2 * (1 - step / self.steps), 0.01, self.sampler, self.said.append),
+            config=config,
+            plan=self.plan,
+            run=self.run,
+            stream=stream,
+            ledger=ledger,
+            model=model,
+            groups=self.groups,
+            draw=draw,
+            record=log,
+            learning_rate=lambda step: 1e-2 * (1 - step / self.steps),
+            decay=0.01,
+            say=self.said.append,
+            listeners=listeners,
         )
         self.hook.start() if state is None else self.hook.load_state_dict(json.loads(state["hook"]))
 
@@ -112,7 +127,7 @@ class Loop:
             if self.hook is not None:
                 self.hook.begin(self.step)
             domains, positions = self.sampler.take(self.batch)
-            mine = slice(None) if self.hook is None else self.hook.account.mine
+            mine = slice(None) if self.hook is None else self.hook.tally.mine
             tokens, loss = self._train(self.step, domains[mine], positions[mine])
             self.losses.append(loss.item())
             self.drawn += list(zip(domains.tolist(), positions.tolist(), strict=True))

@@ -8,6 +8,7 @@ import os
 import pickle
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -114,9 +115,19 @@ def _rank(sender, rank, world_size, port, folder, timeout, task):
     os._exit(0)  # a rank that failed must not wait for its peers in a destructor
 
 
-def ended(started, timeout):
-    """(exit status, output) of processes that lead groups of their own, [(process, its output file)]; timeout: seconds for
-    each. Groups that are left are killed whole."""
+def two_nodes(folder, words, surroundings, port, timeout):
+    """(exit status, output) of two nodes that launch/multi_node.sh starts here as the lines of folder/hosts; each leads a
+    process group of its own, killed as a whole when time (seconds) runs out. words: the script and its flags."""
+    script, started = Path(__file__).parents[2] / "launch" / "multi_node.sh", []
+    for number in "01":
+        command = ["bash", script, "--hostfile", folder / "hosts", "--node-rank", number]
+        command += ["--master-addr", "127.0.0.1", "--master-port", port, "--", *words]
+        output = open(folder / f"output{number}", "w+")  # noqa: SIM115  the node writes to it until it ends
+        process = subprocess.Popen(
+            [str(word) for word in command], stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+            env={**surroundings, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo"},
+        )  # fmt: skip
+        started.append((process, output))
     try:
         for process, _ in started:
             process.wait(timeout=timeout)

@@ -154,39 +154,51 @@ def _loss(rng, names, step, sample, loss, valid, served, weight, spent):
 
 def of_0_1_0(lines):
     """The lines as version 0.1.0 wrote them with a wave on the weights: readings, effects and comparisons of signals."""
-    names, found = lines[0]["names"], []
-    w, K = lines[0]["weights"], len(names)
-    lines[0]["response"] = {
-        "kind": "lock-in",
-        "delta": 0.2,
-        "window": 8,
-        "tail": 64,
-        "period": None,
-        "sequences": 64,
-    }
-    lines[0]["responses"] = {
-        "kind": "lock-in",
-        "steps": 80,
-        "count": 5,
-        "gradients": 128.0,
-        "share": 1e-3,
-        "why": "",
-    }
+    K, found = len(lines[0]["names"]), []
+    lines[0] |= {"response": {"kind": "lock-in", "delta": 0.2}, "responses": {"kind": "lock-in", "steps": 80}}
     for line in lines:
-        if line["event"] == "loss":
-            line["base"] = line["weights"]
         if line["event"] == "probe":
             measured = {"effect": [0.01] * K, "effect_se": [2e-3] * K, "effect_dof": 6}
-            line |= measured
-            line["calibration"] = {
-                "last gains": {"hits": 3, "n": 4, "silent": 0, "rate": 0.75, "scale": None}
-            }
-            told = {"foretold_at": line["sample"] - 1, "signals": {"last gains": [0.1] * K}, "weights": w}
-            found.append(_at("calibration", line["step"], line["sample"], schema=1, **told, **measured))
-            wave = {"kind": "lock-in", "wave": [0.1] * K, "tail": [2.0] * K, "switch": None}
-            found.append(_at("response", line["step"], line["sample"], schema=1, **wave))
+            line |= measured | {"calibration": {"last gains": {"hits": 3, "n": 4, "rate": 0.75}}}
+            for event in ("calibration", "response"):
+                found.append(_at(event, line["step"], line["sample"], schema=1, kind="lock-in", **measured))
         found.append(line)
     return found
+
+
+def of_flow(lines, segments=25):
+    """The lines of a run in mode fixed whose weights law flow planned: a hump of the last domain."""
+    start, found = dict(lines[0]), []
+    K, batch, samples, steps = (
+        len(start["names"]),
+        start["global_batch"],
+        start["samples"],
+        start["train_iters"],
+    )
+    at = np.arange(segments) * (steps // segments) * batch
+    hump = 0.1 + 0.3 * np.exp(-(((at / samples - 0.6) / 0.2) ** 2))
+    others = np.array(start["weights"][:-1]) / sum(start["weights"][:-1])
+    weights = np.column_stack([np.outer(1 - hump, others), hump])
+    curve = np.linspace(0, samples - batch, 50)
+    start["flow"] = {
+        "scale": {"peak": 1e-3, "total": 0.2, "low": 0.1, "high": 0.5},
+        "memory": 2.5, "kept": 40, "begin": 0, "used": [0] * K, "retired": 0, "strength": 1.0,
+        "target": [0.0] * (K - 1) + [1.0], "ranges": [-0.35] * (K - 1) + [3.15], "notes": [],
+        "segments": {"sample": at.tolist(), "weights": weights.tolist()},
+        "curves": {"sample": curve.tolist(), "rate": (1e-3 * np.cos(curve / samples)).tolist(),
+                   "profile": np.sin(3 * curve / samples).tolist()},
+    }  # fmt: skip
+    start["mode"], start["controller"] = "fixed", {**start["controller"], "law": "flow"}
+    for line in lines[1:]:
+        line = dict(line)
+        if line["event"] == "loss":
+            now = weights[np.searchsorted(at, line["sample"] - batch, side="right") - 1]
+            line["weights"] = _named(start["names"], now)
+        if line["event"] == "probe":
+            line |= {"weights_next": line["weights"], "effective_sample": None}
+            line["reason"] = "mode fixed: measured, weights not touched"
+        found.append(line)
+    return [start, *found]
 
 
 def analysed(lines):

@@ -1,12 +1,18 @@
 """A small language model as a stack of layers that DeepSpeed can cut into pipeline stages or shards, with tied words."""
 
+import itertools
 import os
 import types
 import warnings
 
 import numpy as np
 import oracles
+import pytest
 import torch
+
+from megatron_commute import reduce
+from megatron_commute.adapters import torch_loop
+from megatron_commute.measure import probe
 
 VOCABULARY, LENGTH, WIDTH, BLOCKS = 24, 7, 12, 2
 WEIGHTS, FLOW = np.array([0.5, 0.2, 0.3]), (0.1, (0.02, 0.01))
@@ -110,6 +116,19 @@ def settings(method="difference", metric="identity", memory="full", samples=6, s
     return types.SimpleNamespace(samples=samples, splits=splits, method=method, metric=metric, memory=memory)
 
 
+def measured(model, groups, how=None, draw=draw, limit=None):
+    """A probe of a model on the ranks of `groups`."""
+    how = how or settings()
+    team = reduce.team(groups, how.splits, together=how.memory == "sharded")
+    return probe.measure(model, groups, team, draw, how, TARGET, WEIGHTS, FLOW, limit)
+
+
+def alone(module=None, second_moments=None, decayed=None, **how):
+    """What one process measures on the whole model."""
+    model = torch_loop.probe_model(module or Stack(), loss, 2, second_moments, decayed=decayed)
+    return measured(model, reduce.Groups(), settings(**how))
+
+
 def start():
     """Let DeepSpeed work on CPU by gloo alone, in silence; on a gloo rank that is set up."""
     os.environ["DS_ACCELERATOR"] = "cpu"
@@ -174,6 +193,60 @@ def zero3_engine(ranks, bf16=False):
 def same(one, two):
     """Whether two states of an engine, (tensors, the rest), are the same to the last bit."""
     return one[1] == two[1] and all(torch.equal(a, b) for a, b in zip(one[0], two[0], strict=True))
+
+
+def assert_close(found, expected, names=("M", "P", "s", "P_se")):
+    """float32 differences: 1e-4 of max|M|, scores and what they are made of to a thousandth of their own size."""
+    size = np.abs(expected.M).max()
+    for name in names:
+        assert np.abs(getattr(found, name) - getattr(expected, name)).max() <= 1e-4 * size, name
+    assert found.step == pytest.approx(expected.step, rel=1e-5)
+    for name in ("u_g", "h_theta", "score"):
+        value = getattr(expected, name)
+        assert np.abs(getattr(found, name) - value).max() <= 1e-3 * np.abs(value).max(), name
+
+
+FAULTS = {
+    "forward": "KeyError: 'a bug in a layer'",
+    "memory": "OutOfMemoryError: CUDA out of memory",
+    "backward": "ZeroDivisionError: division by zero",
+    "nan": "FloatingPointError: the gradient is not finite",
+    "data": "ValueError: token 99 is outside the vocabulary",
+    "late": "TimeoutError: the probe ran past probe.time_limit",
+}
+
+
+def survived(rank, engine, probed, state, more=()):
+    """{kind: what this rank was told, whether the engine's state stayed} when only rank 1 has a fault, and without any.
+
+    probed(kind, draw, limit) measures; `more` kinds are its own.
+    """
+    told, forward = {}, Block.forward
+    for kind in (*FAULTS, *more, "none"):
+
+        def drawn(part, domain, numbers, kind=kind):
+            if kind == "data" and rank == 1 and (part, domain) == ("gradient", 2):
+                raise ValueError("token 99 is outside the vocabulary")
+            return draw(part, domain, numbers)
+
+        before, limit = state(engine), 0.0 if kind == "late" and rank == 1 else 1e9
+        Block.forward = faulty(kind, rank, itertools.count())
+        try:
+            found = probed(kind, drawn, limit)
+            told[kind] = "measured", bool(np.isfinite(found.P).all())
+        except probe.ProbeFailed as fault:
+            told[kind] = str(fault), same(before, state(engine))
+        Block.forward = forward
+    return told
+
+
+def assert_survived(run, more=()):
+    """Every rank was told of every fault, whose it was, and nothing was left of it."""
+    for told in run:
+        assert told.pop("none") == ("measured", True)
+        for kind, (reason, kept) in told.items():
+            assert {**FAULTS, **dict(more)}[kind] in reason and "rank " in reason and kept, (kind, reason)
+        assert set(told) == {*FAULTS, *dict(more)}
 
 
 def faulty(kind, rank, calls):

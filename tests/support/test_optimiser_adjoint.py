@@ -1,8 +1,5 @@
 """The oracle of adjoints against training itself: the end of a window differs by what it says."""
 
-import copy
-import itertools
-
 import optimiser_adjoint
 import pytest
 import torch
@@ -33,15 +30,14 @@ def mixture(losses, weights):
     return lambda p: sum(w * loss(p) for w, loss in zip(weights, losses, strict=True))
 
 
-def train(losses, params, optimiser, weights, keep=False, warm=3):
-    """Parameters after `warm` steps at 1/2 1/2 and then one step per row of weights; the stored window."""
+def train(losses, params, optimiser, weights):
+    """Parameters after one step per row of weights; the stored window."""
     params = [p.detach().clone().requires_grad_(True) for p in params]
     kind, settings = OPTIMISERS[optimiser]
     chosen, window = kind(params, **settings), []
-    for t in range(-warm, len(weights)):
-        loss = mixture(losses, (0.5, 0.5) if t < 0 else weights[t])
-        if keep and t >= 0:
-            window.append(optimiser_adjoint.stored(chosen, params, loss))
+    for row in weights:
+        loss = mixture(losses, row)
+        window.append(optimiser_adjoint.stored(chosen, params, loss))
         chosen.zero_grad()
         loss(params).backward()
         chosen.step()
@@ -49,73 +45,18 @@ def train(losses, params, optimiser, weights, keep=False, warm=3):
 
 
 @pytest.mark.parametrize("optimiser", list(OPTIMISERS))
-def test_adjoint_predicts_small_swaps_of_training_itself(optimiser):
-    losses, params = domains()
-    target = mixture(losses, (0.5, 0.5))
-    weights = torch.full((12, 2), 0.5, dtype=torch.float64)
-    end, window = train(losses, params, optimiser, weights, keep=True)
-    found = optimiser_adjoint.adjoint(target, end, window, domains=lambda t: losses)
-    for first, second in ((0, 11), (2, 6)):
-        delta = 1e-4
-        swap = torch.zeros_like(weights)
-        swap[first] += torch.tensor([delta, -delta])
-        swap[second] -= torch.tensor([delta, -delta])
-        ends = [train(losses, params, optimiser, weights + sign * swap)[0] for sign in (1, -1)]
-        measured = float(target(ends[0]) - target(ends[1])) / 2
-        predicted = float((found.effects * swap).sum())
-        assert predicted == pytest.approx(measured, rel=1e-4, abs=1e-11)
-    assert len(found.lengths) == 12 and found.effects.shape == (12, 2)
-
-
-@pytest.mark.parametrize("optimiser", list(OPTIMISERS))
 def test_adjoint_is_the_gradient_through_unrolled_training(optimiser):
     """Oracle: central differences of the start of the window, with the optimiser's state as it was."""
     losses, params = domains(1)
     target = mixture(losses, (0.3, 0.7))
-    start, _ = train(losses, params, optimiser, [], warm=0)
+    start, _ = train(losses, params, optimiser, [])
     weights = [(0.5, 0.5)] * 5
-    end, window = train(losses, start, optimiser, weights, keep=True, warm=0)
+    end, window = train(losses, start, optimiser, weights)
     found = optimiser_adjoint.adjoint(target, end, window)
     generator = torch.Generator().manual_seed(2)
     for _ in range(3):
         v = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in start]
         moved = [[p + s * 1e-5 * u for p, u in zip(start, v, strict=True)] for s in (1, -1)]
-        ends = [target(train(losses, m, optimiser, weights, warm=0)[0]) for m in moved]
-        slope = sum((a * b).sum() for a, b in zip(found.direction, v, strict=True))
+        ends = [target(train(losses, m, optimiser, weights)[0]) for m in moved]
+        slope = sum((a * b).sum() for a, b in zip(found, v, strict=True))
         assert float(slope) == pytest.approx(float(ends[0] - ends[1]) / 2e-5, rel=1e-5)
-
-
-def test_on_convex_losses_the_adjoint_only_shrinks():
-    """Below a learning rate of 1 / curvature every step forgets: nothing that is pulled back may grow."""
-    rows = torch.randn(2, 30, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    losses = [lambda p, x=x: ((x @ p[0] - x.sum(1)) ** 2).mean() for x in rows]
-    end, window = train(losses, [torch.zeros(5, dtype=torch.float64)], "sgd", [(0.5, 0.5)] * 60, keep=True)
-    lengths = optimiser_adjoint.adjoint(losses[0], end, window).lengths
-    assert len(lengths) == 60
-    assert all(before <= after * (1 + 1e-9) for before, after in itertools.pairwise(lengths))
-    assert lengths[0] < 0.1 * lengths[-1]
-
-
-def test_storing_a_step_leaves_the_optimiser_alone_and_copies():
-    losses, params = domains()
-    chosen = torch.optim.AdamW(params, lr=0.1)
-    mixture(losses, (0.5, 0.5))(params).backward()
-    before = copy.deepcopy(chosen.state_dict())
-    step = optimiser_adjoint.stored(chosen, params, losses[0])
-    assert chosen.state_dict() == before and step.number == 1
-    chosen.step()
-    assert not torch.equal(step.params[0], params[0]) and not step.state[0][0].any()
-
-
-@pytest.mark.parametrize(
-    ("optimiser", "message"),
-    [
-        (lambda p: torch.optim.RMSprop(p), "not RMSprop"),
-        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True), "nesterov"),
-        (lambda p: torch.optim.Adam([{"params": p[:1], "lr": 0.1}, {"params": p[1:]}]), "different settings"),
-    ],
-)
-def test_what_the_adjoint_does_not_cover_is_refused_by_name(optimiser, message):
-    losses, params = domains()
-    with pytest.raises(ValueError, match=message):
-        optimiser_adjoint.stored(optimiser(params), params, losses[0])

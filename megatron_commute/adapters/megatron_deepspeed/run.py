@@ -14,7 +14,7 @@ from megatron_commute.adapters.megatron_deepspeed import model as models
 from megatron_commute.adapters.megatron_deepspeed.refusals import refuse
 from megatron_commute.adapters.megatron_deepspeed.sight import Sight, harmless
 from megatron_commute.config import ConfigError, Run
-from megatron_commute.data import takeover
+from megatron_commute.data import blend, takeover
 from megatron_commute.data.indexed import DataError
 
 KEY = "commute"  # of the state in a checkpoint's client_state
@@ -47,7 +47,7 @@ class _Plugin(torch_loop.Plugin):
         stream = super().mixture()
         if self.feeds or len(self.host_blend) < 2:
             return stream
-        return type(stream)(takeover.stock_weights(torch_loop.blend_of(self.host_blend)[1]))
+        return type(stream)(takeover.stock_weights(blend.read(self.host_blend)[1]))
 
 
 class _Texts(torch.utils.data.Dataset):
@@ -172,25 +172,25 @@ class TrainingRun:
                 accept=args.commute_accept,
                 take_over=args.commute_attach,
                 say=print_rank_0,
+                listeners=self._scalars(),
             )
 
         self.hook = _or_exit(attached, self.plugin.config.file)
-        self.hook.account.over(groups.world)
-        self._show_scalars()
+        self.hook.tally.over(groups.world)
 
     def _model(self):
         """The probe.Model of this run."""
         method = self.plugin.config.probe.method
         return models.probe_model(self.engine, self.args.micro_batch_size, method)
 
-    def _show_scalars(self):
-        """On the last rank, which holds the writers but not the record: listen to every line as it is told."""
-        from megatron_commute.adapters.megatron_deepspeed import scalars as scalars
+    def _scalars(self):
+        """Listeners of the record that write its curves: one on the last rank, which holds the host's writers."""
+        from megatron_commute.adapters.megatron_deepspeed import scalars
 
-        listen = None
+        listener = None
         with harmless("no curves of --commute"):
-            listen = scalars.listener(self.plugin.plan)
-        self.hook._write = scalars.heard(self.hook._write, listen)
+            listener = scalars.listener(self.plugin.plan)
+        return () if listener is None else (listener,)
 
     def train_step(self, forward_step, batches, model, *rest):
         """One step of the host's, between the two calls of the hook. The save comes later, so it holds what was consumed."""
@@ -204,7 +204,7 @@ class TrainingRun:
         if timers:
             timers(TIMER).stop()
             timers.log([TIMER])
-        sight, count = self.sight, len(self.hook.account.mine)
+        sight, count = self.sight, len(self.hook.tally.mine)
         sight.begin()
         with sight.of_pipeline(model[0]):
             result = self.host["train_step"](
@@ -225,7 +225,7 @@ class TrainingRun:
         if found is None:
             return None
         domain, position = found
-        return domain, self.hook.positions[self.hook.account.mine] if position is None else position
+        return domain, self.hook.positions[self.hook.tally.mine] if position is None else position
 
     def evaluate_and_print_results(self, prefix, forward_step, batches, model, iteration, *rest, **named):
         """The host's validation, with the loss of every domain where its validation data has the file's domains."""

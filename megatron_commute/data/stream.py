@@ -1,0 +1,65 @@
+"""Where a run stands in its stream of samples: what training has consumed, and what feeds it from ahead.
+
+The sampler runs ahead of training by what data loaders prefetch, on a copy of the mixture. Both are the same pure stream,
+so a change of weights must reach both at the same sample, or training and its books would part.
+"""
+
+import numpy as np
+
+from megatron_commute import reduce
+
+
+class Stream:
+    """The consumed mixture and the sampler's frontier behind one `schedule`; equal on all ranks.
+
+    consumed: mixture.Mixture at the samples consumed. sampler: data.sampler.MixtureSampler, None where the host feeds
+    training (mode shadow). groups: reduce.Groups. global_batch: samples of a step.
+    """
+
+    def __init__(self, *, consumed, sampler, groups, global_batch):
+        self.consumed, self.sampler, self.groups, self.global_batch = consumed, sampler, groups, global_batch
+
+    @property
+    def index(self):
+        """Samples consumed."""
+        return self.consumed.index
+
+    @property
+    def served(self):
+        """Samples consumed of every domain, i64[K]."""
+        return self.consumed.served
+
+    @property
+    def weights(self):
+        """The weights f64[K] in force at the next sample."""
+        return np.asarray(self.consumed.weights, dtype=np.float64)
+
+    def take(self):
+        """(domain, position) i64[global_batch] of the coming step, and the projections that budgets asked for in it."""
+        domains, positions = self.consumed.take(self.global_batch)
+        projections = [change._asdict() for change in self.consumed.projections]
+        self.consumed.projections.clear()
+        return domains, positions, projections
+
+    def ahead(self, sample):
+        """A copy of the mixture at `sample`, or at the consumed samples where those are further."""
+        mixture = self.consumed.copy()
+        mixture.skip(max(0, sample - mixture.index))
+        return mixture
+
+    def next_batch(self, sample):
+        """The first sample at or after `sample` at which a global batch begins."""
+        return -(-sample // self.global_batch) * self.global_batch
+
+    def schedule(self, weights, sample):
+        """Let weights f64[K] hold from `sample` on; False, and nothing changed, where a loader of any rank is past it.
+
+        Collective.
+        """
+        late = self.sampler is not None and self.sampler.frontier.index > sample
+        if reduce.any_rank(late, self.groups.world):
+            return False
+        frontier = () if self.sampler is None else (self.sampler,)
+        for mixture in (self.consumed, *frontier):
+            mixture.schedule(weights, sample)
+        return True

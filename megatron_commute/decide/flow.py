@@ -97,9 +97,11 @@ def ranges(target, shares, strength: float = 1.0) -> np.ndarray:
 
 
 def strength_within(harm: float) -> float:
-    """Strength, at most 1, at which no domain outside the target is to lose more than `harm` of its loss.
+    """Strength, at most 1, at which no domain outside the target is to lose more than `harm` of
+    its loss.
 
-    The harm is about in proportion to the strength, while a quarter of it keeps a third of the gain and a half two thirds.
+    The harm is about in proportion to the strength, while a quarter of it keeps a third of the
+    gain and a half two thirds.
     """
     if not (math.isfinite(harm) and harm > 0):
         raise ValueError(f"harm {harm}: write a part of the loss above 0, such as {HARM}")

@@ -41,12 +41,12 @@ def probe_model(
     """The Model of this rank's stage of a DeepSpeed PipelineEngine.
 
     batch: tokens i64[b, n] -> (inputs, labels), what the engine's batch function makes of a batch:
-    inputs for the first layer (a tensor or a tuple of tensors), labels for the module's loss_fn,
-    both on this rank's device. micro_batch: sequences a forward pass. second_moments, owned,
-    decayed: as in torch_loop.probe_model, of this stage's trainable parameters; owned: what tensor
-    parallelism says, tied weights are counted once by themselves. groups_: default groups(engine).
-    quiet: () -> context manager around the work, beside dropout off (half precision modules that
-    must run in float32, activation checkpointing of the layers' own, which cannot be probed).
+    inputs of the first layer (one tensor or a tuple), labels of the module's loss_fn, both on this
+    rank's device. micro_batch: sequences a forward pass. second_moments, owned, decayed: as in
+    torch_loop.probe_model, of this stage's trainable parameters; owned: what tensor parallelism
+    says, tied weights are counted once by themselves. groups_: default groups(engine). quiet: () ->
+    context manager around the work, beside dropout off (modules that must run in float32, layers
+    that checkpoint activations, which cannot be probed).
 
     Raises ValueError without a loss function, for layers with additional losses and for an unknown
     schedule.
@@ -55,13 +55,9 @@ def probe_model(
     _refuse(engine)
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     names, params = [f"module.{name}" for name, _ in named], [p for _, p in named]
-    places = {id(p): i for i, p in enumerate(params)}
-    tied = [(places[id(w)], group) for w, group in module.get_tied_weights_and_groups() if id(w) in places]
+    tied, stage, peers = _tied(module, params), _Stage(module), engine.grid.get_slice_parallel_group()
     counted = owned or [True] * len(params)
     once = tuple(o and not p.ds_pipe_replicated for o, p in zip(counted, params, strict=True))
-    slice_ = engine.grid.get_slice_parallel_group()
-    peers = slice_ if reduce.size(slice_) > 1 else None
-    stage = _Stage(module)
 
     def gradient(at, batches):
         leaves = [p.detach().requires_grad_(True) for p in at]
@@ -71,7 +67,7 @@ def probe_model(
             params=dict(zip(names, leaves, strict=True)),
             batch=batch,
             batches=list(batches),
-            peers=peers,
+            peers=peers if reduce.size(peers) > 1 else None,
         )
         return _gradient(run, leaves, tied, here)
 
@@ -109,6 +105,12 @@ def _gradient(run, leaves, tied, here):
     for i, group in tied:
         reduce.sum_of_vectors([gradients[i]], group)
     return gradients
+
+
+def _tied(module, params):
+    """(number of a parameter, group of the ranks that hold it too) of every tied weight."""
+    numbers = {id(p): i for i, p in enumerate(params)}
+    return [(numbers[id(w)], group) for w, group in module.get_tied_weights_and_groups() if id(w) in numbers]
 
 
 def _refuse(engine):

@@ -26,6 +26,7 @@ RATIO = 10.0
 SEGMENTS = 100  # at most, of a schedule
 STRONGEST = 10.0
 
+SCALE_WORDS = {"peak": "peak", "total": "their sum", "low": "least p", "high": "greatest p"}
 SAME_TARGET = (
     "the target weighs every domain by its share of the samples, so flow keeps the planned mixture: name "
     "the domain that should gain with the key target"
@@ -129,8 +130,9 @@ def check_scale(scale: Scale, rates, memory: float, kept: int) -> None:
     now = dataclasses.asdict(scale_of(rates, memory, kept))
     for name, before in dataclasses.asdict(scale).items():
         if not math.isclose(before, now[name], rel_tol=1e-9, abs_tol=1e-12):
+            word = SCALE_WORDS[name]
             raise ValueError(
-                f"the mixture was planned under other learning rates ({name} {before:g}, now {now[name]:g}): "
+                f"the mixture was planned under other learning rates ({word} {before:g}, now {now[name]:g}): "
                 "restore their flags, or accept the change to plan the rest anew"
             )
 
@@ -175,10 +177,7 @@ def planned(
     batches = np.asarray(batches, dtype=np.int64)
     kept = kept_steps(len(batches)) if kept is None else kept
     rates = _checked(rates, memory, kept)
-    if batches.shape != rates.shape or (batches < 1).any():
-        raise ValueError("batches: give the samples of every step, each at least 1")
-    if not 0 <= begin < len(rates):
-        raise ValueError(f"step {begin} of a run of {len(rates)}: nothing is left to plan")
+    _refuse(rates, batches, begin)
     shares = _shares(budgets, weights, int(batches.sum()))
     scale = scale_of(rates, memory, kept) if scale is None else scale
     reach = ranges(target, shares, strength) if reach is None else np.asarray(reach, dtype=np.float64)
@@ -205,6 +204,13 @@ def planned(
         scale=scale,
         notes=notes,
     )
+
+
+def _refuse(rates, batches, begin):
+    if batches.shape != rates.shape or (batches < 1).any():
+        raise ValueError("batches: give the samples of every step, each at least 1")
+    if not 0 <= begin < len(rates):
+        raise ValueError(f"step {begin} of a run of {len(rates)}: nothing is left to plan")
 
 
 def _shares(budgets, weights, samples):

@@ -131,7 +131,7 @@ def test_a_resumed_run_makes_the_same_weights_and_samples(folder, stop):
     ("change", "told"),
     [
         ({"rates": lambda step: cosine(step, lr=2e-3)}, r"other learning rates \(peak 0.001, now 0.002\); put it back"),
-        ({"rates": lambda step: cosine(step, steps=90)}, r"other learning rates \(total "),
+        ({"rates": lambda step: cosine(step, steps=90)}, r"other learning rates \(their sum "),
         ({"text": MIXTURE.replace("{ru: 1}", "{code: 1}")}, "the target of flow was 0 1 0, it is 0 0 1; put it back"),
         ({"text": MIXTURE.replace("flow}", "flow, strength: 0.5}")}, "the strength of flow was 1, it is 0.5"),
         ({"text": MIXTURE.replace("flow}", "hold}")}, "the law was flow, it is hold"),

@@ -4,12 +4,8 @@ import layouts
 import matrix
 import pytest
 
-STILL = (
-    "--hidden-dropout",
-    "0",
-    "--attention-dropout",
-    "0",
-)  # a loader made on resume draws from torch's state
+# a loader made on resume draws from torch's state
+STILL = ("--hidden-dropout", "0", "--attention-dropout", "0")
 CUT = ("--exit-interval", str(layouts.SAVED))
 
 

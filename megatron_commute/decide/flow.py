@@ -15,16 +15,16 @@ import numpy as np
 from megatron_commute.feasible import nearest_schedule
 
 # Measured on a small GPT at 6 to 93 tokens a parameter, targets with a domain of share 0.1, fresh
-# paired seeds. safe for every style: 5 to 10 gains more under WSD in 2000 steps and above, 10 harms
-# under a cosine
+# paired seeds.
+# safe for every style: 5 to 10 gains more under WSD in 2000 steps and above, 10 harms a cosine
 MEMORY = 2.5
 KEPT_PART, KEPT_MOST = 0.1, 100  # early training needs every domain: 50 steps of 500, 100 of 2000 and of 8000
-# of a domain whose share of the target is RATIO times that of the samples, over one outside the
-# target
+# of a domain with RATIO times the share of the samples in the target, over one outside it
 RANGE = 3.5
 RATIO = 10.0
 SEGMENTS = 100  # at most, of a schedule
 STRONGEST = 10.0
+HARM = 0.005  # part of its loss that a domain outside the target lost at strength 1 in 500 steps, at most
 
 SCALE_WORDS = {"peak": "peak", "total": "their sum", "low": "least p", "high": "greatest p"}
 SAME_TARGET = (
@@ -96,6 +96,18 @@ def ranges(target, shares, strength: float = 1.0) -> np.ndarray:
     return np.where(np.abs(result) > 1e-12, result, 0.0)
 
 
+def strength_within(harm: float) -> float:
+    """Strength, at most 1, at which no domain outside the target is to lose more than `harm` of
+    its loss.
+
+    The harm is about in proportion to the strength, while a quarter of it keeps a third of the
+    gain and a half two thirds.
+    """
+    if not (math.isfinite(harm) and harm > 0):
+        raise ValueError(f"harm {harm}: write a part of the loss above 0, such as {HARM}")
+    return min(1.0, harm / HARM)
+
+
 def influence(rates, memory: float, peak: float, total: float) -> np.ndarray:
     """p f64[T] before it is scaled, of the learning rates f64[T] of a run."""
     after = np.cumsum(rates[::-1])[::-1] - rates
@@ -165,7 +177,8 @@ def planned(
     reach=None,
     retired=0,
 ) -> FlowSchedule:
-    """The schedule of a run whose steps have learning rates f64[T] and batches i64[T] of samples.
+    """The schedule of a run whose steps have the learning rates f64[T] and take batches i64[T] of
+    samples.
 
     budgets: samples of each domain, None for an endless one, which counts with its part of weights
     f64[K] in what the others leave. target, low, high f64[K]: of the target loss, and bounds of

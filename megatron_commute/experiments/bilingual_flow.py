@@ -16,6 +16,7 @@ import torch
 from megatron_commute.decide import flow
 from megatron_commute.experiments import bilingual_cells as cells
 from megatron_commute.experiments import bilingual_flow_tables as tables
+from megatron_commute.experiments.bilingual_flow_variants import VARIANTS
 from megatron_commute.experiments.bilingual_schedules import Decider, Pace, changes
 from megatron_commute.experiments.bilingual_trainer import Text, Trainer
 from megatron_commute.mixture import Mixture
@@ -24,7 +25,6 @@ from megatron_commute.settings.rates import RateSchedule, rates
 BATCH, JUDGED = 30, 768  # sequences of a step; of every domain at most, on which a reported run is judged
 STYLES = ("WSD", "cosine", "constant", "linear")
 TWO, THREE = STYLES[:2], STYLES[:3]
-BASE = {"english": 0.6, "russian": 0.1, "code": 0.3}
 UNTRAINED = ("handbook_english", "handbook_russian")
 LAWS = ("late", "tau-tail", "tilt", "odm")
 MEMORIES, STRENGTHS = (1.0, 2.5, 5.0, 10.0), (0.25, 0.5, 1.0)
@@ -58,41 +58,6 @@ class Size:
 
 
 QUICK = Size(steps=20, middle=40, lengths=(20, 40), long=40, seeds=2, few=2, choosing=2)
-
-
-@dataclasses.dataclass(frozen=True)
-class Variant:
-    """A setting of the study."""
-
-    shares: dict = dataclasses.field(default_factory=lambda: BASE)
-    # of the samples, by trained domain
-    target: dict = dataclasses.field(default_factory=lambda: {"russian": 1.0})
-    # the low-resource target
-    changes: dict = dataclasses.field(default_factory=dict)
-    # of bilingual_trainer.Settings
-    rate: float = 1.0
-    # factor of the peak learning rate
-    limits: dict = dataclasses.field(default_factory=dict)
-    # sequences of a domain, as a part of its budget
-
-
-HALVES = {"english:1/2": 0.2, "english:2/2": 0.2, "russian:1/2": 0.05, "russian:2/2": 0.05}
-HALVES |= {"code:1/2": 0.1, "code:2/2": 0.1, "handbook_english": 0.15, "handbook_russian": 0.15}
-FIVE = {"english": 0.4, "russian": 0.1, "code": 0.3, "handbook_english": 0.1, "handbook_russian": 0.1}
-VARIANTS = {
-    "base": Variant(),
-    "low-resource code": Variant({"english": 0.3, "russian": 0.6, "code": 0.1}, {"code": 1.0}),
-    "low-resource English": Variant({"english": 0.1, "russian": 0.6, "code": 0.3}, {"english": 1.0}),
-    "0.5M": Variant(changes={"layers": 4, "hidden": 96, "heads": 4}),
-    "2M": Variant(changes={"layers": 4, "hidden": 192, "heads": 4}),
-    "1 epoch": Variant(limits={"russian": 1.0}),
-    "4 epochs": Variant(limits={"russian": 1 / 4}),
-    "16 epochs": Variant(limits={"russian": 1 / 16}),
-    "K = 2": Variant({"english": 0.9, "russian": 0.1}),
-    "K = 5": Variant(FIVE),
-    "K = 8": Variant(HALVES, {"russian:1/2": 0.5, "russian:2/2": 0.5}),
-    "a third of the rate": Variant(rate=1 / 3),
-}
 
 
 class Case(NamedTuple):

@@ -84,9 +84,7 @@ def replay(record: str, law: str | None, guards: tuple[str, ...], out: str | Non
 @click.option("--seeds", type=click.IntRange(min=1), default=300, show_default=True, help="Random problems.")
 @as_json
 def quadratic(out_dir: str, seeds: int, as_json: bool) -> None:
-    """Measure the criterion on random quadratic problems with exact flows; write tables to
-    OUT_DIR.
-    """
+    """Measure the criterion on random quadratic problems with exact flows; tables go to OUT_DIR."""
     from megatron_commute.experiments import quadratic as experiment
 
     found = experiment.study(out_dir, seeds)
@@ -215,9 +213,7 @@ def doctor(as_json: bool) -> None:
 @click.option("--only", type=click.Choice(["hook", "modern-stack"]), help="One of the two diffs.")
 @as_json
 def patch(path: str, do: str, only: str | None, as_json: bool) -> None:
-    """Put our diffs on the tree of Megatron-DeepSpeed at PATH: hook, and what a modern stack
-    needs.
-    """
+    """Put our diffs on the Megatron-DeepSpeed at PATH: hook, and what a modern stack needs."""
     from megatron_commute import patch as diffs
 
     try:

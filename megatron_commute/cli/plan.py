@@ -57,9 +57,7 @@ class Asked(NamedTuple):
 
 
 def checked(file: str, flags: dict[str, Any], law: str | None = None) -> Asked:
-    """What the flags `of_a_run` ask; law: in mode fixed in place of the file's own. Raises
-    Refusal.
-    """
+    """What the flags `of_a_run` ask; law: in mode fixed, in place of the file's. Raises Refusal."""
     from megatron_commute.data.indexed import inspect_data
     from megatron_commute.decide import flow_run, laws
     from megatron_commute.record import log

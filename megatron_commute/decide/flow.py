@@ -184,9 +184,8 @@ def planned(
     f64[K] in what the others leave. target, low, high f64[K]: of the target loss, and bounds of
     every weight. kept: first steps at the planned mixture, by default kept_steps. scale: of the
     state of a run that goes on. begin: first step to plan; used f64[K]: samples of each domain
-    before it (those planned make the same weights again, those served make the rest of a changed
-    run); retired: samples before it of domains that have left. reach: ranges f64[K] in place of the
-    target's.
+    before it (those planned make the same weights again, those served the rest of a changed run);
+    retired: samples before it of domains that have left. reach: ranges f64[K], not the target's.
     """
     batches = np.asarray(batches, dtype=np.int64)
     kept = kept_steps(len(batches)) if kept is None else kept

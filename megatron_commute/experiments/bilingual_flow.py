@@ -1,5 +1,4 @@
-"""Study `flow`: what schedules that follow the learning rate change in the final losses, at equal
-budgets.
+"""Study `flow`: what schedules that follow the learning rate change at equal budgets.
 
 Every run serves its budgets exactly through the product's own Mixture; seeds are paired with the
 constant mixture, which sees the same start and the same sequences of every domain. Seeds and
@@ -62,9 +61,7 @@ QUICK = Size(steps=20, middle=40, lengths=(20, 40), long=40, seeds=2, few=2, cho
 
 
 class Case(NamedTuple):
-    """One schedule in one setting over its seeds, and the question whose curve it is a point of, at
-    x.
-    """
+    """One schedule in one setting over its seeds: the point at x of a question's curve."""
 
     question: str
     x: float | str
@@ -97,9 +94,7 @@ class Case(NamedTuple):
 
     @property
     def weights(self):
-        """Of the target f64[K] over the trained domains: the low-resource one, "even", or the name
-        of one of them.
-        """
+        """Target f64[K] over the trained domains: the low-resource one, "even", or one by name."""
         wanted = VARIANTS[self.variant].target if self.target == "low-resource" else {self.target: 1.0}
         wanted = dict.fromkeys(self.shares, 1.0) if self.target == "even" else wanted
         total = math.fsum(wanted.values())
@@ -107,8 +102,7 @@ class Case(NamedTuple):
 
 
 def flowing(case, schedule="flow", *, strength=1.0, memory=None, kept=None, rule=flow.ranges):
-    """`case` with law flow, its constants written out, so that a cell stays what it was when a
-    default changes.
+    """`case` with law flow, constants written out: a cell outlives a change of defaults.
 
     rule: (target, shares, strength) -> ranges f64[K].
     """
@@ -120,25 +114,19 @@ def flowing(case, schedule="flow", *, strength=1.0, memory=None, kept=None, rule
 
 
 def logarithmic(target, shares, strength):
-    """Another rule for ranges: by the logarithm of one plus the target's share over the
-    domain's.
-    """
+    """Another rule for ranges: by log(1 + the target's share over the domain's)."""
     return strength * flow.RANGE * np.log1p(target / shares) / math.log1p(flow.RATIO)
 
 
 def rate_of(style, steps, peak):
-    """Megatron's flags of a run: warm-up over a twentieth, a least rate of a tenth, WSD decays over
-    the last fifth.
-    """
+    """Megatron's flags: warm-up over a twentieth, least rate a tenth, WSD decay of a fifth."""
     decay = max(1, steps // 5) if style == "WSD" else None
     flags = {"lr": peak, "min_lr": peak / 10, "train_iters": steps, "lr_warmup_iters": steps // 20}
     return RateSchedule(**flags, lr_decay_style=style, lr_wsd_decay_iters=decay)
 
 
 def run(settings, folder, variant, style, steps, kind, options, seed):
-    """One run: {"losses": final ones by domain, "served", "told": [[step, weight of the domain of
-    least share]]}.
-    """
+    """One run: {"losses": final by domain, "served", "told": [[step, share of the least one]]}."""
     chosen = VARIANTS[variant]
     domains, shares = tuple(chosen.shares), np.array(list(chosen.shares.values()))
     others = tuple(name for name in UNTRAINED if name not in domains)
@@ -177,9 +165,7 @@ def _text(settings, limits):
 
 
 def _judging(text, name, choosing):
-    """Held-out sequences i64[n, t + 1]: those that schedules may look at for a choice, the others
-    for a report.
-    """
+    """Held-out sequences i64[n, t + 1]: those for choosing a schedule, or those for a report."""
     held, probe = text.settings.held, text.settings.probe
     if choosing:
         return torch.cat([text.held(name), text.probe(name, range(probe))])
@@ -309,9 +295,7 @@ def jobs(wanted):
 
 
 def study(settings, folder, size, processes, say):
-    """Run what is missing of the parts, and write for each its table and pictures; (text,
-    files).
-    """
+    """Run what is missing of the parts, write for each its table and pictures; (text, files)."""
     unknown = sorted(set(size.parts) - set(PARTS))
     if unknown:
         raise ValueError(f"--set parts={','.join(unknown)}: write some of {','.join(PARTS)}")

@@ -1,6 +1,4 @@
-"""The picture of law flow: learning rate, profile and weights of the whole run on one sample
-axis.
-"""
+"""The picture of law flow: learning rate, profile and weights of a run on one sample axis."""
 
 from __future__ import annotations
 
@@ -75,9 +73,9 @@ def _seen(axes, run, k, unit):
 
 def _caption(run, seen):
     told = (
-        "Profile: how much a sample counts by the rate it is trained at and what later training leaves "
-        f"of it (memory {run.flow['memory']:g}). Lines below: planned weights, which follow the profile "
-        "within budgets and bounds."
+        "Profile: how much a sample counts by the rate it is trained at and what later training leaves of "
+        f"it (memory {run.flow['memory']:g}). Lines below: planned weights, which follow the profile within "
+        "budgets and bounds."
     )
     if run.flow["kept"]:
         told += f" Grey: the first {run.flow['kept']:,} steps stay at the planned mixture."

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Two finished runs side by side: the last validation loss of every domain, and the difference in percent.
+"""Two finished runs side by side: the last validation loss of every domain, and the difference in
+percent.
 
 The runs must have trained on the same budgets; the record of each (commute.jsonl) says.
 """
@@ -12,7 +13,9 @@ from megatron_commute.record import log
 
 
 def final(folder):
-    """(start line, last validation losses by domain) of a finished run. ValueError for one that is not."""
+    """(start line, last validation losses by domain) of a finished run. ValueError for one that is
+    not.
+    """
     lines = log.read(folder)
     start = next((line for line in lines if line["event"] == "start"), None)
     readings = [line for line in lines if line.get("valid")]
@@ -22,7 +25,9 @@ def final(folder):
 
 
 def compared(run, against):
-    """Rows of {domain, share of the target, loss of either, percent} and one for the training mixture."""
+    """Rows of {domain, share of the target, loss of either, percent} and one for the training
+    mixture.
+    """
     (start, losses), (other, before) = final(run), final(against)
     for what in ("names", "budgets", "samples", "seq_length", "global_batch"):
         if start[what] != other[what]:

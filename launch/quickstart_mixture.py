@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
-"""The quickstart's mixture file: quickstart.yaml fitted to the prepared domains and the length of the run.
+"""The quickstart's mixture file: quickstart.yaml fitted to the prepared domains and the length of
+the run.
 
-A file that is there already stays as it is. Prints a line `NAME WEIGHT PREFIX` for each of its domains.
+A file that is there already stays as it is. Prints a line `NAME WEIGHT PREFIX` for each of its
+domains.
 """
 
 import argparse
@@ -17,14 +19,18 @@ TEMPLATE = Path(__file__).with_name("quickstart.yaml")
 
 
 def uneven(count: int) -> list[float]:
-    """Weights of `count` domains, each a third of the one before: 0.75, 0.25 for two. They sum to 1."""
+    """Weights of `count` domains, each a third of the one before: 0.75, 0.25 for two. They sum to
+    1.
+    """
     parts = [3.0**-k for k in range(count)]
     rest = [round(part / sum(parts), 6) for part in parts[1:]]
     return [round(1 - sum(rest), 6), *rest]
 
 
 def budgets(weights: list[float], samples: int) -> list[int]:
-    """Sequences of each domain by its weight, at least one, `samples` in all; the first takes the rest."""
+    """Sequences of each domain by its weight, at least one, `samples` in all; the first takes the
+    rest.
+    """
     counts = [max(1, round(weight * samples)) for weight in weights]
     return [samples - sum(counts[1:]), *counts[1:]]
 
@@ -34,8 +40,8 @@ def fitted(
 ) -> str:
     """Text of the mixture file for these domains; the template's own keep their order and weights.
 
-    The rarest domain is the target. A run too short for four probes at the template's interval probes more often;
-    one under law hold, which is there to compare with, not at all.
+    The rarest domain is the target. A run too short for four probes at the template's interval
+    probes more often; one under law hold, which is there to compare with, not at all.
     """
     yaml = YAML()
     yaml.width = 110

@@ -1,4 +1,6 @@
-"""Before a run: `plan` checks a mixture file and shows what would happen, `design` writes a schedule."""
+"""Before a run: `plan` checks a mixture file and shows what would happen, `design` writes a
+schedule.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -55,7 +57,9 @@ class Asked(NamedTuple):
 
 
 def checked(file: str, flags: dict[str, Any], law: str | None = None) -> Asked:
-    """What the flags `of_a_run` ask; law: in mode fixed in place of the file's own. Raises Refusal."""
+    """What the flags `of_a_run` ask; law: in mode fixed in place of the file's own. Raises
+    Refusal.
+    """
     from megatron_commute.data.indexed import inspect_data
     from megatron_commute.decide import flow_run, laws
     from megatron_commute.record import log
@@ -118,7 +122,9 @@ def _rates(flags: dict[str, Any], needed: bool) -> np.ndarray | None:
 )
 @as_json
 def plan(file: str, parameters: int | None, out: str | None, as_json: bool, **flags: Any) -> None:
-    """Check a mixture file against run and data; show what would happen. Without --out nothing is written."""
+    """Check a mixture file against run and data; show what would happen. Without --out nothing is
+    written.
+    """
     asked = checked(file, flags)
     config, run, planned = asked.config, asked.run, asked.plan
     if out and asked.flow is None:
@@ -217,8 +223,9 @@ def _print_plan(asked: Asked, found: tuple) -> None:
 
 
 def probe_memory(config: Config, run: Run, parameters: float | None) -> dict[str, dict[str, Any]]:
-    """By mode that probe.memory may mean here: `vectors` of model size on a rank, as a number and in `words`, and their
-    `bytes` where the `parameters` of one rank are known. For parameters in float32; bf16 and fp16 add one vector.
+    """By mode that probe.memory may mean here: `vectors` of model size on a rank, as a number and
+    in `words`, and their `bytes` where the `parameters` of one rank are known. For parameters in
+    float32; bf16 and fp16 add one vector.
     """
     probe, ranks = config.probe, run.data_parallel
     shape = (len(config.domains), probe.method, probe.metric, ranks, False)
@@ -245,7 +252,9 @@ def memory_words(held: dict[str, dict[str, Any]]) -> str:
 
 
 def plan_rows(planned: Plan) -> list[dict[str, Any]]:
-    """One row per domain. epochs: of the training sequences, when nothing moves; target: None for `each`."""
+    """One row per domain. epochs: of the training sequences, when nothing moves; target: None for
+    `each`.
+    """
     alone = len(planned.targets) == 1
     return [
         {

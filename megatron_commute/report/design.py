@@ -1,4 +1,6 @@
-"""The page of a schedule that was planned before a run: what it does to every domain, and how to use it."""
+"""The page of a schedule that was planned before a run: what it does to every domain, and how to
+use it.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +9,8 @@ import numpy as np
 from megatron_commute.report.markup import document, figure, listed, named, section, table, text
 
 USE = (
-    "Train with mode: fixed and controller: {law: flow} in the mixture file; or with mode: fixed and schedule: "
-    "schedule.csv, which is this schedule, whatever the learning rates of that run."
+    "Train with mode: fixed and controller: {law: flow} in the mixture file; or with mode: fixed and "
+    "schedule: schedule.csv, which is this schedule, whatever the learning rates of that run."
 )
 
 
@@ -42,7 +44,8 @@ def _facts(run):
 
 
 def rows(names, flow, samples):
-    """Headers and rows of text: shares, bounds that the weights reach, and when half of a domain's samples are used.
+    """Headers and rows of text: shares, bounds that the weights reach, and when half of a domain's
+    samples are used.
 
     flow: of a start line; samples: of the run.
     """

@@ -1,4 +1,6 @@
-"""The picture of law flow: learning rate, profile and weights of the whole run on one sample axis."""
+"""The picture of law flow: learning rate, profile and weights of the whole run on one sample
+axis.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ SHOWN = 16  # at most, nearly, of the markers of one domain
 
 
 def planned(run):
-    """Rate, profile and planned weights of a run, with the weights that its steps used; None under another law."""
+    """Rate, profile and planned weights of a run, with the weights that its steps used; None under
+    another law.
+    """
     if run.flow is None:
         return None
     whole = dataclasses.replace(run, samples=run.start["samples"])
@@ -71,9 +75,9 @@ def _seen(axes, run, k, unit):
 
 def _caption(run, seen):
     told = (
-        f"Profile: how much a sample counts by the rate it is trained at and what later training leaves of it "
-        f"(memory {run.flow['memory']:g}). Lines below: planned weights, which follow the profile within budgets and "
-        f"bounds."
+        "Profile: how much a sample counts by the rate it is trained at and what later training leaves "
+        f"of it (memory {run.flow['memory']:g}). Lines below: planned weights, which follow the profile "
+        "within budgets and bounds."
     )
     if run.flow["kept"]:
         told += f" Grey: the first {run.flow['kept']:,} steps stay at the planned mixture."

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from test_mds_restarts import CUT, Jobs
+from planned_jobs import CUT, Jobs
 
 LAW = "target: {russian: 1}\nprobe: {samples: 8, splits: 2}\ncontroller: {law: flow}\n"
 

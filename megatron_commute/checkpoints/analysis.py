@@ -8,7 +8,6 @@ checkpoint is ever written to.
 
 import dataclasses
 import json
-import math
 import time
 from pathlib import Path
 
@@ -334,14 +333,3 @@ def _finish(log, setting, left_out):
     }
     shown = {"headers": results.headers(confidence), "rows": results.text_rows(rows)}
     return {**found, **shown, "text": [f"LEFT OUT: {reason}" for _, reason in left_out]}
-
-
-def _sort(log):
-    """Put the lines in the order of steps, where checkpoints were analysed in another."""
-    lines = log.path.read_bytes().splitlines(keepends=True)
-    pairs = [(json.loads(line), line) for line in lines]
-    # version 0.1.0 ended a record with a line that has no step
-    pairs.sort(key=lambda pair: (pair[0]["event"] != "start", pair[0].get("step", math.inf)))
-    ordered = [line for _, line in pairs]
-    if ordered != lines:
-        record.replace(log.path, b"".join(ordered))

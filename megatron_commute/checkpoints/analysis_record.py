@@ -36,6 +36,4 @@ def sort(written):
     pairs.sort(key=lambda pair: (pair[0]["event"] != "start", pair[0].get("step", math.inf)))
     ordered = [line for _, line in pairs]
     if ordered != lines:
-        temporary = written.path.with_suffix(".tmp")
-        temporary.write_bytes(b"".join(ordered))
-        temporary.replace(written.path)
+        log.replace(written.path, b"".join(ordered))

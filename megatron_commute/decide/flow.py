@@ -24,6 +24,7 @@ RANGE = 3.5
 RATIO = 10.0
 SEGMENTS = 100  # at most, of a schedule
 STRONGEST = 10.0
+HARM = 0.005  # part of its loss that a domain outside the target lost at strength 1 in 500 steps, at most
 
 SCALE_WORDS = {"peak": "peak", "total": "their sum", "low": "least p", "high": "greatest p"}
 SAME_TARGET = (
@@ -93,6 +94,18 @@ def ranges(target, shares, strength: float = 1.0) -> np.ndarray:
     ratio = np.divide(target / target.sum(), shares, out=np.ones_like(shares), where=shares > 0)
     result = strength * RANGE / RATIO * (np.minimum(ratio, RATIO) - 1.0)
     return np.where(np.abs(result) > 1e-12, result, 0.0)
+
+
+def strength_within(harm: float) -> float:
+    """Strength, at most 1, at which no domain outside the target is to lose more than `harm` of
+    its loss.
+
+    The harm is about in proportion to the strength, while a quarter of it keeps a third of the
+    gain and a half two thirds.
+    """
+    if not (math.isfinite(harm) and harm > 0):
+        raise ValueError(f"harm {harm}: write a part of the loss above 0, such as {HARM}")
+    return min(1.0, harm / HARM)
 
 
 def influence(rates, memory: float, peak: float, total: float) -> np.ndarray:

@@ -67,7 +67,7 @@ class Controller:
     """What makes new weights of a measurement, and its guardrails."""
 
     law: str = "tilt"
-    # one of LAWS
+    # its name in decide.laws
     strength: float = 1.0
     # of the law's answer to a score
     rate: float = 0.05

@@ -242,6 +242,12 @@ def test_ranges_follow_the_target_over_the_share_up_to_their_limit():
     assert [flow.kept_steps(steps) for steps in (5, 500, 2000, 8000)] == [0, 50, 100, 100]
 
 
+def test_the_strength_is_in_proportion_to_the_harm_allowed_and_at_most_one():
+    assert [flow.strength_within(harm) for harm in (0.00125, 0.0025, 0.005, 0.02)] == [0.25, 0.5, 1.0, 1.0]
+    with pytest.raises(ValueError, match="harm 0: write a part of the loss above 0"):
+        flow.strength_within(0)
+
+
 def test_other_learning_rates_than_the_planned_ones_are_told():
     given = rates(RateSchedule(lr=1e-3, train_iters=100))
     scale = flow.scale_of(given, 2.5, 10)

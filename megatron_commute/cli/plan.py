@@ -56,16 +56,18 @@ class Asked(NamedTuple):
     """what the start line of a run will say of law flow's plan, as JSON values"""
 
 
-def checked(file: str, flags: dict[str, Any], law: str | None = None) -> Asked:
-    """What the flags `of_a_run` ask; law: in mode fixed, in place of the file's. Raises Refusal."""
+def checked(file: str, flags: dict[str, Any], **other: Any) -> Asked:
+    """What the flags `of_a_run` ask. other: settings of the controller in place of the file's own,
+    in mode fixed. Raises Refusal.
+    """
     from megatron_commute.data.indexed import inspect_data
     from megatron_commute.decide import flow_run, laws
     from megatron_commute.record import log
 
     try:
         config, run = load(file), _run(flags)
-        if law is not None:
-            chosen = dataclasses.replace(config.controller, law=law, compare=())
+        if other:
+            chosen = dataclasses.replace(config.controller, compare=(), **other)
             config = dataclasses.replace(config, mode="fixed", schedule=None, controller=chosen)
         found = resolve(config, run, *inspect_data(config, run.seq_length))
         laws.check(config)
@@ -162,13 +164,23 @@ def plan(file: str, parameters: int | None, out: str | None, as_json: bool, **fl
     help="The law that plans, whatever the file's own.",
 )
 @of_a_run
+@click.option(
+    "--harm",
+    type=float,
+    help="Part of its loss that a domain outside the target may lose, such as 0.002; sets the strength.",
+)
 @click.option("--out", type=click.Path(file_okay=False), required=True, help="Folder for what is written.")
 @as_json
-def design(file: str, law: str, out: str, as_json: bool, **flags: Any) -> None:
+def design(file: str, law: str, harm: float | None, out: str, as_json: bool, **flags: Any) -> None:
     """Plan the weights of a run and write schedule.csv, flow.png and report.html."""
+    from megatron_commute.decide import flow
     from megatron_commute.report import design as page
 
-    asked = checked(file, flags, law)
+    try:
+        limit = {} if harm is None else {"strength": flow.strength_within(harm)}
+    except ValueError as error:
+        raise Refusal(f"--harm: {error}") from error
+    asked = checked(file, flags, law=law, **limit)
     Path(out).mkdir(parents=True, exist_ok=True)
     path = Path(out) / "schedule.csv"
     path.write_text(schedule.written(asked.plan.names, asked.plan.schedule), encoding="utf-8")
@@ -177,7 +189,7 @@ def design(file: str, law: str, out: str, as_json: bool, **flags: Any) -> None:
         print_json({"files": files, "flow": asked.flow, "warnings": list(asked.plan.warnings)})
         return
     headers, rows = page.rows(asked.plan.names, asked.flow, asked.plan.samples)
-    click.echo(table(rows, headers) + "\n")
+    click.echo(f"{table(rows, headers)}\n\nstrength {asked.flow['strength']:g}")
     for warning in asked.plan.warnings:
         click.echo(f"warning: {warning}")
     click.echo("\n".join(files))

@@ -266,8 +266,6 @@ def _owed(budgets, shares, batches, begin, used, retired):
         raise ValueError(f"domain {k} has used {used[k]:.0f} of a budget of {budgets[k]}: raise it")
     owed = np.maximum(owed, 0.0)
     spare = left - math.fsum(owed[~endless])
-    if endless.any() and spare > 0 and not owed[endless].any():
-        owed[endless] = shares[endless]  # all have had more than was planned: by weight again
     if endless.any() and owed[endless].any():
         owed[endless] *= max(spare, 0.0) / math.fsum(owed[endless])
     return owed

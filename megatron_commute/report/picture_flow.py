@@ -38,7 +38,8 @@ def planned(run):
     rate.set_ylabel(f"learning rate\n({power or '1'})")
     rate.set_ylim(0, None)
     profile.axhline(0, color=GREY, linewidth=0.8)
-    profile.plot(at, curves["profile"], color="black")
+    counts = np.array(curves["sample"]) >= kept  # before, p may be below 0 and moves nothing
+    profile.plot(at[counts], np.array(curves["profile"])[counts], color="black")
     profile.set_ylabel("profile p\n(0 least, 1 most)")
     profile.set_ylim(-0.06, 1.06)
     sample = np.append(run.flow["segments"]["sample"], end) / unit

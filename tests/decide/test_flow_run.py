@@ -165,6 +165,17 @@ def test_another_run_than_the_planned_one_is_refused_and_planned_anew_by_consent
         assert at == when and np.abs(weights - other).max() < 1e-9
 
 
+def test_a_schedule_file_takes_the_place_of_the_plan_by_consent(folder):
+    plugin = attached(folder)[0]
+    trained(plugin, end=30)
+    (folder / "late.csv").write_text("at,en,ru,code\n540,0.6,0.1,0.3\n")
+    text = MIXTURE.replace("mode: fixed", "mode: fixed\nschedule: late.csv").replace("flow}", "schedule}")
+    again = attached(folder, text, state=json.dumps(plugin.hook.state_dict()), accept=True)[0]
+    trained(again, begin=30, end=36)
+    lines = [line["weights"] for line in record.read(folder / "run") if line["event"] == "loss"]
+    assert len(lines) == 6 and all(list(weights.values()) == pytest.approx(SHARES) for weights in lines)
+
+
 def test_a_run_under_another_law_takes_flow_up_by_consent(folder):
     plugin = attached(folder, MIXTURE.replace("flow}", "hold}"))[0]
     trained(plugin, end=30)

@@ -1,4 +1,6 @@
-"""From a mixture file, a run and the data to the `Plan` that sampler, probe and controller follow."""
+"""From a mixture file, a run and the data to the `Plan` that sampler, probe and controller
+follow.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,11 +55,12 @@ LARGEST_HOLDOUT = 0.2
 class Plan:
     """What the run will do. K domains, T targets (1, or K for `each`).
 
-    `weights` f64[K] until the first change; `budgets` sequences or None; `sizes` training sequences of each
-    domain (holdout taken off, except in mode shadow, where the host's own data is untouched); `holdouts`
-    held-out sequences; `targets` f64[T, K]; `minimum`, `maximum` f64[K] shares (in mode act with the floors
-    and caps of the controller); `samples` of the whole run; `lead` samples; `shares` f64[K] of the run's
-    samples that each domain gets when nothing moves; `schedule`: (at_sample, weights f64[K]) of mode fixed.
+    `weights` f64[K] until the first change; `budgets` sequences or None; `sizes` training
+    sequences of each domain (holdout taken off, except in mode shadow, where the host's own data
+    is untouched); `holdouts` held-out sequences; `targets` f64[T, K]; `minimum`, `maximum`
+    f64[K] shares (in mode act with the floors and caps of the controller); `samples` of the
+    whole run; `lead` samples; `shares` f64[K] of the run's samples that each domain gets when
+    nothing moves; `schedule`: (at_sample, weights f64[K]) of mode fixed.
     """
 
     names: tuple[str, ...]
@@ -78,10 +81,11 @@ class Plan:
 def resolve(
     config: Config, run: Run, sequences: Sequence[int], holdouts: Sequence[int | None] | None = None
 ) -> Plan:
-    """Joins file, run and data. Raises ConfigError where they do not fit, naming the key and the cure.
+    """Joins file, run and data. Raises ConfigError where they do not fit, naming the key and the
+    cure.
 
-    sequences: whole sequences in each domain's own files; holdouts: sequences in each domain's separate
-    holdout file, None where the holdout comes off the end of the domain.
+    sequences: whole sequences in each domain's own files; holdouts: sequences in each domain's
+    separate holdout file, None where the holdout comes off the end of the domain.
     """
     _check_run(run)
     budgets = exact_budgets(config, run)

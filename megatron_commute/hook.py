@@ -1,7 +1,8 @@
-"""When to probe, what to record, and when new weights take effect: the plug-in's one object with a life.
+"""When to probe, what to record, and when new weights take effect: the plug-in's one object with
+a life.
 
-The stream that it follows is a pure function of the samples consumed, so it knows the domain of every sample without
-asking anybody.
+The stream that it follows is a pure function of the samples consumed, so it knows the domain of
+every sample without asking anybody.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ from megatron_commute.decide.laws import LAWS
 from megatron_commute.decide.steering import Steering
 from megatron_commute.measure import probe
 from megatron_commute.record import lines, log
+from megatron_commute.record.clock import Clock
 from megatron_commute.record.tally import Tally
 from megatron_commute.settings.probe_cost import sequences_drawn
 from megatron_commute.settings.rates import flow_times
@@ -27,14 +29,16 @@ WATCH_EVERY = 10  # steps between two looks at the control file
 
 
 class Hook:
-    """Follows one training run. Call `begin` before every step and `end` after it; keep `state_dict` in the checkpoint.
+    """Follows one training run. Call `begin` before every step and `end` after it; keep
+    `state_dict` in the checkpoint.
 
-    config, plan: of config.load and config.resolve. stream: data.stream.Stream at the samples consumed. ledger:
-    data.takeover.Ledger. model: measure.model.Model. groups: reduce.Groups. draw: (part, domain, numbers i64[n]) ->
-    tokens, numbers counted from 0 over the whole run and wrapped by the caller. record: record.log.Record (written on
-    rank 0 only). learning_rate: step -> rate. decay: the optimiser's decoupled weight decay. say: prints one line.
-    listeners: called on every rank with every line of the record, a dict; they must not raise. flow: flow_run.FlowRun
-    where law flow planned the weights.
+    config, plan: of config.load and config.resolve. stream: data.stream.Stream at the samples
+    consumed. ledger: data.takeover.Ledger. model: measure.model.Model. groups: reduce.Groups.
+    draw: (part, domain, numbers i64[n]) -> tokens, numbers counted from 0 over the whole run and
+    wrapped by the caller. record: record.log.Record (written on rank 0 only). learning_rate:
+    step -> rate. decay: the optimiser's decoupled weight decay. say: prints one line. listeners:
+    called on every rank with every line of the record, a dict; they must not raise. flow:
+    flow_run.FlowRun where law flow planned the weights.
     """
 
     def __init__(
@@ -75,8 +79,7 @@ class Hook:
         path = record.path.parent / control_file.NAME
         watch = control_file.Watch(path, plan.names, config.mode != "shadow")
         self.steering = Steering(config=config, plan=plan, stream=stream, watch=watch)
-        self.probe_seconds, self.started, self.step_started = 0.0, time.monotonic(), None
-        self.step_seconds, self.step_time = [], None
+        self.clock = Clock()
 
     def _work_in(self, memory):
         """Choose how probes work and deal their splits to ranks; memory: a wish of probe.memory."""
@@ -92,8 +95,8 @@ class Hook:
         return reduce.rank() == 0
 
     def start(self, news=()):
-        """Open a new record, of a fresh run or of one whose mixture changed by consent (news: what changed). An older
-        record in its place is moved aside.
+        """Open a new record, of a fresh run or of one whose mixture changed by consent (news:
+        what changed). An older record in its place is moved aside.
         """
         settings, plan, run = self.config, self.plan, self.run
         here = sum(
@@ -117,32 +120,36 @@ class Hook:
             self.say(flow_run.sentence(self.flow, plan.names))
         if settings.mode == "act" and LAWS[settings.controller.law].measured:
             self.say(
-                f"ACTING ON AN UNCALIBRATED SIGNAL: mode act lets the law `{settings.controller.law}` move the weights; "
-                "its signal was not compared with effects at the end of a run"
+                f"ACTING ON AN UNCALIBRATED SIGNAL: mode act lets the law `{settings.controller.law}` move "
+                "the weights; its signal was not compared with effects at the end of a run"
             )
 
     def begin(self, step):
-        """Before step `step` (0-based): probe if it is time, then take this step's samples from the stream."""
+        """Before step `step` (0-based): probe if it is time, then take this step's samples from
+        the stream.
+        """
         if step % WATCH_EVERY == 0 and (news := self.steering.look()) is not None:
             fields, sentence = news
             self._write("control", step=step, sample=self.stream.index, **fields)
             self.say(sentence)
         if step and step % self.config.every == 0 and not self.off:
             self._probe(step)
-        self.step_started = time.monotonic()
+        self.clock.step_begins()
         self.weights = self.stream.weights
         self.domains, self.positions, projections = self.stream.take()
         for projection in projections:
             self._write("projection", step=step, **projection)
 
     def end(self, losses, tokens, delivered=None):
-        """After the step: this rank's sequences in the order trained, losses f64[n] and tokens i64[n, s]. delivered:
-        (domain, position) i64[n] of what the loader brought, checked against the stream."""
+        """After the step: this rank's sequences in the order trained, losses f64[n] and tokens
+        i64[n, s]. delivered: (domain, position) i64[n] of what the loader brought, checked
+        against the stream.
+        """
         first = self.stream.index - self.run.global_batch
         before = self.tally.losses.copy()
         self.tally.add(first, self.domains, self.positions, losses, tokens)
         self.steering.losses += self.tally.losses - before
-        self.step_seconds.append(time.monotonic() - self.step_started)
+        self.clock.step_ends()
         if delivered is not None:
             expected = self.domains[self.tally.mine], self.positions[self.tally.mine]
             if not all(np.array_equal(got, want) for got, want in zip(delivered, expected, strict=True)):
@@ -151,7 +158,9 @@ class Hook:
                 )
 
     def log_losses(self, step, valid=None):
-        """Write the loss line of the steps since the last one, and start anew. Returns {name: mean training loss}."""
+        """Write the loss line of the steps since the last one, and start anew. Returns {name:
+        mean training loss}.
+        """
         means = dict(zip(self.plan.names, self.tally.means(), strict=True))
         fields = {"valid": valid} if valid is not None else {}
         self._write(
@@ -164,24 +173,18 @@ class Hook:
             served=self._named(self.stream.served),
             weights=self._named(self.weights),
             fingerprint=f"{self.tally.fingerprint:016x}",
-            timing={
-                "step_seconds": self._step_time(),
-                "probe_seconds": self.probe_seconds,
-                "seconds": time.monotonic() - self.started,
-            },
+            timing=self.clock.of_loss(),
         )
-        self.step_seconds = []
         return means
 
     def finish(self, step):
         """Write the closing line of a complete run."""
-        timing = {"seconds": time.monotonic() - self.started, "probe_seconds": self.probe_seconds}
         self._write(
             "end",
             step=step,
             sample=self.stream.index,
             served=self._named(self.stream.served),
-            timing=timing,
+            timing=self.clock.of_run(),
         )
 
     def _write(self, event, **fields):
@@ -192,7 +195,8 @@ class Hook:
                 self.record.lines += 1
         except OSError as fault:
             self.say(
-                f"the decision log could not be written ({fault}); training goes on, this {event} line is lost"
+                f"the decision log could not be written ({fault}); training goes on, this {event} line is "
+                "lost"
             )
         for listener in self.listeners:
             listener(log.line(event, fields))
@@ -236,14 +240,16 @@ class Hook:
         except Exception as fault:
             self._leave_word(step)
             raise RuntimeError(
-                f"a collective failed inside the probe at step {step}; a restart from the last checkpoint resumes and "
-                f"skips this probe"
+                f"a collective failed inside the probe at step {step}; a restart from the last checkpoint "
+                "resumes and skips this probe"
             ) from fault
         self.failures = 0
         self._measured(step, begun, measured, times, weights, self.steering.decide(measured))
 
     def _drawn(self, number):
-        """draw for probe `number`: each probe goes on in the held-out sequences where the last one stopped."""
+        """draw for probe `number`: each probe goes on in the held-out sequences where the last
+        one stopped.
+        """
         used = sequences_drawn(self.config.probe)
         return lambda part, domain, numbers: self.draw(part, domain, number * used[part] + numbers)
 
@@ -252,14 +258,14 @@ class Hook:
         decided = outcome.decision, outcome.effective
         fields = lines.probe(self.config, self.plan, measured, weights, *decided) | outcome.fields
         self._write(
-            "probe", step=step, sample=self.stream.index, **rates, **fields, timing=self._timed(begun)
+            "probe", step=step, sample=self.stream.index, **rates, **fields, timing=self.clock.of_probe(begun)
         )
         self.say(lines.sentence(step, self.plan.names, measured, weights, *decided))
 
     def _skip(self, step, reason, begun):
         self.failures += 1
         self.off = self.failures >= MOST_FAILURES
-        spent = self._timed(begun)
+        spent = self.clock.of_probe(begun)
         self._write(
             "skip",
             step=step,
@@ -273,24 +279,10 @@ class Hook:
         if self.off:
             self.say(f"PROBING IS OFF for the rest of this run: {self.failures} probes failed in a row")
 
-    def _step_time(self):
-        """Median seconds of a step since the last loss line; of the steps before it where none has been taken since."""
-        if self.step_seconds:
-            self.step_time = float(np.median(self.step_seconds))
-        return self.step_time
-
-    def _timed(self, begun):
-        spent = time.monotonic() - begun
-        self.probe_seconds += spent
-        trained = time.monotonic() - self.started - self.probe_seconds
-        return {
-            "probe_seconds": spent,
-            "step_seconds": self._step_time(),
-            "overhead": self.probe_seconds / trained if trained > 0 else None,
-        }
-
     def state_dict(self):
-        """What a checkpoint keeps: JSON, a few numbers per domain. Collective-free, equal on all ranks."""
+        """What a checkpoint keeps: JSON, a few numbers per domain. Collective-free, equal on all
+        ranks.
+        """
         return {
             "version": STATE_VERSION,
             "config": self.config.digest,
@@ -309,14 +301,17 @@ class Hook:
         }
 
     def load_state_dict(self, state, rewind=True):
-        """Go on where `state` was taken; the stream stands there already (data.resume). rewind: in the same record.
+        """Go on where `state` was taken; the stream stands there already (data.resume). rewind:
+        in the same record.
 
-        Raises ValueError, on every rank, for a state of another version and for a record that lacks lines.
+        Raises ValueError, on every rank, for a state of another version and for a record that
+        lacks lines.
         """
         if state.get("version") != STATE_VERSION:
             version = state.get("version")
             raise ValueError(
-                f"plug-in state of {WRITTEN_BY.get(version, f'version {version!r}')}: resume with the version that wrote it"
+                f"plug-in state of {WRITTEN_BY.get(version, f'version {version!r}')}: resume with the "
+                "version that wrote it"
             )
         self.probes, self.failures, self.off = state["probes"], state["failures"], state["off"]
         if not rewind:

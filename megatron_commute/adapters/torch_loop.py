@@ -1,7 +1,7 @@
 """Any PyTorch training loop: what a probe needs of an nn.Module and its optimiser.
 
-Nothing of the module is written to: losses are evaluated through torch.func.functional_call on tensors of the probe's own,
-so a probe that fails half-way leaves no trace.
+Nothing of the module is written to: losses are evaluated through torch.func.functional_call on
+tensors of the probe's own, so a probe that fails half-way leaves no trace.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import torch
 from megatron_commute import config as front_door
 from megatron_commute import reduce
 from megatron_commute.data import blend, resume, takeover
-from megatron_commute.data.indexed import domain_datasets, inspect_data
+from megatron_commute.data.indexed import domain_datasets, drawer, inspect_data
 from megatron_commute.data.sampler import MixedDataset, MixtureSampler
 from megatron_commute.data.stream import Stream
 from megatron_commute.decide import flow_run, laws
@@ -23,17 +23,15 @@ from megatron_commute.measure.model import Model, full_precision, low_precision
 from megatron_commute.mixture import Mixture
 from megatron_commute.record import log
 
-# D = 1/(sqrt(v) + floor): rows that are hardly ever visited have tiny v and would dominate every inner product;
+# D = 1/(sqrt(v) + floor): rows that are hardly ever visited have tiny v and would dominate every
+# inner product;
 # a floor of a tenth of the mean sqrt(v) bounds D at ten times its usual size.
 METRIC_FLOOR = 0.1
 
-# what a probe asks for -> field of config.HoldoutParts
-PARTS = {"gradient": "gradients", "direction": "direction"}
-
 # the backward pass comes after functional_call has put the module's own weights back
 HOOKS_REFUSED = (
-    "activation checkpointing, or another hook on saved tensors, would recompute with the module's own weights instead of "
-    "the probe's: switch it off while module.training is False"
+    "activation checkpointing, or another hook on saved tensors, would recompute with the module's own "
+    "weights instead of the probe's: switch it off while module.training is False"
 )
 
 
@@ -50,12 +48,14 @@ def probe_model(
 ):
     """Build the measure.model.Model of an nn.Module.
 
-    loss: (module, tokens i64[b, n]) -> mean loss, calling module(...) as training does. micro_batch: sequences a forward
-    pass. second_moments: () -> bias-corrected second moments of Adam (list of tensors, one per trainable parameter) or None.
-    owned, decayed: per trainable parameter, see measure.model; default: all owned, decay on matrices only. groups:
-    reduce.Groups. exact: () -> context manager that makes the module twice differentiable; default: nothing to do.
-    Raises ValueError for a module without trainable parameters and for one in DistributedDataParallel. A module that
-    checkpoints activations must not do so while module.training is False; one that does is refused at every probe.
+    loss: (module, tokens i64[b, n]) -> mean loss, calling module(...) as training does.
+    micro_batch: sequences a forward pass. second_moments: () -> bias-corrected second moments of
+    Adam (list of tensors, one per trainable parameter) or None. owned, decayed: per trainable
+    parameter, see measure.model; default: all owned, decay on matrices only. groups:
+    reduce.Groups. exact: () -> context manager that makes the module twice differentiable;
+    default: nothing to do. Raises ValueError for a module without trainable parameters and for
+    one in DistributedDataParallel. A module that checkpoints activations must not do so while
+    module.training is False; one that does is refused at every probe.
     """
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     if not named:
@@ -103,7 +103,9 @@ def _once(check):
 
 
 class _Loss(torch.nn.Module):
-    """A module and its loss as one callable, so that functional_call swaps parameters around both."""
+    """A module and its loss as one callable, so that functional_call swaps parameters around
+    both.
+    """
 
     def __init__(self, module, loss):
         super().__init__()
@@ -120,7 +122,8 @@ def squared_length(vector, owned, groups):
 
 
 def adam_metric(second_moments, owned, groups):
-    """D = 1 / (sqrt(v) + METRIC_FLOOR * mean sqrt(v)) per parameter; the mean runs over all parameters of the model.
+    """D = 1 / (sqrt(v) + METRIC_FLOOR * mean sqrt(v)) per parameter; the mean runs over all
+    parameters of the model.
 
     Raises ValueError where the optimiser has no second moments (yet).
     """
@@ -145,7 +148,9 @@ def adam_metric(second_moments, owned, groups):
 
 @contextlib.contextmanager
 def quiet(module, exact=None):
-    """Dropout off and random state kept for the time of a probe; every module's own training flag is put back."""
+    """Dropout off and random state kept for the time of a probe; every module's own training
+    flag is put back.
+    """
     flags = [(m, m.training) for m in module.modules()]
     cpu = torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
@@ -163,7 +168,9 @@ def quiet(module, exact=None):
 
 
 def second_moments(optimizer, parameters):
-    """Bias-corrected second moments of torch.optim.Adam or AdamW, one per parameter, or None before its first step."""
+    """Bias-corrected second moments of torch.optim.Adam or AdamW, one per parameter, or None
+    before its first step.
+    """
     betas = {
         id(p): group["betas"][1]
         for group in optimizer.param_groups
@@ -179,32 +186,13 @@ def second_moments(optimizer, parameters):
     return moments
 
 
-def drawer(config, plan, seq_length, vocab_size=None):
-    """draw(part, domain, numbers) of hook.Hook over the holdout of each domain; numbers wrap around its part.
-
-    Raises ValueError (a bad-data fault, survived by the hook) for token numbers outside the vocabulary.
-    """
-    _, held_out = domain_datasets(config, plan, seq_length)
-
-    def draw(part, domain, numbers):
-        parts = front_door.holdout_parts(len(held_out[domain]))
-        inside = getattr(parts, PARTS[part])
-        tokens = torch.stack([held_out[domain][inside[int(n) % len(inside)]]["tokens"] for n in numbers])
-        if vocab_size is not None and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
-            raise ValueError(
-                f"holdout of {plan.names[domain]}: token {int(tokens.max())} is outside the vocabulary of {vocab_size}; "
-                f"prepare the data with the model's tokenizer"
-            )
-        return tokens
-
-    return draw
-
-
 class Plugin:
-    """The plug-in in one training run: mixture file and data checked at once, attached when the model stands.
+    """The plug-in in one training run: mixture file and data checked at once, attached when the
+    model stands.
 
-    file: the mixture file; run: config.Run; host_blend: the host's own data flag, which mode shadow must agree with.
-    Raises ConfigError, before anything is written, where they do not fit.
+    file: the mixture file; run: config.Run; host_blend: the host's own data flag, which mode
+    shadow must agree with. Raises ConfigError, before anything is written, where they do not
+    fit.
     """
 
     def __init__(self, file, run, host_blend=()):
@@ -220,7 +208,9 @@ class Plugin:
         self.hook = self.sampler = self.dataset = self.flow = None
 
     def mixture(self):
-        """The stream of a fresh run. In mode shadow it follows the host's own rule, which knows no budgets."""
+        """The stream of a fresh run. In mode shadow it follows the host's own rule, which knows
+        no budgets.
+        """
         plan = self.plan
         if not self.feeds:
             return Mixture(plan.weights)
@@ -231,14 +221,28 @@ class Plugin:
         return stream
 
     def attach(
-        self, model, groups, run_dir, learning_rate, decay, *, vocab_size=None, state=None, consumed=0, accept=False,
-        take_over=False, listeners=(), say=print,
-    ):  # fmt: skip
-        """Build hook and, in the modes that feed training, dataset and sampler; start or rewind the record.
+        self,
+        model,
+        groups,
+        run_dir,
+        learning_rate,
+        decay,
+        *,
+        vocab_size=None,
+        state=None,
+        consumed=0,
+        accept=False,
+        take_over=False,
+        listeners=(),
+        say=print,
+    ):
+        """Build hook and, in the modes that feed training, dataset and sampler; start or rewind
+        the record.
 
-        model: probe.Model; groups: reduce.Groups; run_dir: folder of the record; learning_rate: step -> rate; state: of
-        Hook.state_dict, from a checkpoint after `consumed` samples, or None; accept, take_over: see data.resume; listeners:
-        of hook.Hook, those of this rank. Raises ConfigError where the state does not fit the mixture file.
+        model: probe.Model; groups: reduce.Groups; run_dir: folder of the record; learning_rate:
+        step -> rate; state: of Hook.state_dict, from a checkpoint after `consumed` samples, or
+        None; accept, take_over: see data.resume; listeners: of hook.Hook, those of this rank.
+        Raises ConfigError where the state does not fit the mixture file.
         """
         mixture, ledger, news = self._resumed(learning_rate, groups, state, consumed, accept, take_over)
         if self.feeds:
@@ -277,7 +281,9 @@ class Plugin:
         return self.hook
 
     def _resumed(self, learning_rate, groups, state, consumed, accept, take_over):
-        """The data.resume.Resumed of this run, on the weights that law flow plans where it is followed."""
+        """The data.resume.Resumed of this run, on the weights that law flow plans where it is
+        followed.
+        """
         stock = None
         if take_over and self.host_blend:
             stock = takeover.stock_weights(blend.read(self.host_blend)[1])
@@ -305,7 +311,9 @@ class Plugin:
         return resumed
 
     def _follow(self, mixture, rates, groups, kept):
-        """Plan the rest of the run by law flow, as `kept` of its own checkpoint or anew from where the mixture stands."""
+        """Plan the rest of the run by law flow, as `kept` of its own checkpoint or anew from
+        where the mixture stands.
+        """
         found = flow_run.planned(
             config=self.config, plan=self.plan, run=self.run, rates=rates, mixture=mixture, state=kept
         )
@@ -328,5 +336,6 @@ class Plugin:
         table = tabulate(rows, headers, floatfmt=".4g")
         end = next(line for line in reversed(lines) if line["event"] in ("end", "loss"))
         spent, total = end["timing"]["probe_seconds"], end["timing"]["seconds"]
-        share = f"probes took {spent:.0f} s of {total:.0f} s, {spent / max(total - spent, 1e-9):.1%} on top of training"
-        return f"{table}\n{share}\nreport: {plots.report(run_dir)}"
+        share = f"{spent / max(total - spent, 1e-9):.1%} on top of training"
+        cost = f"probes took {spent:.0f} s of {total:.0f} s, {share}"
+        return f"{table}\n{cost}\nreport: {plots.report(run_dir)}"

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 from megatron_commute import reduce
-from megatron_commute.adapters import torch_loop
 from megatron_commute.adapters.one_process import one_process
 from megatron_commute.checkpoints import analysis_record, results
 from megatron_commute.checkpoints.checkpoint import architecture, learning_rate
@@ -23,6 +22,7 @@ from megatron_commute.checkpoints.files import CheckpointError, content, series
 from megatron_commute.checkpoints.model import LoadedModel
 from megatron_commute.checkpoints.readers import read
 from megatron_commute.checkpoints.setting import Asked, asked, extra_flags, setting
+from megatron_commute.data.indexed import drawer
 from megatron_commute.decide import controller
 from megatron_commute.measure import probe
 from megatron_commute.mixture import Mixture
@@ -119,7 +119,7 @@ class _Work:
         self.settings = dataclasses.replace(config.probe, memory=chosen.mode)
         self.team = reduce.team(self.groups, config.probe.splits)
         self.parameters = sum(p.numel() for p in self.loaded.module.parameters())
-        self.draw = torch_loop.drawer(config, plan, run.seq_length, setting.vocabulary)
+        self.draw = drawer(config, plan, run.seq_length, setting.vocabulary)
         self.memory, self.waiting = chosen, checkpoint
         say(memory_words(chosen, size, self.parameters))
         for note in setting.notes:

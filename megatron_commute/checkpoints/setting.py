@@ -11,7 +11,7 @@ import numpy as np
 from megatron_commute.adapters import torch_loop
 from megatron_commute.checkpoints.files import CheckpointError
 from megatron_commute.config import Config, ConfigError, Plan, Run
-from megatron_commute.data.indexed import data_summary
+from megatron_commute.data.indexed import data_summary, drawer
 from megatron_commute.mixture import Mixture
 from megatron_commute.settings.probe_cost import holdout_parts, sequences_drawn
 
@@ -219,7 +219,7 @@ def _check_vocabulary(config, plan, run, checkpoint, vocabulary):
                 f"{vocabulary}; prepare the data with the model's tokenizer"
                 + (", or, where its rows are padded, name vocab_size with --arguments" if padded else "")
             )
-    draw = torch_loop.drawer(config, plan, run.seq_length, vocabulary or rows)
+    draw = drawer(config, plan, run.seq_length, vocabulary or rows)
     try:
         for k in range(len(plan.names)):
             draw("gradient", k, np.arange(config.probe.samples))

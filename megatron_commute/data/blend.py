@@ -6,7 +6,9 @@ from megatron_commute.config import ConfigError
 
 
 def check(config, plan, paths):
-    """In mode shadow the host feeds training: the mixture file must say what its blend says. Raises ConfigError."""
+    """In mode shadow the host feeds training: the mixture file must say what its blend says.
+    Raises ConfigError.
+    """
     prefixes, shares = read(paths)
     weights = [share / sum(shares) for share in shares]
     wanted = [path for domain in config.domains for path in domain.path]
@@ -28,7 +30,9 @@ def check(config, plan, paths):
 
 
 def read(paths, flag="--train-data-path"):
-    """(prefixes, weights as written) of Megatron's data flag; ConfigError where weights are missing or impossible."""
+    """(prefixes, weights as written) of Megatron's data flag; ConfigError where weights are
+    missing or impossible.
+    """
     if len(paths) == 1:
         return list(paths), [1.0]
     try:

@@ -1,9 +1,10 @@
 """Megatron's indexed data (PREFIX.bin, PREFIX.idx): counted, checked and read by sequences.
 
-The header is read here rather than through megatron-core: it is a dozen lines, and data loader workers start
-without the host framework. Layout of the .idx file, little-endian: 9 bytes MMIDIDX and two zeros, u64 version
-1, u8 dtype code, u64 number of texts n, u64 document boundaries, i32[n] lengths in tokens, i64[n] offsets.
-Source: megatron/core/datasets/indexed_dataset.py of megatron-core.
+The header is read here rather than through megatron-core: it is a dozen lines, and data loader
+workers start without the host framework. Layout of the .idx file, little-endian: 9 bytes MMIDIDX
+and two zeros, u64 version 1, u8 dtype code, u64 number of texts n, u64 document boundaries,
+i32[n] lengths in tokens, i64[n] offsets. Source: megatron/core/datasets/indexed_dataset.py of
+megatron-core.
 """
 
 import json
@@ -15,13 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megatron_commute.config import Config, Plan
+from megatron_commute.config import Config, Plan, holdout_parts
 
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
 INDEX_MAGIC = b"MMIDIDX\x00\x00"
 TOKEN_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
+
+# what a probe asks for -> field of config.HoldoutParts
+PARTS = {"gradient": "gradients", "direction": "direction"}
 
 
 class DataError(ValueError):
@@ -34,7 +38,9 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class DataSummary:
-    """What some prefixes hold. `tokens`: of each; `tokenizer`: sha256, None where no PREFIX.json has it."""
+    """What some prefixes hold. `tokens`: of each; `tokenizer`: sha256, None where no PREFIX.json
+    has it.
+    """
 
     prefixes: tuple[str, ...]
     tokens: tuple[int, ...]
@@ -105,9 +111,11 @@ def _tokenizer(prefix: str) -> tuple[str | None, int | None]:
 
 
 def inspect_data(config: Config, seq_length: int) -> tuple[tuple[int, ...], tuple[int | None, ...]]:
-    """Sequences of every domain and of its separate holdout (None without one), as `config.resolve` asks.
+    """Sequences of every domain and of its separate holdout (None without one), as
+    `config.resolve` asks.
 
-    Raises ConfigError, at the line of the domain, for missing or damaged files and for two tokenizers.
+    Raises ConfigError, at the line of the domain, for missing or damaged files and for two
+    tokenizers.
     """
     sequences: list[int] = []
     holdouts: list[int | None] = []
@@ -131,10 +139,12 @@ def inspect_data(config: Config, seq_length: int) -> tuple[tuple[int, ...], tupl
 
 
 class TokenSequences:
-    """Map-style dataset of the whole sequences of some prefixes, in file order; none crosses a prefix.
+    """Map-style dataset of the whole sequences of some prefixes, in file order; none crosses a
+    prefix.
 
-    Item i is {"tokens": int64[seq_length + 1]}: one epoch of Megatron's GPTDataset before its shuffle. Files
-    are mapped on first use in every process, so the object may be pickled to data loader workers.
+    Item i is {"tokens": int64[seq_length + 1]}: one epoch of Megatron's GPTDataset before its
+    shuffle. Files are mapped on first use in every process, so the object may be pickled to data
+    loader workers.
     """
 
     def __init__(self, prefixes: Sequence[str], seq_length: int):
@@ -175,3 +185,28 @@ def domain_datasets(config: Config, plan: Plan, seq_length: int) -> tuple[list["
         else:
             held_out.append(Subset(whole, range(len(whole) - held, len(whole))))
     return training, held_out
+
+
+def drawer(config, plan, seq_length, vocab_size=None):
+    """draw(part, domain, numbers) of hook.Hook over the holdout of each domain; numbers wrap
+    around its part.
+
+    Raises ValueError (a bad-data fault, survived by the hook) for token numbers outside the
+    vocabulary.
+    """
+    import torch
+
+    _, held_out = domain_datasets(config, plan, seq_length)
+
+    def draw(part, domain, numbers):
+        parts = holdout_parts(len(held_out[domain]))
+        inside = getattr(parts, PARTS[part])
+        tokens = torch.stack([held_out[domain][inside[int(n) % len(inside)]]["tokens"] for n in numbers])
+        if vocab_size is not None and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
+            raise ValueError(
+                f"holdout of {plan.names[domain]}: token {int(tokens.max())} is outside the vocabulary of "
+                f"{vocab_size}; prepare the data with the model's tokenizer"
+            )
+        return tokens
+
+    return draw

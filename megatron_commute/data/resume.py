@@ -1,4 +1,6 @@
-"""Which stream a run goes on with: a fresh one, that of its checkpoint, or one changed or taken over by consent."""
+"""Which stream a run goes on with: a fresh one, that of its checkpoint, or one changed or taken
+over by consent.
+"""
 
 import zlib
 from pathlib import Path
@@ -23,7 +25,8 @@ class Resumed(NamedTuple):
 
 
 def fingerprint(paths, size):
-    """Short text that names the data of one domain: sizes of its .bin files, their ends, and the training sequences.
+    """Short text that names the data of one domain: sizes of its .bin files, their ends, and the
+    training sequences.
 
     size: training sequences, which the permutation depends on. Reads two MiB of each file.
     """
@@ -42,11 +45,12 @@ def fingerprint(paths, size):
 def resumed(config, plan, fresh, state, consumed=0, stock=None, *, accept=False, attach=False, also=()):
     """The Resumed of a run that has consumed `consumed` samples.
 
-    fresh: the Mixture of a run that begins; state: Hook.state_dict of the checkpoint, None where it has none; stock: the
-    stock blend's weights f64[K] that a checkpoint without state was trained with. accept (--commute-accept): a mixture file
-    that differs from the checkpoint's holds from here on. attach (--commute-attach): a run that began without the plug-in is
-    taken over. also: how the weights planned ahead were found to differ. Raises ConfigError naming every difference and the
-    flag that accepts it.
+    fresh: the Mixture of a run that begins; state: Hook.state_dict of the checkpoint, None where
+    it has none; stock: the stock blend's weights f64[K] that a checkpoint without state was
+    trained with. accept (--commute-accept): a mixture file that differs from the checkpoint's
+    holds from here on. attach (--commute-attach): a run that began without the plug-in is taken
+    over. also: how the weights planned ahead were found to differ. Raises ConfigError naming
+    every difference and the flag that accepts it.
     """
     prints = [fingerprint(d.path, n) for d, n in zip(config.domains, plan.sizes, strict=True)]
     limits = {"samples": fresh.samples, "minimum": list(plan.minimum), "maximum": list(plan.maximum)}
@@ -54,8 +58,8 @@ def resumed(config, plan, fresh, state, consumed=0, stock=None, *, accept=False,
         return _without_state(config, plan, fresh, prints, limits, consumed, stock, attach)
     if consumed and consumed != state["mixture"]["index"]:
         raise ConfigError(
-            f"--global-batch-size: the checkpoint stands at sample {state['mixture']['index']}, its iterations times this "
-            f"batch are {consumed}; write the batch size that it was trained with"
+            f"--global-batch-size: the checkpoint stands at sample {state['mixture']['index']}, its "
+            f"iterations times this batch are {consumed}; write the batch size that it was trained with"
         )
     book = takeover.Ledger(**state["ledger"])
     budgets = list(plan.budgets) if fresh.samples is not None else [None] * len(plan.names)
@@ -94,12 +98,14 @@ def _without_state(config, plan, fresh, prints, limits, consumed, stock, attach)
         return Resumed(fresh, book, [])
     if not attach:
         raise ConfigError(
-            f"{config.file}: the checkpoint was written without --commute after {consumed} samples; add --commute-attach to "
-            "take the run over: counts of the stock blend are kept, every domain goes on in a new order"
+            f"{config.file}: the checkpoint was written without --commute after {consumed} samples; add "
+            "--commute-attach to take the run over: counts of the stock blend are kept, every domain goes "
+            "on in a new order"
         )
     if stock is None:
         raise ConfigError(
-            "--commute-attach: name the stock blend with --train-data-path, so that its counts can be replayed"
+            "--commute-attach: name the stock blend with --train-data-path, so that its counts can be "
+            "replayed"
         )
     if fresh.samples is None:
         fresh.skip(consumed)

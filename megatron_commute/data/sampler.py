@@ -1,8 +1,8 @@
 """From a Mixture to batches: a batch sampler, and a data set keyed by (domain, position).
 
-Position p of domain d stands for epoch p // n_d and item permuted(...)[p mod n_d] of a one-epoch, unshuffled
-data set of n_d items. Budgets, weights and the run's length never enter the permutation, so none of them can
-make a sample repeat within an epoch.
+Position p of domain d stands for epoch p // n_d and item permuted(...)[p mod n_d] of a
+one-epoch, unshuffled data set of n_d items. Budgets, weights and the run's length never enter
+the permutation, so none of them can make a sample repeat within an epoch.
 """
 
 from collections.abc import Iterator
@@ -30,7 +30,9 @@ def _keys(seed, domain, epoch):
 
 
 def _network(x, keys, left_bits, right_bits):
-    """An alternating Feistel network: a bijection of [0, 2^(left_bits + right_bits)) for any keys."""
+    """An alternating Feistel network: a bijection of [0, 2^(left_bits + right_bits)) for any
+    keys.
+    """
     left, right = x >> right_bits, x & (1 << right_bits) - 1
     for r, key in enumerate(keys):
         if r % 2:
@@ -46,12 +48,12 @@ def _halves(size: int) -> tuple[int, int]:
 
 
 def permuted(seed: int, domain: int, epoch, offset, size: int) -> np.ndarray:
-    """Items i64[n] at `offset` i64[n] of a domain of `size` items in its `epoch`-th order (an int, or
-    i64[n]).
+    """Items i64[n] at `offset` i64[n] of a domain of `size` items in its `epoch`-th order (an
+    int, or i64[n]).
 
-    A keyed bijection of [0, size) in O(1) memory: a Feistel network on the next power of two, walked until it
-    lands inside (Black and Rogaway 2002; fewer than two steps on average). ValueError for an offset outside
-    [0, size).
+    A keyed bijection of [0, size) in O(1) memory: a Feistel network on the next power of two,
+    walked until it lands inside (Black and Rogaway 2002; fewer than two steps on average).
+    ValueError for an offset outside [0, size).
     """
     offset = np.asarray(offset, dtype=np.int64)
     if offset.size and (offset.min() < 0 or offset.max() >= size):
@@ -68,8 +70,9 @@ def permuted(seed: int, domain: int, epoch, offset, size: int) -> np.ndarray:
 
 
 def items(position, size: int, seed: int, domain: int) -> tuple[np.ndarray, np.ndarray]:
-    """Epoch i64[n] and item i64[n] of the one-epoch data set that `position` i64[n] of a domain stands
-    for."""
+    """Epoch i64[n] and item i64[n] of the one-epoch data set that `position` i64[n] of a domain
+    stands for.
+    """
     position = np.asarray(position, dtype=np.int64)
     if position.size and position.min() < 0:
         raise ValueError("negative position: positions count up from 0 inside each domain")
@@ -89,15 +92,16 @@ def item(position: int, size: int, seed: int, domain: int) -> int:
 
 
 class MixtureSampler:
-    """Batch sampler for a torch DataLoader: each item is this rank's micro-batch, a list of (domain,
-    position).
+    """Batch sampler for a torch DataLoader: each item is this rank's micro-batch, a list of
+    (domain, position).
 
-    As in Megatron, micro_batch * data_parallel_size consecutive samples make a chunk, and rank r takes [r *
-    micro_batch, (r + 1) * micro_batch) of it, so global batches are the same at every data-parallel size. It
-    runs ahead of training, as far as the loader prefetches, on its own copy of `mixture` (`frontier`), which
-    stands at the consumed samples when the sampler is made. Iterating again goes on from the frontier: after
-    a loader with prefetched batches is thrown away, make a new sampler. global_batch: samples a step;
-    stop_sample: the run's end, an incomplete last chunk is dropped.
+    As in Megatron, micro_batch * data_parallel_size consecutive samples make a chunk, and rank r
+    takes [r * micro_batch, (r + 1) * micro_batch) of it, so global batches are the same at every
+    data-parallel size. It runs ahead of training, as far as the loader prefetches, on its own
+    copy of `mixture` (`frontier`), which stands at the consumed samples when the sampler is
+    made. Iterating again goes on from the frontier: after a loader with prefetched batches is
+    thrown away, make a new sampler. global_batch: samples a step; stop_sample: the run's end, an
+    incomplete last chunk is dropped.
     """
 
     def __init__(
@@ -118,8 +122,8 @@ class MixtureSampler:
         chunk = micro_batch * data_parallel_size
         if global_batch < 1 or global_batch % chunk:
             raise ValueError(
-                f"global batch {global_batch} is not a multiple of micro-batch x data-parallel size = {chunk}: "
-                "change one of the three"
+                f"global batch {global_batch} is not a multiple of micro-batch x data-parallel size = "
+                f"{chunk}: change one of the three"
             )
         if mixture.samples is not None and stop_sample > mixture.samples:
             raise ValueError(
@@ -141,16 +145,18 @@ class MixtureSampler:
         return max(self.stop_sample - self.frontier.index, 0) // (self.micro_batch * self.size)
 
     def schedule(self, weights, at_sample: int) -> None:
-        """Change the weights at the frontier; ValueError when prefetching has passed `at_sample` already."""
+        """Change the weights at the frontier; ValueError when prefetching has passed `at_sample`
+        already.
+        """
         self.frontier.schedule(weights, at_sample)
 
 
 class MixedDataset:
-    """Map-style data set keyed by (domain, position) over one-epoch, unshuffled data sets, one for each
-    domain.
+    """Map-style data set keyed by (domain, position) over one-epoch, unshuffled data sets, one
+    for each domain.
 
-    An item is the domain's own item, a dict, plus 'domain' and 'position' (int64). Positions past the end go
-    on with the next epoch, in a fresh order.
+    An item is the domain's own item, a dict, plus 'domain' and 'position' (int64). Positions
+    past the end go on with the next epoch, in a fresh order.
     """
 
     def __init__(self, domains: list, seed: int, keys=None):

@@ -1,7 +1,9 @@
-"""Where a run stands in its stream of samples: what training has consumed, and what feeds it from ahead.
+"""Where a run stands in its stream of samples: what training has consumed, and what feeds it
+from ahead.
 
-The sampler runs ahead of training by what data loaders prefetch, on a copy of the mixture. Both are the same pure stream,
-so a change of weights must reach both at the same sample, or training and its books would part.
+The sampler runs ahead of training by what data loaders prefetch, on a copy of the mixture. Both
+are the same pure stream, so a change of weights must reach both at the same sample, or training
+and its books would part.
 """
 
 import numpy as np
@@ -12,8 +14,9 @@ from megatron_commute import reduce
 class Stream:
     """The consumed mixture and the sampler's frontier behind one `schedule`; equal on all ranks.
 
-    consumed: mixture.Mixture at the samples consumed. sampler: data.sampler.MixtureSampler, None where the host feeds
-    training (mode shadow). groups: reduce.Groups. global_batch: samples of a step.
+    consumed: mixture.Mixture at the samples consumed. sampler: data.sampler.MixtureSampler, None
+    where the host feeds training (mode shadow). groups: reduce.Groups. global_batch: samples of
+    a step.
     """
 
     def __init__(self, *, consumed, sampler, groups, global_batch):
@@ -35,7 +38,9 @@ class Stream:
         return np.asarray(self.consumed.weights, dtype=np.float64)
 
     def take(self):
-        """(domain, position) i64[global_batch] of the coming step, and the projections that budgets asked for in it."""
+        """(domain, position) i64[global_batch] of the coming step, and the projections that
+        budgets asked for in it.
+        """
         domains, positions = self.consumed.take(self.global_batch)
         projections = [change._asdict() for change in self.consumed.projections]
         self.consumed.projections.clear()
@@ -52,7 +57,8 @@ class Stream:
         return -(-sample // self.global_batch) * self.global_batch
 
     def schedule(self, weights, sample):
-        """Let weights f64[K] hold from `sample` on; False, and nothing changed, where a loader of any rank is past it.
+        """Let weights f64[K] hold from `sample` on; False, and nothing changed, where a loader
+        of any rank is past it.
 
         Collective.
         """

@@ -1,9 +1,10 @@
-"""Runs that are already running: a changed mixture file, or a checkpoint that began with the stock blend.
+"""Runs that are already running: a changed mixture file, or a checkpoint that began with the
+stock blend.
 
-Nothing here decides that a change is welcome: `differences` names it, and the caller goes on only when the
-user said so. Then `changed` carries the counters over from the next sample on: a domain that stays goes on at
-its position, a new one begins at 0, one that left is remembered, so that it goes on where it stood if it
-comes back.
+Nothing here decides that a change is welcome: `differences` names it, and the caller goes on
+only when the user said so. Then `changed` carries the counters over from the next sample on: a
+domain that stays goes on at its position, a new one begins at 0, one that left is remembered, so
+that it goes on where it stood if it comes back.
 """
 
 from typing import NamedTuple
@@ -16,9 +17,9 @@ from megatron_commute.mixture import Mixture
 class Ledger(NamedTuple):
     """Which domain is which over the life of a run; plain JSON values.
 
-    names: domains in the mixture's order. keys: the number that stands for each of them in the permutation,
-    never used again for another. gone: name -> (key, samples served) of domains that left. fingerprints: of
-    each one's data.
+    names: domains in the mixture's order. keys: the number that stands for each of them in the
+    permutation, never used again for another. gone: name -> (key, samples served) of domains
+    that left. fingerprints: of each one's data.
     """
 
     names: list[str]
@@ -35,9 +36,11 @@ def ledger(names, fingerprints) -> Ledger:
 def differences(
     state: dict, book: Ledger, names, fingerprints, budgets, samples, minimum, maximum
 ) -> list[str]:
-    """What a checkpoint's mixture and today's file do not share, one sentence each; empty when they agree.
+    """What a checkpoint's mixture and today's file do not share, one sentence each; empty when
+    they agree.
 
-    state: Mixture.state_dict() of the checkpoint, book: its ledger; the rest describes the file's domains.
+    state: Mixture.state_dict() of the checkpoint, book: its ledger; the rest describes the
+    file's domains.
     """
     found = [f"domain {name} is new" for name in names if name not in book.names]
     found += [f"domain {name} is gone" for name in book.names if name not in names]
@@ -66,12 +69,14 @@ def _said(value) -> str:
 
 
 def changed(state: dict, book: Ledger, names, fingerprints, weights, budgets, samples, minimum, maximum):
-    """(mixture, ledger) that go on at the checkpoint's sample with the file's domains, weights and budgets.
+    """(mixture, ledger) that go on at the checkpoint's sample with the file's domains, weights
+    and budgets.
 
-    Arguments as for `differences`; weights f64[K] of the file. With the same domains, targets go on and what
-    was scheduled stays scheduled; with others, targets begin anew at what is served (at most K - 1 samples
-    each) and scheduled changes, which named other domains, are dropped. A budget counts all the domain ever
-    served. ValueError when that is more than the budget, or the rest of the run cannot hold the budgets.
+    Arguments as for `differences`; weights f64[K] of the file. With the same domains, targets go
+    on and what was scheduled stays scheduled; with others, targets begin anew at what is served
+    (at most K - 1 samples each) and scheduled changes, which named other domains, are dropped. A
+    budget counts all the domain ever served. ValueError when that is more than the budget, or
+    the rest of the run cannot hold the budgets.
     """
     before = dict(zip(book.names, zip(book.keys, state["served"], strict=True), strict=True))
     known = {**{name: tuple(entry) for name, entry in book.gone.items()}, **before}
@@ -107,13 +112,13 @@ def stock_weights(shares) -> np.ndarray:
 
 
 def attached(stock, consumed: int, weights, budgets=None, **limits) -> Mixture:
-    """The mixture of a run whose first `consumed` samples came from the stock blend with weights `stock`
-    f64[K].
+    """The mixture of a run whose first `consumed` samples came from the stock blend with weights
+    `stock` f64[K].
 
-    What each domain has served is replayed by the stock rule. From then on weights, budgets and limits
-    (samples, minimum, maximum) hold. The stock blend shuffled each domain in another order, so positions go
-    on in a new permutation: samples of the epoch that is under way may come twice or not at all, and the
-    caller must say so.
+    What each domain has served is replayed by the stock rule. From then on weights, budgets and
+    limits (samples, minimum, maximum) hold. The stock blend shuffled each domain in another
+    order, so positions go on in a new permutation: samples of the epoch that is under way may
+    come twice or not at all, and the caller must say so.
     """
     if len(stock) != len(weights):
         raise ValueError(

@@ -4,11 +4,11 @@ RUN/commute.control.yaml may be written, changed and removed while the run goes 
 
     freeze: true                        # the weights stay
     weights: {en: 0.5, ru: 0.5}         # these instead, budgets permitting ...
-    from: 128000                        # ... from this sample on; default: as soon as the data loaders allow
-    caps: {en: 0.6}                     # upper bounds of what a law may ask, one number for all or NAME: share
+    from: 128000                        # ... from this sample on; default: as soon as possible
+    caps: {en: 0.6}                     # most that a law may ask, one number or NAME: share
 
-Each version of its content holds until the next one; removing the file changes nothing. A broken version is told once
-and ignored.
+Each version of its content holds until the next one; removing the file changes nothing. A broken
+version is told once and ignored.
 """
 
 import dataclasses
@@ -32,8 +32,8 @@ NAME = "commute.control.yaml"
 
 @dataclasses.dataclass(frozen=True)
 class Control:
-    """One version of the file. weights f64[K] or None, from sample `at` (0: as soon as possible); caps f64[K] or
-    None.
+    """One version of the file. weights f64[K] or None, from sample `at` (0: as soon as
+    possible); caps f64[K] or None.
     """
 
     freeze: bool = False
@@ -71,7 +71,8 @@ CONTROL_KEYS = {
 
 
 def read(path, names, feeds):
-    """(Control, digest of its content) of a control file. feeds: whether the plug-in feeds training.
+    """(Control, digest of its content) of a control file. feeds: whether the plug-in feeds
+    training.
 
     Raises ConfigError naming file, line, key and cure.
     """
@@ -105,7 +106,9 @@ class Watch:
         self.digest, self._seen = "", None
 
     def look(self):
-        """A new Control, the complaint (str) about a broken version, or None where there is nothing new."""
+        """A new Control, the complaint (str) about a broken version, or None where there is
+        nothing new.
+        """
         try:
             found = os.stat(self.path)
         except OSError:

@@ -1,7 +1,9 @@
-"""Decisions: the wish of a law (laws.py), cut to what budgets and guardrails allow. Pure functions.
+"""Decisions: the wish of a law (laws.py), cut to what budgets and guardrails allow. Pure
+functions.
 
-A law proposes; the guardrails common to all laws decide how much of the wish is granted. Budgets are kept as bounds on the
-weights of the coming window, so a decision never leaves more of a domain than the samples after it can carry.
+A law proposes; the guardrails common to all laws decide how much of the wish is granted. Budgets
+are kept as bounds on the weights of the coming window, so a decision never leaves more of a
+domain than the samples after it can carry.
 """
 
 import dataclasses
@@ -27,16 +29,19 @@ class Decision:
 
 
 def guardrails(situation):
-    """Lowest and highest weight f64[K] that floors, caps and the rate limit allow, whatever the budgets need."""
+    """Lowest and highest weight f64[K] that floors, caps and the rate limit allow, whatever the
+    budgets need.
+    """
     s = situation
     return np.maximum(s.floors, s.weights - s.rate), np.minimum(s.caps, s.weights + s.rate)
 
 
 def bounds(situation):
-    """Lowest and highest weight f64[K] of every domain in the coming window, and whether the rate limit had to give way.
+    """Lowest and highest weight f64[K] of every domain in the coming window, and whether the
+    rate limit had to give way.
 
-    Within them: the domain's own minimum and maximum, floors and caps, the rate limit, and after the window a rest of every
-    budget that its minimum and maximum can still serve to the end.
+    Within them: the domain's own minimum and maximum, floors and caps, the rate limit, and after
+    the window a rest of every budget that its minimum and maximum can still serve to the end.
     """
     s = situation
     window = min(s.window, s.samples_left)
@@ -61,8 +66,10 @@ def bounds(situation):
 
 
 def endless_share(situation):
-    """Lowest and highest weight of all endless domains together in the coming window, so that the samples after it are
-    neither more nor fewer than budgets and endless domains can still fill."""
+    """Lowest and highest weight of all endless domains together in the coming window, so that
+    the samples after it are neither more nor fewer than budgets and endless domains can still
+    fill.
+    """
     s = situation
     window = min(s.window, s.samples_left)
     later = s.samples_left - window
@@ -75,7 +82,9 @@ def endless_share(situation):
 
 
 def granted(wish, low, high, endless, least, most):
-    """The weights f64[K] nearest to `wish` within low and high whose total over `endless` bool[K] is in [least, most]."""
+    """The weights f64[K] nearest to `wish` within low and high whose total over `endless`
+    bool[K] is in [least, most].
+    """
     weights = nearest(wish, low, high)
     total = weights[endless].sum()
     share = min(max(total, least), most)
@@ -100,7 +109,8 @@ def wished(law, situation):
 
 
 def decide(law, situation):
-    """The decision of `law` in a Situation, guardrails applied; the same situation, the same decision.
+    """The decision of `law` in a Situation, guardrails applied; the same situation, the same
+    decision.
 
     law: a name in LAWS, or a function Situation -> Wish, which does not rest after a change.
     """
@@ -150,6 +160,8 @@ def decisions(laws, situation, memories):
 
 
 def failed(fault, memory=None):
-    """The Decision that stands for one that ended with an exception: nothing moves, and the record says why."""
+    """The Decision that stands for one that ended with an exception: nothing moves, and the
+    record says why.
+    """
     why = f"weights stay: the controller failed, please report it: {type(fault).__name__}: {fault}"
     return Decision(None, why, memory or {})

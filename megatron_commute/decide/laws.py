@@ -1,8 +1,10 @@
-"""Laws: what weights a method wishes for the coming window. Pure functions of a Situation, one signature.
+"""Laws: what weights a method wishes for the coming window. Pure functions of a Situation, one
+signature.
 
-law(situation) -> Wish. A law knows neither floors, caps nor rate limits: the guardrails of controller.py are
-common to all and decide how much of a wish is granted. What a law does without a signal is nothing: its wish is then the
-remaining-budget shares, under which every budget runs out exactly at the end.
+law(situation) -> Wish. A law knows neither floors, caps nor rate limits: the guardrails of
+controller.py are common to all and decide how much of a wish is granted. What a law does without
+a signal is nothing: its wish is then the remaining-budget shares, under which every budget runs
+out exactly at the end.
 """
 
 from collections.abc import Callable
@@ -31,18 +33,24 @@ class Wish(NamedTuple):
 
 
 def left_evenly(mixture, initial):
-    """The remaining-budget shares f64[K] of a mixture.Mixture, to its end; initial f64[K]: the planned weights."""
+    """The remaining-budget shares f64[K] of a mixture.Mixture, to its end; initial f64[K]: the
+    planned weights.
+    """
     budgets = np.array([np.nan if budget is None else budget for budget in mixture.budgets], dtype=np.float64)
     return owed_shares(budgets - mixture.served, mixture.samples - mixture.index, initial)
 
 
 def shares_of(situation):
-    """The remaining-budget shares f64[K] of a Situation: the mixture that every law is judged against."""
+    """The remaining-budget shares f64[K] of a Situation: the mixture that every law is judged
+    against.
+    """
     return owed_shares(situation.remaining, situation.samples_left, situation.initial)
 
 
 def significant(score, score_se, dof, confidence):
-    """bool[K]: where a score lies outside its two-sided Student interval. A score without a finite error never does."""
+    """bool[K]: where a score lies outside its two-sided Student interval. A score without a
+    finite error never does.
+    """
     quantile = student(dof, confidence)
     finite = np.isfinite(score) & np.isfinite(score_se)
     return finite & (np.abs(score) > quantile * np.where(finite, score_se, np.inf))
@@ -54,14 +62,17 @@ def hold(situation):
 
 
 def schedule(situation):
-    """The weights that a schedule, of a file or of law flow, names for this window; else the remaining-budget shares."""
+    """The weights that a schedule, of a file or of law flow, names for this window; else the
+    remaining-budget shares.
+    """
     if situation.scheduled is None:
         return hold(situation)
     return Wish(np.asarray(situation.scheduled, dtype=np.float64), True, "the schedule's weights")
 
 
 def proportional(situation):
-    """In proportion to what is left: a budget counts with its rest, endless domains share the rest of the run equally.
+    """In proportion to what is left: a budget counts with its rest, endless domains share the
+    rest of the run equally.
 
     Where every domain has a budget this is `hold`; endless domains lose their planned weights.
     """
@@ -71,18 +82,22 @@ def proportional(situation):
 
 
 def excess_first(rest, target):
-    """(samples, excess f64[K]): how long budgets of `rest` f64[K] samples last beyond a tail in the proportions of `target`
-    f64[K] (sum 1), as long a tail as they carry, and what of each domain is used before it."""
+    """(samples, excess f64[K]): how long budgets of `rest` f64[K] samples last beyond a tail in
+    the proportions of `target` f64[K] (sum 1), as long a tail as they carry, and what of each
+    domain is used before it.
+    """
     asked = target > 0
     tail = min(float((rest[asked] / target[asked]).min()), float(rest.sum()))
     return float(rest.sum()) - tail, np.maximum(rest - tail * target, 0.0)
 
 
 def tau_tail(situation):
-    """Excess budgets first, then the target's own mixture for as long as the budgets carry it. Needs no measurement.
+    """Excess budgets first, then the target's own mixture for as long as the budgets carry it.
+    Needs no measurement.
 
-    For horizons much longer than 1 / (smallest curvature) the start is forgotten and only the mixture of the end counts;
-    over short horizons it harms. With budgets in the target's proportions it is `hold`.
+    For horizons much longer than 1 / (smallest curvature) the start is forgotten and only the
+    mixture of the end counts; over short horizons it harms. With budgets in the target's
+    proportions it is `hold`.
     """
     s, shares = situation, shares_of(situation)
     if s.target is None or not np.isfinite(s.target).all() or not (s.target > 0).any():
@@ -100,7 +115,9 @@ def tau_tail(situation):
 
 
 def tilted(shares, score, strength):
-    """shares f64[K] tilted against the score: w_k ~ shares_k exp(-strength score_k / max|score|)."""
+    """shares f64[K] tilted against the score: w_k ~ shares_k exp(-strength score_k /
+    max|score|).
+    """
     largest = np.abs(score).max()
     if largest == 0:
         return shares.copy()
@@ -109,11 +126,11 @@ def tilted(shares, score, strength):
 
 
 def tilt(situation):
-    """The paper's criterion (Rukhovich et al., arXiv 2501.15556, Corollary 3.2) turned into a law: domains that should wait
-    get less now, and by their budgets more later.
+    """The paper's criterion (Rukhovich et al., arXiv 2501.15556, Corollary 3.2) turned into a
+    law: domains that should wait get less now, and by their budgets more later.
 
-    It looks one window ahead only; over long horizons it can harm (see README, limits). Scores inside their error bars count
-    as zero.
+    It looks one window ahead only; over long horizons it can harm (see README, limits). Scores
+    inside their error bars count as zero.
     """
     s = situation
     counts = significant(s.score, s.score_se, s.dof, s.confidence)
@@ -124,10 +141,12 @@ def tilt(situation):
 
 
 def odm(situation):
-    """Online Data Mixing (Albalak et al., arXiv 2312.02406): EXP3 with training losses as rewards; knows no budgets.
+    """Online Data Mixing (Albalak et al., arXiv 2312.02406): EXP3 with training losses as
+    rewards; knows no budgets.
 
-    reward_k <- a reward_k + (1 - a) L_k / w_k with a = 0.9, eps_t = min(1/K, sqrt(ln K / (K t))),
-    w = (1 - K eps_t) softmax(eps_{t-1} reward) + eps_t. A baseline: it never predicts and knows no error.
+    reward_k <- a reward_k + (1 - a) L_k / w_k with a = 0.9, eps_t = min(1/K, sqrt(ln K / (K
+    t))), w = (1 - K eps_t) softmax(eps_{t-1} reward) + eps_t. A baseline: it never predicts and
+    knows no error.
     """
     s, K = situation, len(situation.weights)
     turn = int(s.memory.get("turn", 0))
@@ -171,7 +190,9 @@ CURES = {"scheduled": "write schedule: FILE and mode: fixed", "target": "write t
 
 
 def check(config):
-    """Raises ConfigError for a law, or one to compare with, that is unknown or whose signal this run does not have."""
+    """Raises ConfigError for a law, or one to compare with, that is unknown or whose signal this
+    run does not have.
+    """
     chosen = config.controller
     missing = {
         "scheduled": config.schedule is None,

@@ -1,7 +1,8 @@
-"""From measurements to weights in a running job: what decisions must remember, and what people write meanwhile.
+"""From measurements to weights in a running job: what decisions must remember, and what people
+write meanwhile.
 
-Hook says when, and writes into the record what this object answers. Every method is collective and ends alike on all
-ranks.
+Hook says when, and writes into the record what this object answers. Every method is collective
+and ends alike on all ranks.
 """
 
 import dataclasses
@@ -30,7 +31,9 @@ class Outcome(NamedTuple):
 
 
 class Steering:
-    """Of one run. config, plan: of config.load and config.resolve; stream: data.stream.Stream; watch: control_file.Watch."""
+    """Of one run. config, plan: of config.load and config.resolve; stream: data.stream.Stream;
+    watch: control_file.Watch.
+    """
 
     def __init__(self, *, config, plan, stream, watch):
         self.config, self.plan, self.stream, self.watch = config, plan, stream, watch
@@ -43,7 +46,9 @@ class Steering:
         return self.stream.next_batch(self.stream.index + self.plan.lead)
 
     def decide(self, measured):
-        """The Outcome of a probe.Measurement: the controller's decision on rank 0, sent bit for bit to all."""
+        """The Outcome of a probe.Measurement: the controller's decision on rank 0, sent bit for
+        bit to all.
+        """
         at = self.effective()
         if len(self.plan.targets) > 1:
             return Outcome(controller.Decision(None, "target `each` is reported and never acted on"), at, {})

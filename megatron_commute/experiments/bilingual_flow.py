@@ -37,8 +37,17 @@ class Size:
     """How much of the study is run."""
 
     parts: tuple = (
-        *("strength", "target", "shares", "constants", "main", "length", "longer-constants"),
-        *("epochs", "rate", "domains", "size"),
+        "strength",
+        "target",
+        "shares",
+        "constants",
+        "main",
+        "length",
+        "longer-constants",
+        "epochs",
+        "rate",
+        "domains",
+        "size",
     )
     # of the study, in their order
     steps: int = 500

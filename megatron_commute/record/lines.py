@@ -9,7 +9,9 @@ MEASURED = ("P", "P_se", "s", "s_se", "M", "u_g", "h_theta", "score", "score_se"
 
 
 def start(config, plan, run, parameters):
-    """Fields of the start line. config, plan, run: of config.load, config.resolve and config.Run; parameters: a count."""
+    """Fields of the start line. config, plan, run: of config.load, config.resolve and
+    config.Run; parameters: a count.
+    """
     return {
         "names": plan.names,
         "weights": plan.weights,
@@ -39,10 +41,11 @@ def target(plan):
 
 
 def probe(config, plan, found, weights, decision, effective):
-    """Fields of a probe line: the measurement (a leading axis over targets for "each") and what was decided on it.
+    """Fields of a probe line: the measurement (a leading axis over targets for "each") and what
+    was decided on it.
 
-    found: probe.Measurement; weights f64[K] in force; decision: controller.Decision; effective: sample of new weights.
-    What was not measured (P and M with probe.memory scores) is None.
+    found: probe.Measurement; weights f64[K] in force; decision: controller.Decision; effective:
+    sample of new weights. What was not measured (P and M with probe.memory scores) is None.
     """
     one, moved = len(plan.targets) == 1, decision.weights is not None
     values = {name: getattr(found, name) for name in MEASURED}

@@ -1,7 +1,9 @@
-"""The decision log: one JSON line per event, appended by one rank, survived by readers when torn.
+"""The decision log: one JSON line per event, appended by one rank, survived by readers when
+torn.
 
-The checkpoint stores the number of lines written before it; on resume `rewind` moves later lines aside, so that the
-record of an interrupted and resumed run equals that of an uninterrupted one (but for the `timing` objects).
+The checkpoint stores the number of lines written before it; on resume `rewind` moves later lines
+aside, so that the record of an interrupted and resumed run equals that of an uninterrupted one
+(but for the `timing` objects).
 """
 
 import json
@@ -31,7 +33,9 @@ def line(event, fields):
 
 
 class Record:
-    """An open decision log. `lines` and `size` (bytes) count whole lines on disk; what lies beyond them is torn."""
+    """An open decision log. `lines` and `size` (bytes) count whole lines on disk; what lies
+    beyond them is torn.
+    """
 
     def __init__(self, path):
         self.path = pathlib.Path(path)
@@ -54,8 +58,8 @@ class Record:
         whole = content.count(b"\n")
         if whole < lines:
             raise ValueError(
-                f"{self.path}: has {whole} lines, the checkpoint was written after {lines}; put the record of this run "
-                f"back beside its checkpoints, or start a fresh run in another --save folder"
+                f"{self.path}: has {whole} lines, the checkpoint was written after {lines}; put the record "
+                "of this run back beside its checkpoints, or start a fresh run in another --save folder"
             )
         head = b"".join(line + b"\n" for line in kept)
         if len(head) < len(content):
@@ -64,7 +68,9 @@ class Record:
         self.lines, self.size = lines, len(head)
 
     def append(self, event, **fields):
-        """Write one line and flush it to disk; a torn line left by an earlier failure is overwritten. Raises OSError."""
+        """Write one line and flush it to disk; a torn line left by an earlier failure is
+        overwritten. Raises OSError.
+        """
         text = json.dumps(line(event, fields), allow_nan=False).encode() + b"\n"
         with open(self.path, "r+b" if self.path.exists() else "wb") as file:
             end = min(self.size, file.seek(0, os.SEEK_END))  # a file that somebody has cut gets no hole
@@ -84,14 +90,18 @@ def _free_name(path):
 
 
 def replace(path, content):
-    """Write `content`, bytes, as the whole of a file: whoever reads it sees the old one or this one."""
+    """Write `content`, bytes, as the whole of a file: whoever reads it sees the old one or this
+    one.
+    """
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
     temporary.write_bytes(content)
     os.replace(temporary, path)
 
 
 def find(run):
-    """The record file of `run`: a record itself, or the folder that holds one. FileNotFoundError names what was tried."""
+    """The record file of `run`: a record itself, or the folder that holds one. FileNotFoundError
+    names what was tried.
+    """
     path = pathlib.Path(run)
     file = path / NAME if path.is_dir() else path
     if not file.is_file():
@@ -104,7 +114,8 @@ def find(run):
 def read(run):
     """All lines of a record as dicts. A torn last line is left out.
 
-    Raises ValueError naming file and line where a line before the last is damaged or has an unknown schema.
+    Raises ValueError naming file and line where a line before the last is damaged or has an
+    unknown schema.
     """
     file = find(run)
     lines = file.read_bytes().split(b"\n")
@@ -124,7 +135,8 @@ def read(run):
             ) from None
         if event.get("schema") != SCHEMA:
             raise ValueError(
-                f"{file}:{number}: schema {event.get('schema')!r} is not {SCHEMA}; read it with the version that wrote it"
+                f"{file}:{number}: schema {event.get('schema')!r} is not {SCHEMA}; read it with the version "
+                "that wrote it"
             )
         events.append(event)
     return events

@@ -1,4 +1,6 @@
-"""What training has seen: loss of every domain, and a fingerprint of the delivered data that no layout changes."""
+"""What training has seen: loss of every domain, and a fingerprint of the delivered data that no
+layout changes.
+"""
 
 import hashlib
 
@@ -8,10 +10,12 @@ from megatron_commute import reduce
 
 
 class Tally:
-    """Per-domain losses since the last log line and the fingerprint since the start, equal on all ranks.
+    """Per-domain losses since the last log line and the fingerprint since the start, equal on
+    all ranks.
 
-    K domains. data_rank, data_size: place of this rank among the data-parallel ranks; micro_batch: sequences of one forward
-    pass; group: the ranks that tell each a part of the step, the data-parallel group.
+    K domains. data_rank, data_size: place of this rank among the data-parallel ranks;
+    micro_batch: sequences of one forward pass; group: the ranks that tell each a part of the
+    step, the data-parallel group.
     """
 
     def __init__(self, *, domains, global_batch, micro_batch, data_rank, data_size, group):
@@ -24,15 +28,19 @@ class Tally:
         self.group = group
 
     def over(self, group):
-        """The same tally summed over `group`: for layouts in which not every rank of a replica sees losses and tokens."""
+        """The same tally summed over `group`: for layouts in which not every rank of a replica
+        sees losses and tokens.
+        """
         self.group = group
         return self
 
     def add(self, first_sample, domains, positions, losses, tokens):
-        """One step. domains, positions: i64[global_batch] of the stream; losses f64[n], tokens i64[n, s]: this rank's own,
-        None where the rank has none or another rank of the group tells the same.
+        """One step. domains, positions: i64[global_batch] of the stream; losses f64[n], tokens
+        i64[n, s]: this rank's own, None where the rank has none or another rank of the group
+        tells the same.
 
-        Sums travel every step, as 2 K + 2 numbers, so that a checkpoint between two log lines continues to the last bit.
+        Sums travel every step, as 2 K + 2 numbers, so that a checkpoint between two log lines
+        continues to the last bit.
         """
         own = domains[self.mine]
         K = len(self.losses)
@@ -50,7 +58,9 @@ class Tally:
         self.fingerprint = (self.fingerprint + int(total[-2]) + (int(total[-1]) << 32)) % 2**64
 
     def means(self):
-        """Mean loss of every domain since the last call, None where a domain was not seen; starts anew."""
+        """Mean loss of every domain since the last call, None where a domain was not seen;
+        starts anew.
+        """
         means = [float(total / count) if count else None for total, count in self.losses]
         self.losses[:] = 0.0
         return means
@@ -64,9 +74,11 @@ class Tally:
 
 
 def sample_hash(index, domain, position, tokens):
-    """64-bit hash of one delivered sample: its place in the global stream, where it came from, and its content.
+    """64-bit hash of one delivered sample: its place in the global stream, where it came from,
+    and its content.
 
-    index, domain, position: ints; tokens: integer numpy array. Added up mod 2^64 over samples, the order does not matter.
+    index, domain, position: ints; tokens: integer numpy array. Added up mod 2^64 over samples,
+    the order does not matter.
     """
     key = np.array([index, domain, position], dtype=np.int64).tobytes()
     content = np.ascontiguousarray(tokens, dtype=np.int64).tobytes()

@@ -13,6 +13,7 @@ from megatron_commute import hvp, reduce
 from megatron_commute.adapters import torch_loop
 from megatron_commute.config import ConfigError, Run, holdout_parts
 from megatron_commute.data import blend
+from megatron_commute.data.indexed import drawer
 from megatron_commute.record import log as record
 
 
@@ -279,7 +280,7 @@ def test_bad_tokens_in_the_holdout_skip_probes_and_end_nothing(data):
 
 def test_holdouts_wrap_within_their_parts_and_parts_are_disjoint(data):
     plugin = torch_loop.Plugin(mixture_file(data), Run(LENGTH, 4, 2, 1, 24))
-    draw = torch_loop.drawer(plugin.config, plugin.plan, LENGTH)
+    draw = drawer(plugin.config, plugin.plan, LENGTH)
     stored = np.fromfile(data / "en.bin", dtype=np.uint16).astype(np.int64)
     parts = holdout_parts(64)
     for part, inside in (("gradient", parts.gradients), ("direction", parts.direction)):

@@ -1,4 +1,6 @@
-"""One training run of Megatron-DeepSpeed with --commute: the wrappers around what megatron.training calls in its course."""
+"""One training run of Megatron-DeepSpeed with --commute: the wrappers around what
+megatron.training calls in its course.
+"""
 
 import contextlib
 import json
@@ -28,8 +30,8 @@ def replaced(module, **functions):
     missing = [name for name, found in kept.items() if found is None]
     if missing:
         raise RuntimeError(
-            f"{module.__name__} has no {', '.join(missing)}: this Megatron-DeepSpeed is not one that the plug-in knows; run "
-            "`megatron-commute patch PATH --check`"
+            f"{module.__name__} has no {', '.join(missing)}: this Megatron-DeepSpeed is not one that the "
+            "plug-in knows; run `megatron-commute patch PATH --check`"
         )
     try:
         for name, function in functions.items():
@@ -41,7 +43,9 @@ def replaced(module, **functions):
 
 
 class _Plugin(torch_loop.Plugin):
-    """The plug-in's stream in mode shadow has the host's own rounding of weights, so that it names every sample's domain."""
+    """The plug-in's stream in mode shadow has the host's own rounding of weights, so that it
+    names every sample's domain.
+    """
 
     def mixture(self):
         stream = super().mixture()
@@ -51,7 +55,9 @@ class _Plugin(torch_loop.Plugin):
 
 
 class _Texts(torch.utils.data.Dataset):
-    """Our sequences under the name that Megatron's batches have: {"text": i64[s + 1], "domain", "position"}."""
+    """Our sequences under the name that Megatron's batches have: {"text": i64[s + 1], "domain",
+    "position"}.
+    """
 
     def __init__(self, dataset):
         self.dataset = dataset
@@ -62,7 +68,9 @@ class _Texts(torch.utils.data.Dataset):
 
 
 class TrainingRun:
-    """One training run: what was read from the mixture file, and the wrappers around megatron.training's functions."""
+    """One training run: what was read from the mixture file, and the wrappers around
+    megatron.training's functions.
+    """
 
     def __init__(self, args):
         self.args = args
@@ -74,8 +82,12 @@ class TrainingRun:
         args = self.args
         iters = args.train_iters or (args.train_samples or 0) // args.global_batch_size
         run = Run(
-            *(args.seq_length, args.global_batch_size, args.micro_batch_size, args.data_parallel_size, iters),
-            2 * args.num_workers,
+            seq_length=args.seq_length,
+            global_batch=args.global_batch_size,
+            micro_batch=args.micro_batch_size,
+            data_parallel=args.data_parallel_size,
+            train_iters=iters,
+            prefetched=2 * args.num_workers,
         )
         plugin = _Plugin(args.commute, run, args.train_data_path or args.data_path or ())
         refuse(args, plugin.feeds)
@@ -84,8 +96,14 @@ class TrainingRun:
     @contextlib.contextmanager
     def installed(self, training):
         """Wrap what megatron.training calls in the course of a run."""
-        names = ("setup_model_and_optimizer", "load_checkpoint", "build_train_valid_test_data_iterators", "train_step",
-                 "build_pretraining_data_loader", "evaluate_and_print_results")  # fmt: skip
+        names = (
+            "setup_model_and_optimizer",
+            "load_checkpoint",
+            "build_train_valid_test_data_iterators",
+            "train_step",
+            "build_pretraining_data_loader",
+            "evaluate_and_print_results",
+        )
         self.host = {name: getattr(training, name) for name in names}
         with replaced(training, **{name: getattr(self, name) for name in names}):
             yield self
@@ -125,7 +143,9 @@ class TrainingRun:
         return self.host["build_train_valid_test_data_iterators"](*args, **named)
 
     def build_pretraining_data_loader(self, dataset, consumed):
-        """Of the three calls the first is for training; in mode shadow it is the host's own like the others."""
+        """Of the three calls the first is for training; in mode shadow it is the host's own like
+        the others.
+        """
         if self.valid is None:
             self.valid = ()
             if not self.plugin.feeds:
@@ -141,7 +161,9 @@ class TrainingRun:
         return self.host["build_pretraining_data_loader"](dataset, consumed)
 
     def attach(self):
-        """Build the hook; collective. The checkpoint, if any, is loaded already and no loader has been built yet."""
+        """Build the hook; collective. The checkpoint, if any, is loaded already and no loader
+        has been built yet.
+        """
         from megatron import print_rank_0
         from megatron.core import parallel_state as mpu
 
@@ -184,7 +206,9 @@ class TrainingRun:
         return models.probe_model(self.engine, self.args.micro_batch_size, method)
 
     def _scalars(self):
-        """Listeners of the record that write its curves: one on the last rank, which holds the host's writers."""
+        """Listeners of the record that write its curves: one on the last rank, which holds the
+        host's writers.
+        """
         from megatron_commute.adapters.megatron_deepspeed import scalars
 
         listener = None
@@ -193,7 +217,9 @@ class TrainingRun:
         return () if listener is None else (listener,)
 
     def train_step(self, forward_step, batches, model, *rest):
-        """One step of the host's, between the two calls of the hook. The save comes later, so it holds what was consumed."""
+        """One step of the host's, between the two calls of the hook. The save comes later, so it
+        holds what was consumed.
+        """
         from megatron import get_timers
 
         step, config = self.args.curr_iteration, self.hook.config
@@ -218,7 +244,9 @@ class TrainingRun:
         return result
 
     def _delivered(self):
-        """What this rank's loader brought, for the hook to check; the host's own tells the domain alone."""
+        """What this rank's loader brought, for the hook to check; the host's own tells the
+        domain alone.
+        """
         found = None
         with harmless("samples are not checked"):
             found = self.sight.delivered()
@@ -228,7 +256,9 @@ class TrainingRun:
         return domain, self.hook.positions[self.hook.tally.mine] if position is None else position
 
     def evaluate_and_print_results(self, prefix, forward_step, batches, model, iteration, *rest, **named):
-        """The host's validation, with the loss of every domain where its validation data has the file's domains."""
+        """The host's validation, with the loss of every domain where its validation data has the
+        file's domains.
+        """
         test, sight = named.get("test", False), self.sight
         sight.begin()
         with sight.of_pipeline(model[0]):
@@ -285,7 +315,9 @@ def _or_exit(build, file):
 
 
 def _agreed(read):
-    """read(), or the end of every rank with exit status 2 where it fails on any, so that none waits for the others."""
+    """read(), or the end of every rank with exit status 2 where it fails on any, so that none
+    waits for the others.
+    """
     result = end = None
     try:
         result = _or_exit(read, "--commute")

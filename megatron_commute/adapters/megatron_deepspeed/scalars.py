@@ -1,10 +1,13 @@
-"""The plug-in's numbers in the writers that Megatron-DeepSpeed has open already: TensorBoard and wandb."""
+"""The plug-in's numbers in the writers that Megatron-DeepSpeed has open already: TensorBoard and
+wandb.
+"""
 
 from megatron_commute.report import curves
 
 
 def listener(plan):
-    """record line -> scalars of the host's own writers; None on ranks without one (only the last rank has them).
+    """record line -> scalars of the host's own writers; None on ranks without one (only the last
+    rank has them).
 
     Series are commute/NAME with the names of `curves`.
     """

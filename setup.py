@@ -1,7 +1,8 @@
 """Metadata is in pyproject.toml; here the optional compiled parts are declared.
 
-Each of them has a plain Python twin with the same results, so an installation without a C++ compiler or without
-nvcc succeeds and says in one line what it went without. No part needs torch to be built.
+Each of them has a plain Python twin with the same results, so an installation without a C++
+compiler or without nvcc succeeds and says in one line what it went without. No part needs torch to
+be built.
 """
 
 import os
@@ -15,9 +16,11 @@ from setuptools import Extension, setup
 from setuptools.errors import BaseError, CCompilerError, CompileError
 
 WINDOWS = sys.platform == "win32"
-# Without contraction to fused multiply-add, compiled and plain code give the same bits on every machine.
+# Without contraction to fused multiply-add, compiled and plain code give the same bits on every
+# machine.
 EXACT = [] if WINDOWS else ["-O3", "-ffp-contract=off"]
-# Loops become vector code only where no errno and no trap must be kept; NaN and infinity keep their meaning.
+# Loops become vector code only where no errno and no trap must be kept; NaN and infinity keep their
+# meaning.
 FAST = (
     []
     if WINDOWS
@@ -85,7 +88,9 @@ class OptionalBuild(build_ext):
             super().build_extension(without_openmp(extension))
 
     def build_cuda(self, extension):
-        """A plain shared library of launchers that take raw pointers and a stream; no header of torch or Python."""
+        """A plain shared library of launchers that take raw pointers and a stream; no header of
+        torch or Python.
+        """
         nvcc = shutil.which("nvcc")
         if nvcc is None:
             raise CompileError("nvcc is not on PATH")

@@ -1,4 +1,6 @@
-"""The trainer's command line, with Megatron's names, and all that is refused before anything is started or written."""
+"""The trainer's command line, with Megatron's names, and all that is refused before anything is
+started or written.
+"""
 
 import argparse
 import contextlib
@@ -15,15 +17,17 @@ def parse(argv):
         description="Pretrain a GPT on megatron-core under DeepSpeed.", allow_abbrev=False
     )
     for flag, kind, default in (
-        ("num-layers", int, 4), ("hidden-size", int, 128), ("ffn-hidden-size", int, None), ("num-attention-heads", int, 4),
-        ("num-query-groups", int, 1), ("seq-length", int, 256), ("max-position-embeddings", int, None),
-        ("vocab-size", int, 4096), ("make-vocab-size-divisible-by", int, 128), ("init-method-std", float, 0.02),
-        ("hidden-dropout", float, 0.1), ("attention-dropout", float, 0.1), ("tensor-model-parallel-size", int, 1),
-        ("micro-batch-size", int, 4), ("global-batch-size", int, 16), ("train-iters", int, 100),
-        ("weight-decay", float, 0.01), ("adam-beta1", float, 0.9), ("adam-beta2", float, 0.999),
-        ("adam-eps", float, 1e-8), ("seed", int, 1234), ("num-workers", int, 2),
-        ("log-interval", int, 10), ("eval-interval", int, 100), ("eval-iters", int, 4), ("save-interval", int, 0),
-        ("save", str, None), ("load", str, None), ("tensorboard-dir", str, None), ("data-cache-path", str, None),
+        ("num-layers", int, 4), ("hidden-size", int, 128), ("ffn-hidden-size", int, None),
+        ("num-attention-heads", int, 4), ("num-query-groups", int, 1), ("seq-length", int, 256),
+        ("max-position-embeddings", int, None), ("vocab-size", int, 4096),
+        ("make-vocab-size-divisible-by", int, 128), ("init-method-std", float, 0.02),
+        ("hidden-dropout", float, 0.1), ("attention-dropout", float, 0.1),
+        ("tensor-model-parallel-size", int, 1), ("micro-batch-size", int, 4), ("global-batch-size", int, 16),
+        ("train-iters", int, 100), ("weight-decay", float, 0.01), ("adam-beta1", float, 0.9),
+        ("adam-beta2", float, 0.999), ("adam-eps", float, 1e-8), ("seed", int, 1234), ("num-workers", int, 2),
+        ("log-interval", int, 10), ("eval-interval", int, 100), ("eval-iters", int, 4),
+        ("save-interval", int, 0), ("save", str, None), ("load", str, None), ("tensorboard-dir", str, None),
+        ("data-cache-path", str, None),
         ("deepspeed_config", str, str(Path(__file__).with_name("ds_zero1.json"))), ("commute", str, None),
         ("local_rank", int, 0), ("distributed-timeout-minutes", float, 10.0),
     ):  # fmt: skip
@@ -36,8 +40,14 @@ def parse(argv):
     parser.add_argument(
         "--position-embedding-type", choices=("learned_absolute", "rope"), default="learned_absolute"
     )
-    for flag in ("bf16", "swiglu", "group-query-attention", "untie-embeddings-and-output-weights", "disable-bias-linear",
-                 "deepspeed"):  # fmt: skip
+    for flag in (
+        "bf16",
+        "swiglu",
+        "group-query-attention",
+        "untie-embeddings-and-output-weights",
+        "disable-bias-linear",
+        "deepspeed",
+    ):
         parser.add_argument(f"--{flag}", action="store_true")
     parser.add_argument(
         "--commute-accept", action="store_true", help="a changed mixture file holds from the checkpoint on"
@@ -56,8 +66,9 @@ def parse(argv):
 
 
 def prepare(args, world):
-    """Plug-in (None without --commute) and validation sets. What does not fit `world` ranks or the data ends here, with one
-    line and exit status 2."""
+    """Plug-in (None without --commute) and validation sets. What does not fit `world` ranks or the
+    data ends here, with one line and exit status 2.
+    """
     from megatron_commute.adapters.torch_loop import Plugin
     from megatron_commute.config import ConfigError, Run
     from megatron_commute.data.indexed import DataError
@@ -86,8 +97,10 @@ def prepare(args, world):
 
 @contextlib.contextmanager
 def checkpoint_of(args, world, rank):
-    """The restart.Choice of this job, which is the only one to write into --save meanwhile; rank 0 converts a checkpoint of
-    another data-parallel size. What cannot go on ends here, with one line and exit status 2."""
+    """The restart.Choice of this job, which is the only one to write into --save meanwhile; rank 0
+    converts a checkpoint of another data-parallel size. What cannot go on ends here, with one line
+    and exit status 2.
+    """
     from megatron_commute.adapters import restart
 
     tensor = args.tensor_model_parallel_size
@@ -112,8 +125,16 @@ def refuse(args, world):
     """Raise ConfigError for flags that no run on `world` ranks can have."""
     from megatron_commute.config import ConfigError
 
-    for flag in ("seq_length", "micro_batch_size", "global_batch_size", "train_iters", "tensor_model_parallel_size",
-                 "log_interval", "eval_interval", "eval_iters"):  # fmt: skip
+    for flag in (
+        "seq_length",
+        "micro_batch_size",
+        "global_batch_size",
+        "train_iters",
+        "tensor_model_parallel_size",
+        "log_interval",
+        "eval_interval",
+        "eval_iters",
+    ):
         if getattr(args, flag) < 1:
             raise ConfigError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: write a positive number")
     try:
@@ -138,23 +159,26 @@ def refuse(args, world):
     chunk = args.micro_batch_size * (world // tensor)
     if args.global_batch_size % chunk:
         raise ConfigError(
-            f"--global-batch-size {args.global_batch_size}: not a multiple of --micro-batch-size x data-parallel "
-            f"ranks = {chunk}; change one of them or the number of ranks"
+            f"--global-batch-size {args.global_batch_size}: not a multiple of --micro-batch-size x "
+            f"data-parallel ranks = {chunk}; change one of them or the number of ranks"
         )
 
 
 def validation_sets(args, names):
-    """(names, datasets) of --valid-data-path, one for each domain of the mixture file where there is one."""
-    from megatron_commute.adapters.torch_loop import blend_of
+    """(names, datasets) of --valid-data-path, one for each domain of the mixture file where there
+    is one.
+    """
     from megatron_commute.config import ConfigError
+    from megatron_commute.data import blend
     from megatron_commute.data.indexed import TokenSequences
 
     if not args.valid_data_path:
         return [], []
-    prefixes, _ = blend_of(args.valid_data_path, "--valid-data-path")
+    prefixes, _ = blend.read(args.valid_data_path, "--valid-data-path")
     if names and len(names) != len(prefixes):
         raise ConfigError(
-            f"--valid-data-path: {len(prefixes)} domains, the mixture file has {len(names)}; write one pair for each"
+            f"--valid-data-path: {len(prefixes)} domains, the mixture file has {len(names)}; write one pair "
+            "for each"
         )
     datasets = [TokenSequences([prefix], args.seq_length) for prefix in prefixes]
     for prefix, dataset in zip(prefixes, datasets, strict=True):

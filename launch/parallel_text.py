@@ -1,4 +1,4 @@
-"""English and Russian text on the same topics, from documentation packages of Debian, without root."""
+"""English and Russian text on the same topics, from Debian documentation, without root."""
 
 import re
 import shutil
@@ -9,7 +9,8 @@ from pathlib import Path
 from text_sources import DataError, Domain, run
 from tqdm import tqdm
 
-# English and Russian trees hold the same pages block by block, since both are generated from one source.
+# English and Russian trees hold the same pages block by block, since both are generated from one
+# source.
 PARALLEL = (
     (
         ("libreoffice-help-en-us", "usr/share/libreoffice/help/en-US/text"),
@@ -73,7 +74,9 @@ class _Blocks(HTMLParser):
 
 
 def html_blocks(page: str) -> list[str]:
-    """Text of every block element of an HTML page, in order, white space collapsed; empty blocks are ''."""
+    """Text of every block element of an HTML page, in order, white space collapsed; empty blocks
+    are ''.
+    """
     parser = _Blocks()
     parser.feed(page)
     parser.close()
@@ -90,8 +93,8 @@ def translated(english: str, russian: str) -> bool:
 def parallel_pages(english_root: Path, russian_root: Path, seen: set[str]) -> dict[str, tuple[str, str]]:
     """Pages present in both trees, as {relative path: (english text, russian text)}.
 
-    Only translated blocks are kept, each once (`seen` collects them): pages share boilerplate, and a block
-    that occurs in two pages would leak from training into validation.
+    Only translated blocks are kept, each once (`seen` collects them): pages share boilerplate, and
+    a block that occurs in two pages would leak from training into validation.
     """
     pages = {}
     files = sorted(english_root.rglob("*.html"))
@@ -114,7 +117,9 @@ def parallel_pages(english_root: Path, russian_root: Path, seen: set[str]) -> di
 
 
 def _download_deb(package: str, folder: Path, lists: Path) -> str | None:
-    """`apt-get download` with the system's package lists, else with private ones; None or why it failed."""
+    """`apt-get download` with the system's package lists, else with private ones; None or why it
+    failed.
+    """
     network = ["Acquire::Retries=0", "Acquire::http::Timeout=20", "APT::Sandbox::User=root"]
     private = [f"Dir::State={lists}", f"Dir::State::lists={lists}/lists", f"Dir::Cache={lists}/cache"]
 
@@ -126,7 +131,8 @@ def _download_deb(package: str, folder: Path, lists: Path) -> str | None:
         return None
     if lists.is_dir() and apt(network + private, "download", package) is None:
         return None
-    # No lists, or old ones that name packages gone since; refreshing the system's own would need root.
+    # No lists, or old ones that name packages gone since; refreshing the system's own would need
+    # root.
     (lists / "lists/partial").mkdir(parents=True, exist_ok=True)
     (lists / "cache").mkdir(exist_ok=True)
     print(f"  not to be had with this system's package lists: fetching private ones into {lists}", flush=True)
@@ -134,9 +140,11 @@ def _download_deb(package: str, folder: Path, lists: Path) -> str | None:
 
 
 def debian_package(package: str, cache: Path) -> tuple[Path, str]:
-    """Unpacked tree and version of a Debian package: `apt-get download` + `dpkg -x` into cache, without root.
+    """Unpacked tree and version of a Debian package: `apt-get download` + `dpkg -x` into cache,
+    without root.
 
-    Raises DataError with the reason where apt or dpkg is absent or the package cannot be downloaded.
+    Raises DataError with the reason where apt or dpkg is absent or the package cannot be
+    downloaded.
     """
     tree = cache / package
     if not tree.is_dir():
@@ -163,7 +171,7 @@ def debian_package(package: str, cache: Path) -> tuple[Path, str]:
 
 
 def debian_pair(cache: Path) -> tuple[Domain, Domain]:
-    """English and Russian documents of the same names and topics; DataError when there is no pair."""
+    """English and Russian documents of the same names and topics; DataError without a pair."""
     texts, packages, licences, seen, reasons = {}, ({}, {}), {}, set(), []
     for english, russian, licence in PARALLEL:
         try:

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Text to Megatron: domains as NAME_train and NAME_valid .bin/.idx, one byte-level BPE for all.
 
-    python launch/prepare_data.py --out quickstart/data                    # english, russian (parallel), code
-    python launch/prepare_data.py --out study/data --by-package --vocab-size 512
-    python launch/prepare_data.py --out mydata --text a=a.txt --text b=folder
+python launch/prepare_data.py --out quickstart/data                    # english, russian
+(parallel), code python launch/prepare_data.py --out study/data --by-package --vocab-size 512 python
+launch/prepare_data.py --out mydata --text a=a.txt --text b=folder
 
-Beside the data lie tokenizer.json, data.json (sources, packages, licences, bytes, tokens) and, for each
-prefix, PREFIX.json with the tokenizer's sha256 and the vocabulary size.
+Beside the data lie tokenizer.json, data.json (sources, packages, licences, bytes, tokens) and, for
+each prefix, PREFIX.json with the tokenizer's sha256 and the vocabulary size.
 """
 
 import argparse
@@ -49,7 +49,9 @@ OWN_NOTE = "own text: whether genre differs along with the domain is for its own
 
 @dataclass(frozen=True)
 class Collection:
-    """The domains of one run; `parallel` ones share their document names; genre_confounded None: unknown."""
+    """The domains of one run; `parallel` ones share their document names; genre_confounded None:
+    unknown.
+    """
 
     domains: dict[str, Domain]
     parallel: tuple[str, ...]
@@ -58,7 +60,9 @@ class Collection:
 
 
 def by_package(pair: tuple[Domain, Domain]) -> Collection:
-    """english and russian of the largest package, the pages of each other package as domains of their own, and code."""
+    """english and russian of the largest package, the pages of each other package as domains of
+    their own, and code.
+    """
     parts: dict[str, list[str]] = {}
     for name in pair[0].documents:
         parts.setdefault(name.partition("/")[0], []).append(name)
@@ -77,7 +81,8 @@ def by_package(pair: tuple[Domain, Domain]) -> Collection:
 
 
 def collect(cache: Path, separate: bool = False) -> Collection:
-    """english, russian and code: a parallel pair where apt works, else PyPI and the standard library.
+    """english, russian and code: a parallel pair where apt works, else PyPI and the standard
+    library.
 
     separate: see `by_package`; DataError where there is no parallel pair.
     """
@@ -101,7 +106,9 @@ def collect(cache: Path, separate: bool = False) -> Collection:
 
 
 def own_domains(texts: Iterable[str]) -> dict[str, Domain]:
-    """Domains of the user's own text from NAME=PATH arguments; DataError names one that cannot be used."""
+    """Domains of the user's own text from NAME=PATH arguments; DataError names one that cannot be
+    used.
+    """
     domains = {}
     for text in texts:
         name, _, path = text.partition("=")
@@ -122,9 +129,11 @@ def _rank(seed: int, purpose: str, name: str) -> bytes:
 
 
 def choose(documents: list[dict[str, str]], most_bytes: int, seed: int) -> list[str]:
-    """Names of the documents to use, in a seeded order, until a domain would exceed most_bytes (UTF-8).
+    """Names of the documents to use, in a seeded order, until a domain would exceed most_bytes
+    (UTF-8).
 
-    documents: one mapping, or several that share their names (a parallel pair); at least two names are kept.
+    documents: one mapping, or several that share their names (a parallel pair); at least two names
+    are kept.
     """
     names, filled = [], [0] * len(documents)
     for name in sorted(documents[0], key=lambda name: _rank(seed, "order", name)):
@@ -136,14 +145,18 @@ def choose(documents: list[dict[str, str]], most_bytes: int, seed: int) -> list[
 
 
 def split(names: list[str], valid_share: float, seed: int) -> tuple[list[str], list[str]]:
-    """Training and validation names, by document; names alone decide, so a parallel pair splits alike."""
+    """Training and validation names, by document; names alone decide, so a parallel pair splits
+    alike.
+    """
     count = max(1, round(valid_share * len(names)))
     valid = set(sorted(names, key=lambda name: _rank(seed, "split", name))[:count])
     return [name for name in names if name not in valid], [name for name in names if name in valid]
 
 
 def train_tokenizer(domains: list[list[str]], vocab_size: int):
-    """Byte-level BPE on equally many bytes of each domain (a list of texts); equal texts give equal files."""
+    """Byte-level BPE on equally many bytes of each domain (a list of texts); equal texts give equal
+    files.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     share = min(sum(len(text.encode()) for text in texts) for texts in domains)
@@ -170,7 +183,8 @@ def train_tokenizer(domains: list[list[str]], vocab_size: int):
 def _builder(path: Path):
     import numpy
 
-    # Both packages warn at import of accelerators that are absent; preparing data needs none of them.
+    # Both packages warn at import of accelerators that are absent; preparing data needs none of
+    # them.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -179,7 +193,9 @@ def _builder(path: Path):
 
 
 def write(prefix: Path, texts: list[str], tokenizer, progress) -> int:
-    """PREFIX.bin and .idx: uint16, one sequence a document, each ended by END_OF_DOCUMENT; returns tokens."""
+    """PREFIX.bin and .idx: uint16, one sequence a document, each ended by END_OF_DOCUMENT; returns
+    tokens.
+    """
     import numpy
 
     end = tokenizer.token_to_id(END_OF_DOCUMENT)
@@ -197,7 +213,7 @@ def write(prefix: Path, texts: list[str], tokenizer, progress) -> int:
 
 
 def build(collection: Collection, options: dict, folder: Path) -> dict:
-    """Everything of one prepared data set in an existing empty folder; returns what data.json says."""
+    """Write one prepared data set into an existing empty folder; returns what data.json says."""
     most, seed = round(options["megabytes"] * 1e6), options["seed"]
     texts = {}
     for name, domain in collection.domains.items():
@@ -246,7 +262,8 @@ def build(collection: Collection, options: dict, folder: Path) -> dict:
 
 
 def prepare(out: Path, cache: Path, texts: list[str], options: dict) -> dict:
-    """Prepare OUT unless it already holds the same; returns its record. Appears whole or not at all.
+    """Prepare OUT unless it already holds the same; returns its record. Appears whole or not at
+    all.
 
     Raises DataError when OUT holds something else or the text cannot be had.
     """

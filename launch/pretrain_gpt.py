@@ -1,7 +1,8 @@
-"""Pretrain a GPT with megatron-core's GPTModel under a DeepSpeed engine; `--commute FILE` adds the plug-in.
+"""Pretrain a GPT with megatron-core's GPTModel under a DeepSpeed engine; `--commute FILE` adds the
+plug-in.
 
-Started by the deepspeed launcher (see quickstart.sh), on CPU with gloo or on GPUs with nccl. Flags carry
-Megatron's names. Without --commute the data path is megatron-core's own blended dataset.
+Started by the deepspeed launcher (see quickstart.sh), on CPU with gloo or on GPUs with nccl. Flags
+carry Megatron's names. Without --commute the data path is megatron-core's own blended dataset.
 """
 
 import contextlib
@@ -22,12 +23,16 @@ KEPT_WORDS = ("normalization", "position_embedding_type", "lr_decay_style", "lr_
 
 
 def learning_rate(args, step):
-    """Rate of step `step` (0-based), Megatron's: the first step of a warm-up has the rate --lr-warmup-init."""
+    """Rate of step `step` (0-based), Megatron's: the first step of a warm-up has the rate
+    --lr-warmup-init.
+    """
     return rates.rate(rates.from_flags(vars(args)), step)
 
 
 def engine_config(args, data_parallel, universal=False):
-    """DeepSpeed's configuration: the file's, with batch sizes and precision from the flags. universal: of restart.Choice."""
+    """DeepSpeed's configuration: the file's, with batch sizes and precision from the flags.
+    universal: of restart.Choice.
+    """
     config = json.loads(Path(args.deepspeed_config).read_text())
     config["train_micro_batch_size_per_gpu"] = args.micro_batch_size
     config["gradient_accumulation_steps"] = args.global_batch_size // (args.micro_batch_size * data_parallel)
@@ -41,7 +46,9 @@ def engine_config(args, data_parallel, universal=False):
 
 
 def build_engine(args, data_parallel, universal=False):
-    """GPTModel, AdamW (no decay on biases and norms, as in Megatron) and the DeepSpeed engine around them."""
+    """GPTModel, AdamW (no decay on biases and norms, as in Megatron) and the DeepSpeed engine
+    around them.
+    """
     import deepspeed
     import torch
 
@@ -66,13 +73,17 @@ def build_engine(args, data_parallel, universal=False):
 
 
 def slices(start, stop, micro_batch, rank, size):
-    """Micro-batches of this data-parallel rank from the global sample stream, sliced as Megatron slices."""
+    """Micro-batches of this data-parallel rank from the global sample stream, sliced as Megatron
+    slices.
+    """
     for first in range(start, stop, micro_batch * size):
         yield list(range(first + rank * micro_batch, first + (rank + 1) * micro_batch))
 
 
 def loader(args, plugin, groups, start):
-    """An iterator over this rank's micro-batches from iteration `start` on: the plug-in's, or megatron-core's own."""
+    """An iterator over this rank's micro-batches from iteration `start` on: the plug-in's, or
+    megatron-core's own.
+    """
     import torch
 
     from megatron_commute import reduce
@@ -91,10 +102,13 @@ def loader(args, plugin, groups, start):
 
 
 def train_step(engine, batches, args, step, data_rank):
-    """One optimiser step over gradient-accumulation micro-batches; returns them with their per-sequence losses."""
+    """One optimiser step over gradient-accumulation micro-batches; returns them with their
+    per-sequence losses.
+    """
     from megatron_commute.adapters import megatron_core
 
-    # dropout is a function of the step, so resume is exact, and alike on all ranks that share a replica's activations
+    # dropout is a function of the step, so resume is exact, and alike on all ranks that share a
+    # replica's activations
     megatron_core.seed_dropout(args.seed + step * 65536 + data_rank)
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate(args, step)
@@ -112,7 +126,7 @@ def train_step(engine, batches, args, step, data_rank):
 
 
 def validate(engine, datasets, args, groups):
-    """Mean validation loss of every domain over --eval-iters global batches of its first sequences."""
+    """Mean loss of every domain over --eval-iters global batches of its first sequences."""
     import torch
 
     from megatron_commute import reduce
@@ -134,7 +148,9 @@ def validate(engine, datasets, args, groups):
 
 
 def scalars(directory, plan):
-    """A listener of the record that writes the curves of its lines (megatron_commute/report/curves.py) to TensorBoard."""
+    """A listener of the record that writes the curves of its lines
+    (megatron_commute/report/curves.py) to TensorBoard.
+    """
     from torch.utils.tensorboard import SummaryWriter
 
     from megatron_commute.report import curves
@@ -150,7 +166,9 @@ def scalars(directory, plan):
 
 
 def resume(engine, args, checkpoint):
-    """(iterations done, plug-in state) of the chosen checkpoint under --load; (0, None) where there is none."""
+    """(iterations done, plug-in state) of the chosen checkpoint under --load; (0, None) where there
+    is none.
+    """
     from megatron_commute.adapters import restart
 
     kept = restart.load(engine, args.load, checkpoint)
@@ -169,7 +187,9 @@ def save(engine, args, iteration, hook):
 
 
 def log(done, args, engine, groups, hook, valid, losses, bar):
-    """After `done` steps: the loss line, the progress bar and, at its interval, the validation of every domain."""
+    """After `done` steps: the loss line, the progress bar and, at its interval, the validation of
+    every domain.
+    """
     found = None
     evaluated = valid[1] and (done % args.eval_interval == 0 or done in (0, args.train_iters))
     if evaluated:
@@ -228,7 +248,9 @@ def train(args, engine, plugin, valid, checkpoint):
 
 
 def attach(args, engine, plugin, groups, start, state, bar):
-    """The hook of this run; a checkpoint that does not fit the mixture file ends it with exit status 2."""
+    """The hook of this run; a checkpoint that does not fit the mixture file ends it with exit
+    status 2.
+    """
     from megatron_commute.adapters import megatron_core
     from megatron_commute.config import ConfigError
 

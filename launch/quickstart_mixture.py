@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
-"""The quickstart's mixture file: quickstart.yaml fitted to the prepared domains and the length of the run.
+"""The quickstart's mixture file: quickstart.yaml fitted to the prepared domains and the length of
+the run.
 
-A file that is there already stays as it is. Prints a line `NAME WEIGHT PREFIX` for each of its domains.
+A file that is there already stays as it is. Prints a line `NAME WEIGHT PREFIX` for each of its
+domains.
 """
 
 import argparse
@@ -17,22 +19,29 @@ TEMPLATE = Path(__file__).with_name("quickstart.yaml")
 
 
 def uneven(count: int) -> list[float]:
-    """Weights of `count` domains, each a third of the one before: 0.75, 0.25 for two. They sum to 1."""
+    """Weights of `count` domains, each a third of the one before: 0.75, 0.25 for two. They sum to
+    1.
+    """
     parts = [3.0**-k for k in range(count)]
     rest = [round(part / sum(parts), 6) for part in parts[1:]]
     return [round(1 - sum(rest), 6), *rest]
 
 
 def budgets(weights: list[float], samples: int) -> list[int]:
-    """Sequences of each domain by its weight, at least one, `samples` in all; the first takes the rest."""
+    """Sequences of each domain by its weight, at least one, `samples` in all; the first takes the
+    rest.
+    """
     counts = [max(1, round(weight * samples)) for weight in weights]
     return [samples - sum(counts[1:]), *counts[1:]]
 
 
-def fitted(names: list[str], data: str, iterations: int, samples: int) -> str:
+def fitted(
+    names: list[str], data: str, iterations: int, samples: int, law: str = "flow", seed: int = 1234
+) -> str:
     """Text of the mixture file for these domains; the template's own keep their order and weights.
 
-    A run too short for four probes at the template's interval probes more often.
+    The rarest domain is the target. A run too short for four probes at the template's interval
+    probes more often; one under law hold, which is there to compare with, not at all.
     """
     yaml = YAML()
     yaml.width = 110
@@ -43,10 +52,12 @@ def fitted(names: list[str], data: str, iterations: int, samples: int) -> str:
             name: {"path": f"data/{name}_train", "weight": weight}
             for name, weight in zip(names, uneven(len(names)), strict=True)
         }
+        content["target"] = {names[-1]: 1}
+    content["controller"]["law"], content["seed"] = law, seed
     counts = budgets([domain["weight"] for domain in domains.values()], samples)
     for (name, domain), count in zip(domains.items(), counts, strict=True):
         domain["path"], domain["budget"] = f"{data}/{name}_train", count
-    content["every"] = max(1, min(content["every"], iterations // 5))
+    content["every"] = max(1, min(content["every"], iterations // 5)) if law == "flow" else iterations
     stream = io.StringIO()
     yaml.dump(content, stream)
     return stream.getvalue()
@@ -60,6 +71,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="mixture file to write")
     parser.add_argument("--train-iters", type=int, required=True, help="steps of the run")
     parser.add_argument("--global-batch-size", type=int, required=True, help="sequences in a step")
+    parser.add_argument(
+        "--law", default="flow", help="law of the file: flow, or hold for the constant mixture"
+    )
+    parser.add_argument("--seed", type=int, default=1234, help="order of the sequences inside every domain")
     arguments = parser.parse_args(argv)
     if not arguments.out.exists():
         names = list(json.loads((arguments.data / "data.json").read_text(encoding="utf-8"))["domains"])
@@ -67,7 +82,9 @@ def main(argv: list[str] | None = None) -> int:
         iterations = arguments.train_iters
         samples = iterations * arguments.global_batch_size
         part = arguments.out.with_name(arguments.out.name + ".part")
-        part.write_text(fitted(names, data, iterations, samples), encoding="utf-8")
+        part.write_text(
+            fitted(names, data, iterations, samples, arguments.law, arguments.seed), encoding="utf-8"
+        )
         part.replace(arguments.out)
     try:
         config = load(arguments.out)

@@ -1,4 +1,6 @@
-"""Real text from installed and downloadable packages, as named documents; none is kept in this repository."""
+"""Real text from installed and downloadable packages, as named documents; none is kept in this
+repository.
+"""
 
 import ast
 import contextlib
@@ -20,7 +22,9 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Domain:
-    """One domain: its documents by name, where they come from, packages and licences by package name."""
+    """One domain: its documents by name, where they come from, packages and licences by package
+    name.
+    """
 
     documents: dict[str, str]
     source: str
@@ -51,7 +55,8 @@ def run(command: list[str], **options) -> str | None:
 def _modules() -> dict[str, str]:
     root = Path(sysconfig.get_path("stdlib"))
     paths = (p.relative_to(root) for p in sorted(root.rglob("*.py")))
-    # A module in an odd encoding is left out; it would only teach the tokenizer replacement characters.
+    # A module in an odd encoding is left out; it would only teach the tokenizer replacement
+    # characters.
     modules = {}
     for path in paths:
         if not NOT_CODE.intersection(path.parts):
@@ -97,7 +102,9 @@ def standard_library_code(keep_docstrings: bool = True) -> Domain:
 
 
 def standard_library_prose() -> Domain:
-    """English from the running interpreter: topics of the language reference, docstrings of each module."""
+    """English from the running interpreter: topics of the language reference, docstrings of each
+    module.
+    """
     from pydoc_data.topics import topics
 
     documents = {f"pydoc_data/topics/{name}": text for name, text in topics.items()}
@@ -114,7 +121,9 @@ def standard_library_prose() -> Domain:
 
 
 def plain_wiki(markup: str) -> str:
-    """A Wiktionary gloss without its markup: examples and emphasis stay as text, labels and references go."""
+    """A Wiktionary gloss without its markup: examples and emphasis stay as text, labels and
+    references go.
+    """
 
     def template(match):
         name, *arguments = match.group(1).split("|")
@@ -131,7 +140,9 @@ def plain_wiki(markup: str) -> str:
 
 
 def russian_dictionary(cache: Path, entries_per_document: int = 40) -> Domain:
-    """Russian glosses with their examples, from the PyPI sdist wiki_ru_wordnet: unpacked, not installed."""
+    """Russian glosses with their examples, from the PyPI sdist wiki_ru_wordnet: unpacked, not
+    installed.
+    """
     name = "wiki_ru_wordnet"
     folder = cache / name
     if not list(folder.glob("*.tar.gz")):
@@ -169,7 +180,9 @@ def russian_dictionary(cache: Path, entries_per_document: int = 40) -> Domain:
 
 
 def own_text(path: Path) -> Domain:
-    """The user's text: one document per file of a folder, or per blank-line-separated block of one file."""
+    """The user's text: one document per file of a folder, or per blank-line-separated block of one
+    file.
+    """
     if path.is_dir():
         files = [p for p in sorted(path.rglob("*")) if p.is_file() and not p.name.startswith(".")]
         texts = {p.relative_to(path).as_posix(): _read(p) for p in files}

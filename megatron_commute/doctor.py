@@ -16,7 +16,9 @@ REQUIRED, OPTIONAL = "missing", "absent"
 
 
 class Finding(NamedTuple):
-    """One line of the examination. `state`: ok, absent (works without it) or missing (nothing works)."""
+    """One line of the examination. `state`: ok, absent (works without it) or missing (nothing
+    works).
+    """
 
     name: str
     state: str
@@ -129,7 +131,9 @@ def _first_line(command: list[str], containing: str = "") -> str:
 
 
 def _communication_op() -> Finding:
-    """DeepSpeed compiles its shared-memory operator at the first start on CPU, which looks like a hang."""
+    """DeepSpeed compiles its shared-memory operator at the first start on CPU, which looks like a
+    hang.
+    """
     name = "deepspeed_shm_comm"
     own = os.environ.get("TORCH_EXTENSIONS_DIR")
     root = Path(own) if own else Path.home() / ".cache" / "torch_extensions"

@@ -1,4 +1,6 @@
-"""The weights nearest to a wish that still let budgets, minima and maxima hold to the end of the run."""
+"""The weights nearest to a wish that still let budgets, minima and maxima hold to the end of the
+run.
+"""
 
 import math
 from typing import NamedTuple
@@ -11,8 +13,9 @@ LONGEST = 4.0  # step of a logarithm in one round
 
 
 def normalised(weights, count=None) -> np.ndarray:
-    """Weights f64[K] that sum to one; untouched when they do already (to 1e-12), as Megatron's table needs
-    them."""
+    """Weights f64[K] that sum to one; untouched when they do already (to 1e-12), as Megatron's
+    table needs them.
+    """
     result = np.array(weights, dtype=np.float64)
     if result.ndim != 1 or result.size == 0 or (count is not None and result.size != count):
         wanted = "one number for each domain" if count is None else f"{count} numbers, one for each domain"
@@ -26,8 +29,8 @@ def normalised(weights, count=None) -> np.ndarray:
 def owed_shares(owed, samples, planned) -> np.ndarray:
     """Weights f64[K] under which what is `owed` to every budget runs out exactly after `samples`.
 
-    owed f64[K]: samples left of each budget, NaN for endless domains, which share the rest in proportion to `planned`
-    f64[K], equally where that is zero.
+    owed f64[K]: samples left of each budget, NaN for endless domains, which share the rest in
+    proportion to `planned` f64[K], equally where that is zero.
     """
     endless = np.isnan(owed)
     shares = np.where(endless, 0.0, owed) / samples
@@ -40,12 +43,13 @@ def owed_shares(owed, samples, planned) -> np.ndarray:
 
 
 def nearest(wish, low, high, mass=1.0, spread=None) -> np.ndarray:
-    """The weights with low <= w <= high (f64[K]) and sum `mass` that are nearest to `wish` in KL divergence.
+    """The weights with low <= w <= high (f64[K]) and sum `mass` that are nearest to `wish` in KL
+    divergence.
 
-    They are w_k = clip(a * wish_k, low_k, high_k) with one a for all. Domains whose wish is zero get more
-    than `low` only when the others stand at `high`; they share what is left in proportion to `spread`
-    (default equal). When the box holds no such weights (rounding at the end of a run) the nearer corner is
-    scaled to the mass.
+    They are w_k = clip(a * wish_k, low_k, high_k) with one a for all. Domains whose wish is zero
+    get more than `low` only when the others stand at `high`; they share what is left in proportion
+    to `spread` (default equal). When the box holds no such weights (rounding at the end of a run)
+    the nearer corner is scaled to the mass.
     """
     lows, highs = math.fsum(low), math.fsum(high)
     if (wish >= low).all() and (wish <= high).all() and abs(math.fsum(wish) - mass) <= 1e-12:
@@ -67,7 +71,9 @@ def nearest(wish, low, high, mass=1.0, spread=None) -> np.ndarray:
 
 
 def _scale(q, low, high, mass) -> float:
-    """The a with sum(clip(a * q, low, high)) = mass, found exactly between two of the 2K breakpoints."""
+    """The a with sum(clip(a * q, low, high)) = mass, found exactly between two of the 2K
+    breakpoints.
+    """
     steps = np.unique(np.concatenate([low / q, high / q]))
     left, right = 0, len(steps) - 1
     while right - left > 1:
@@ -85,8 +91,9 @@ def _scale(q, low, high, mass) -> float:
 
 
 class Bounds(NamedTuple):
-    """Weight bounds that must still hold at the end, for budgeted domains and for the endless ones as a
-    group."""
+    """Weight bounds that must still hold at the end, for budgeted domains and for the endless ones
+    as a group.
+    """
 
     low: np.ndarray
     high: np.ndarray
@@ -98,8 +105,8 @@ class Bounds(NamedTuple):
     def weights(self, wish, spread) -> tuple[np.ndarray, float]:
         """Feasible weights and for how many samples they stay feasible.
 
-        The rest of the run is possible while need / left lies inside the bounds. A domain that reaches a
-        bound keeps the rate need / left from there to the end.
+        The rest of the run is possible while need / left lies inside the bounds. A domain that
+        reaches a bound keeps the rate need / left from there to the end.
         """
         low, high, group = self.low.copy(), self.high.copy(), None
         spare = self.left - math.fsum(self.need[self.budgeted])
@@ -132,8 +139,9 @@ class Bounds(NamedTuple):
 
 
 def _room(need, low, high, weight, left) -> float:
-    """For how many samples `weight` keeps low <= need / left <= high. Bounds 0 and 1 are left to the
-    counters."""
+    """For how many samples `weight` keeps low <= need / left <= high. Bounds 0 and 1 are left to
+    the counters.
+    """
     room = math.inf
     if high < 1 and weight < high:
         room = (high * left - need) / (high - weight)
@@ -143,7 +151,7 @@ def _room(need, low, high, weight, left) -> float:
 
 
 def limits(budgets, samples, K: int, retired: int) -> tuple[tuple[int | None, ...], int | None]:
-    """Budgets and the run's total, checked. `retired`: samples served by domains that left before."""
+    """Budgets and the run's total, checked. `retired`: samples of domains that left before."""
     budgets = [None] * K if budgets is None else list(budgets)
     if len(budgets) != K:
         raise ValueError(f"{len(budgets)} budgets for {K} weights: give one budget (or None) for each domain")
@@ -177,8 +185,8 @@ def remaining(budgets, served) -> list[int | None]:
 
 
 def check(low, high, owed, samples, index) -> None:
-    """ValueError when no weights in [low, high], f64[K] each, can serve what is `owed` from sample `index`
-    on.
+    """ValueError when no weights in [low, high], f64[K] each, can serve what is `owed` from sample
+    `index` on.
 
     owed: samples left of each budget, None for endless domains. samples: the run's total, or None.
     """
@@ -216,11 +224,13 @@ def check(low, high, owed, samples, index) -> None:
 
 
 def nearest_schedule(wish, sizes, budgets, low, high) -> np.ndarray:
-    """The weights f64[M, K] of a whole schedule nearest to `wish` f64[M, K] > 0 in KL divergence, by samples.
+    """The weights f64[M, K] of a whole schedule nearest to `wish` f64[M, K] > 0 in KL divergence,
+    by samples.
 
-    sizes f64[M]: samples of each segment; budgets f64[K]: samples of each domain, in sum those of the
-    segments. Rows sum to one, columns serve their budgets, and w_mk = clip(a_m b_k wish_mk, low_k, high_k).
-    ValueError when a budget is outside its bounds on average; else the constant weights show that some exist.
+    sizes f64[M]: samples of each segment; budgets f64[K]: samples of each domain, in sum those of
+    the segments. Rows sum to one, columns serve their budgets, and w_mk = clip(a_m b_k wish_mk,
+    low_k, high_k). ValueError when a budget is outside its bounds on average; else the constant
+    weights show that some exist.
     """
     wish, sizes, budgets = (np.asarray(x, dtype=np.float64) for x in (wish, sizes, budgets))
     if not (np.isfinite(wish).all() and (wish > 0).all() and (sizes > 0).all()):
@@ -243,10 +253,12 @@ def nearest_schedule(wish, sizes, budgets, low, high) -> np.ndarray:
 
 
 def _projected(q, sizes, share, low, high) -> np.ndarray:
-    """clip(a_m b_k q_mk, low, high) f64[M, K] with equal row sums and sizes f64[M] @ columns = share f64[K].
+    """clip(a_m b_k q_mk, low, high) f64[M, K] with equal row sums and sizes f64[M] @ columns =
+    share f64[K].
 
-    Newton's method on log b for the concave dual, whose slope is what the columns lack, every row with the a
-    that it needs; a step that goes too far, so that the slope along it turns round, is shortened.
+    Newton's method on log b for the concave dual, whose slope is what the columns lack, every row
+    with the a that it needs; a step that goes too far, so that the slope along it turns round, is
+    shortened.
     """
     mass = np.full(len(q), math.fsum(share))
 

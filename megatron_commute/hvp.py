@@ -1,11 +1,12 @@
-"""Gradients and Hessian-vector products of a scalar loss, by differences of gradients or by double backward.
+"""Gradients and Hessian-vector products of a scalar loss, by differences of gradients or by double
+backward.
 
-A loss is a callable that takes the parameters as a list of tensors and returns a scalar; a vector v is a
-list of tensors with the shapes of the parameters. Parameters are read, never written: every evaluation
-happens on detached aliases or on displaced copies, so an exception leaves no trace in a model. Nothing here
-communicates: under tensor or data parallelism the loss carries its own collectives, the caller sums what is
-sharded, and squared lengths come from the caller's `square`: vector -> float, equal on all ranks that share
-a model.
+A loss is a callable that takes the parameters as a list of tensors and returns a scalar; a vector v
+is a list of tensors with the shapes of the parameters. Parameters are read, never written: every
+evaluation happens on detached aliases or on displaced copies, so an exception leaves no trace in a
+model. Nothing here communicates: under tensor or data parallelism the loss carries its own
+collectives, the caller sums what is sharded, and squared lengths come from the caller's `square`:
+vector -> float, equal on all ranks that share a model.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from megatron_commute.ops import check_shapes, displace, gram
 Vector = Sequence[torch.Tensor]
 Loss = Callable[[list[torch.Tensor]], torch.Tensor]
 METHODS = ("difference", "exact")
-# Length of the displacement eps v in float32. Rounding and truncation balance between 4e-4 (GPTs and Llamas
-# at initialisation) and 1e-2 (trained ones) along gradients, and at ten times that along random directions.
+# Length of the displacement eps v in float32. Rounding and truncation balance between 4e-4 (GPTs
+# and Llamas at initialisation) and 1e-2 (trained ones) along gradients, and at ten times that along
+# random directions.
 _LENGTH = 1.5e-3
 _FRACTION = (1e-6, 1e-3)  # of |params|: not lost in the spacing of float32, and small against the weights
 DIFFERENCE_FACTOR = 3 * math.sqrt(1.25)  # squared: of the products at eps and 2 eps, over the error at eps
@@ -30,10 +32,11 @@ _DOUBLINGS = 8  # of a step that is tuned, either way
 
 
 class Product(NamedTuple):
-    """gradient g and product H v: lists of tensors. error: estimated |error of H v| (None: not estimated).
+    """gradient g and product H v: lists of tensors. error: estimated |error of H v| (None: not
+    estimated).
 
-    step: the eps of the difference, None for the exact method. Micro-batches taken at one step add up
-    exactly.
+    step: the eps of the difference, None for the exact method. Micro-batches taken at one step add
+    up exactly.
     """
 
     gradient: list[torch.Tensor]
@@ -54,8 +57,8 @@ def _inner(x: torch.Tensor, y: torch.Tensor) -> float:
 def gradient(loss: Loss, params: Vector) -> list[torch.Tensor]:
     """Gradient of the loss at params, detached; zeros where the loss does not use a parameter.
 
-    Raises ValueError without parameters, or when the loss uses none of them; FloatingPointError when it is
-    not finite.
+    Raises ValueError without parameters, or when the loss uses none of them; FloatingPointError
+    when it is not finite.
     """
     return finite(_slopes(loss, _leaves(params), twice=False), "the gradient")
 
@@ -79,18 +82,19 @@ def gradient_and_product(
 ) -> Product:
     """Gradient g and Hessian-vector product H v of one batch.
 
-    method difference: g = (g+ + g-)/2 and H v = (g+ - g-)/(2 eps) from the gradients g+- at params +- eps v,
-        both with errors O(eps^2), at the cost of two gradients.
-    method exact: double backward, which the model must allow (megatron models need the context manager of
-        adapters.twice_differentiable). Attention kernels of torch take their MATH form; custom autograd
-        functions are refused by name unless they are known.
+    method difference: g = (g+ + g-)/2 and H v = (g+ - g-)/(2 eps) from the gradients g+- at
+        params +- eps v, both with errors O(eps^2), at the cost of two gradients.
+    method exact: double backward, which the model must allow (megatron models need the context
+        manager of adapters.twice_differentiable). Attention kernels of torch take their MATH form;
+        custom autograd functions are refused by name unless they are known.
     step: eps of the difference; None takes difference_step, or tuned_step with check.
-    check: estimate the error of a difference too, for two more gradients at a given step, eight or more when
-        the step is tuned.
-    square: vector -> squared length; give one that sums over the ranks that share the model, if there are any.
+    check: estimate the error of a difference too, for two more gradients at a given step, eight or
+        more when the step is tuned.
+    square: vector -> squared length; give one that sums over the ranks that share the model.
 
-    Raises ValueError for an unknown method, v = 0, no parameters, shapes that differ, half-precision params,
-    or a function that cannot be differentiated twice; FloatingPointError when a gradient is not finite.
+    Raises ValueError for an unknown method, v = 0, no parameters, shapes that differ,
+    half-precision params, or a function that cannot be differentiated twice; FloatingPointError
+    when a gradient is not finite.
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
@@ -116,13 +120,15 @@ def difference_step(
 ) -> float:
     """The eps of a central difference, from |v| and |params| alone.
 
-    eps |v| is a fixed length, 1.5e-3 in float32, kept between 1e-6 and 1e-3 of |params|. Rounding falls as
-    1/eps and truncation grows as eps^2, so the length follows the cube root of the precision of params.
-    Along gradients of language models the product is then right to 1e-4 .. 6e-4 in float32, in the worst
-    cases seen to 1e-3; tuned_step finds the eps that is right to 1e-4.
+    eps |v| is a fixed length, 1.5e-3 in float32, kept between 1e-6 and 1e-3 of |params|. Rounding
+    falls as 1/eps and truncation grows as eps^2, so the length follows the cube root of the
+    precision of params. Along gradients of language models the product is then right to 1e-4 ..
+    6e-4 in float32, in the worst cases seen to 1e-3; tuned_step finds the eps that is right to
+    1e-4.
 
-    params_square, v_square: squared lengths summed over the ranks that share the model; None: of the tensors.
-    Raises ValueError when v is zero or not finite, or when params are half precision: give float32 copies.
+    params_square, v_square: squared lengths summed over the ranks that share the model; None: of
+    the tensors. Raises ValueError when v is zero or not finite, or when params are half precision:
+    give float32 copies.
     """
     _leaves(params)
     check_shapes(params, v, "params and v")
@@ -140,11 +146,11 @@ def difference_step(
 def difference_error(
     product: Vector, at_double_step: Vector, *, square: Callable[[Vector], float] = _square
 ) -> float:
-    """Estimated |error| of a central difference, from the same product at twice the step (each summed over
-    its batch).
+    """Estimated |error| of a central difference, from the same product at twice the step (each
+    summed over its batch).
 
-    Where truncation rules the two differ by 3 errors, where rounding rules by sqrt(1 + 1/4); dividing by the
-    geometric mean of the two factors is right within 1.64 in both cases.
+    Where truncation rules the two differ by 3 errors, where rounding rules by sqrt(1 + 1/4);
+    dividing by the geometric mean of the two factors is right within 1.64 in both cases.
     """
     return math.sqrt(square(_minus(product, at_double_step)) / DIFFERENCE_FACTOR)
 
@@ -159,12 +165,14 @@ def tuned_step(
 ) -> tuple[float, float]:
     """The eps with about the least error on this batch, and the estimated |error of H v| there.
 
-    Rounding makes products at eps and 2 eps differ less as eps grows, truncation makes them differ more: eps
-    is doubled or halved until the difference is least. There two differences (eps to 2 eps, 2 eps to 4 eps)
-    give the truncation, which grows as eps^2, and the rounding, which falls as 1/eps.
+    Rounding makes products at eps and 2 eps differ less as eps grows, truncation makes them differ
+    more: eps is doubled or halved until the difference is least. There two differences (eps to 2
+    eps, 2 eps to 4 eps) give the truncation, which grows as eps^2, and the rounding, which falls as
+    1/eps.
 
-    start: first eps, within a factor of thirty of the best; difference_step by default. Costs 8 gradients from
-    a good start, two more per doubling, and about six vectors of memory. Raises as difference_step and gradient.
+    start: first eps, within a factor of thirty of the best; difference_step by default. Costs 8
+    gradients from a good start, two more per doubling, and about six vectors of memory. Raises as
+    difference_step and gradient.
     """
 
     def at(scale):
@@ -185,7 +193,8 @@ def tuned_step(
             break
         near, far, eps = (far, gap, 2 * eps) if grow else (gap, near, eps / 2)
         edge = following
-    # near = 9 t + 5/4 r and far = 144 t + 5/16 r, with t and r the squared truncation and rounding at eps
+    # near = 9 t + 5/4 r and far = 144 t + 5/16 r, with t and r the squared truncation and rounding
+    # at eps
     t = max(0.0, (far - near / 4) / 141.75)
     r = max(0.0, (near - 9 * t) / 1.25)
     square_error, eps = min((t + r, eps), (16 * t + r / 4, 2 * eps))
@@ -235,8 +244,8 @@ def _refuse_unknown(value: torch.Tensor) -> None:
     """Raise ValueError naming the custom autograd functions in the graph whose backward may not be
     differentiable.
 
-    A backward that works on raw data loses terms of the second derivative without a word. Python functions
-    count as known when their class says `twice_differentiable = True`.
+    A backward that works on raw data loses terms of the second derivative without a word. Python
+    functions count as known when their class says `twice_differentiable = True`.
     """
     names = set()
     for node in _graph(value):

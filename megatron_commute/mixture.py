@@ -1,32 +1,37 @@
 """Which domain serves sample n, under weights that change and budgets that do not.
 
-The rule. Let w_d(j) be the weight in force for sample j, T_d(i) = sum_{j<i} w_d(j) the integrated target and
-n_d(i) the samples domain d has served before sample i. Sample i goes to the domain of positive weight with
-the greatest T_d - n_d, ties to the lowest d. Under one constant weight vector that is w_d * max(i, 1) - n_d
-in float64: Megatron's `build_blending_indices`, bit for bit. After a change at sample a the target goes on
-from where it stood, T_d(a) + w_d * (i - a), so nothing is repeated and nothing skipped.
+The rule. Let w_d(j) be the weight in force for sample j, T_d(i) = sum_{j<i} w_d(j) the integrated
+target and n_d(i) the samples domain d has served before sample i. Sample i goes to the domain of
+positive weight with the greatest T_d - n_d, ties to the lowest d. Under one constant weight vector
+that is w_d * max(i, 1) - n_d in float64: Megatron's `build_blending_indices`, bit for bit. After a
+change at sample a the target goes on from where it stood, T_d(a) + w_d * (i - a), so nothing is
+repeated and nothing skipped.
 
 The bound. With e_d = T_d - n_d (they sum to zero) and K domains,
-    -1 < e_d <= H_{K-1} = 1 + 1/2 + ... + 1/(K-1)     while weights are positive and no budget has run out,
-    |e_d| <= K - 1                                    always, whatever is switched off, on again or used up.
-Both are 1 for K = 2. Proof, by the sets of the cup game (Adler et al. 2003): let S_j be the greatest sum of e
-over j domains, so S_K = 0, and let m be the domain served. Take a set A of j domains. If A holds m, then e_A
-changes by w(A) - 1 <= 0. Otherwise let F be the members of A that weigh nothing now, c = j - |F| the others;
-each of these c has e <= e_m, so e_A + w(A) <= e_F + c/(c+1) * (e_A + e_m - e_F) + 1
+    -1 < e_d <= H_{K-1} = 1 + 1/2 + ... + 1/(K-1)  while weights are positive, no budget is used up,
+    |e_d| <= K - 1                                 always, whatever is switched off, on or used up.
+Both are 1 for K = 2. Proof, by the sets of the cup game (Adler et al. 2003): let S_j be the
+greatest sum of e over j domains, so S_K = 0, and let m be the domain served. Take a set A of j
+domains. If A holds m, then e_A changes by w(A) - 1 <= 0. Otherwise let F be the members of A that
+weigh nothing now, c = j - |F| the others; each of these c has e <= e_m, so
+    e_A + w(A) <= e_F + c/(c+1) * (e_A + e_m - e_F) + 1
     <= S_{j-c} / (c+1) + c/(c+1) * S_{j+1} + 1.
-With F empty (c = j, S_0 = 0) the solution is S_j <= j * (1/j + ... + 1/(K-1)), hence S_1 <= H_{K-1}; and m,
-the greatest of numbers that sum to zero, has e_m >= 0, hence e > -1 after it is served. In general S_j = j *
-(K - j) solves it (its chord at j lies c >= 1 below it), hence e_d <= K - 1, and -e_d <= S_{K-1} = K - 1. A
-budget that has run out is a domain whose weight is zero ever after. Float64 adds its rounding, about 1e-16 *
-samples. (Domains switched on and off at will are the carpool problem of Fagin and Williams 1983. Tijdeman's
-chairman assignment, 1980, stays within 1 - 1/(2K-2), but it is not Megatron's rule.)
+With F empty (c = j, S_0 = 0) the solution is S_j <= j * (1/j + ... + 1/(K-1)), hence S_1 <=
+H_{K-1}; and m, the greatest of numbers that sum to zero, has e_m >= 0, hence e > -1 after it is
+served. In general S_j = j * (K - j) solves it (its chord at j lies c >= 1 below it), hence
+e_d <= K - 1, and -e_d <= S_{K-1} = K - 1. A budget that has run out is a domain whose weight is
+zero ever after. Float64 adds its rounding, about 1e-16 * samples. (Domains switched on and off at
+will are the carpool problem of Fagin and Williams 1983. Tijdeman's chairman assignment, 1980, stays
+within 1 - 1/(2K-2), but it is not Megatron's rule.)
 
-Budgets. A domain leaves when its budget is served; the others share its weight in proportion, from that
-sample on. The endless domains (budget None) may together serve `samples` minus the budgets and leave after
-that, so every budget ends exact. `minimum` and `maximum` hold to the end: a wish that would make that
-impossible is replaced by the nearest weights (KL) that keep it possible, and `projections` tells when.
+Budgets. A domain leaves when its budget is served; the others share its weight in proportion, from
+that sample on. The endless domains (budget None) may together serve `samples` minus the budgets and
+leave after that, so every budget ends exact. `minimum` and `maximum` hold to the end: a wish that
+would make that impossible is replaced by the nearest weights (KL) that keep it possible, and
+`projections` tells when.
 
-Not here: which file a position stands for (sampler.py), and when weights should change (controller.py).
+Not here: which file a position stands for (sampler.py), and when weights should change
+(controller.py).
 """
 
 import math
@@ -47,9 +52,10 @@ UNLIMITED = np.iinfo(np.int64).max
 
 
 class Projection(NamedTuple):
-    """Weights that could not be used as wished: from `sample` on `used` f64[K] stand for `wished` f64[K].
+    """Weights that could not be used as wished: from `sample` on, `used` instead of `wished`.
 
-    Told when that moves K samples or more in the rest of the run; less is the rounding with which runs end.
+    Told when that moves K samples or more in the rest of the run; less is the rounding with which
+    runs end.
     """
 
     sample: int
@@ -58,12 +64,12 @@ class Projection(NamedTuple):
 
 
 def stretch_python(weights, credit, elapsed, first, served, origin, room, spare, domain, position, n):
-    """The plain reference of csrc/mixture.cpp: up to n samples under one weight vector; returns how many.
+    """The plain reference of csrc/mixture.cpp: up to n samples under one weight vector; the number.
 
-    weights, credit f64[K]; elapsed: samples since the weights came into force; first: these are the run's
-    first weights; served, origin i64[K]; room i64[K]: samples left of each budget, -1 for endless domains,
-    which share `spare`. Updates `served` and writes domain, position i64[n] (or None). Stops after the sample
-    that uses up a budget or the spare.
+    weights, credit f64[K]; elapsed: samples since the weights came into force; first: these are the
+    run's first weights; served, origin i64[K]; room i64[K]: samples left of each budget, -1 for
+    endless domains, which share `spare`. Updates `served` and writes domain, position i64[n] (or
+    None). Stops after the sample that uses up a budget or the spare.
     """
     eligible = np.flatnonzero(weights > 0)
     w, c = weights[eligible], credit[eligible]
@@ -88,14 +94,14 @@ def stretch_python(weights, credit, elapsed, first, served, origin, room, spare,
 
 
 class Mixture:
-    """A stream of (domain, position): a pure function of weights, their changes, budgets and the sample
-    index.
+    """A stream of (domain, position): a function of weights, changes, budgets and sample index.
 
-    weights f64[K]: shares of the samples, any scale. budgets: samples each domain serves in the whole run, or
-    None for an endless domain (None for all: no budgets). samples: the run's total; default the sum of the
-    budgets when every domain has one. minimum, maximum f64[K]: bounds of each weight. ValueError when these
-    contradict. served i64[K], credit f64[K] (target minus served) and retired (samples of domains that are
-    gone) say where a run that is taken over stands.
+    weights f64[K]: shares of the samples, any scale. budgets: samples each domain serves in the
+    whole run, or None for an endless domain (None for all: no budgets). samples: the run's total;
+    default the sum of the budgets when every domain has one. minimum, maximum f64[K]: bounds of
+    each weight. ValueError when these contradict. served i64[K], credit f64[K] (target minus
+    served) and retired (samples of domains that are gone) say where a run that is taken over
+    stands.
     """
 
     def __init__(
@@ -142,12 +148,12 @@ class Mixture:
 
     @property
     def weights(self) -> np.ndarray:
-        """Weights in force for the next sample, f64[K], after projection; all zero at the end of the run."""
+        """Weights in force for the next sample, f64[K], after projection; zero at the end."""
         return self._weights.copy()
 
     @property
     def target(self) -> np.ndarray:
-        """The integrated target T, f64[K]: the sum of the weights in force over the samples so far."""
+        """The integrated target T, f64[K]: weights in force summed over the samples so far."""
         return self._credit + self._weights * (self.index - self._start) + self._origin
 
     @property
@@ -157,10 +163,10 @@ class Mixture:
         return earned - (self._served - self._origin)
 
     def schedule(self, weights, at_sample: int) -> None:
-        """Use `weights` f64[K] from sample `at_sample` on; drops what was scheduled for that sample or later.
+        """Use `weights` f64[K] from `at_sample` on; drops what was scheduled for then or later.
 
-        ValueError when the sample has been served already. A sample beyond the end is legal and never
-        reached.
+        ValueError when the sample has been served already. A sample beyond the end is legal and
+        never reached.
         """
         wish = normalised(weights, self._wish.size)
         at_sample = int(at_sample)
@@ -175,7 +181,7 @@ class Mixture:
             self._settle()
 
     def take(self, n: int) -> tuple[np.ndarray, np.ndarray]:
-        """The next n samples: domain i64[n] and position inside the domain i64[n], which counts up from 0.
+        """The next n samples: domain i64[n] and position in it i64[n], which counts up from 0.
 
         ValueError, with nothing taken, when the run ends before.
         """
@@ -226,8 +232,7 @@ class Mixture:
         return np.where(self._endless, self._spare() > 0, self._served < self._limit)
 
     def _settle(self) -> None:
-        """An event: close the stretch at the present sample and open the next one with weights that are
-        feasible."""
+        """An event: close the stretch at this sample, open the next with feasible weights."""
         self._credit = self.credit
         self._start, self._origin = self.index, self._served.copy()
         while self._pending and self._pending[0][0] <= self.index:
@@ -239,8 +244,7 @@ class Mixture:
             self.projections.append(Projection(self.index, self._wish.copy(), self._weights.copy()))
 
     def _feasible(self) -> tuple[np.ndarray, int | None]:
-        """The nearest weights to the wish that keep budgets and bounds possible, and the sample they last
-        to."""
+        """The nearest weights to the wish that are feasible, and the sample they last to."""
         alive = self._alive()
         if not alive.any():
             return np.zeros(alive.size), None
@@ -258,15 +262,14 @@ class Mixture:
         return weights, None if math.isinf(room) else min(self.index + int(room), self.samples)
 
     def copy(self) -> "Mixture":
-        """An independent mixture at the same sample, with no projections told yet; O(K + pending changes)."""
+        """An independent mixture at the same sample, without projections; O(K + changes)."""
         twin = object.__new__(Mixture)
         twin.__dict__.update(self.__dict__)
         twin._served, twin._pending, twin.projections = self._served.copy(), list(self._pending), []
         return twin
 
     def state_dict(self) -> dict:
-        """Everything the rest of the stream depends on, as plain JSON values (floats survive JSON
-        exactly)."""
+        """Everything the rest of the stream depends on, as JSON (floats survive it exactly)."""
         return {
             "version": VERSION,
             "index": self.index,
@@ -287,8 +290,7 @@ class Mixture:
 
     @classmethod
     def from_state(cls, state: dict) -> "Mixture":
-        """The mixture that `state_dict` described. ValueError when the state is of another version or
-        damaged."""
+        """The mixture of a `state_dict`. ValueError for another version or a damaged one."""
         _check_state(state)
         mixture = object.__new__(cls)
         mixture._wish = np.array(state["wish"], dtype=np.float64)

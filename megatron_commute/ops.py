@@ -1,15 +1,19 @@
-"""Fused arithmetic on dual numbers and on vectors of model size: compiled kernels where they fit, else the references.
+"""Fused arithmetic on dual numbers and on vectors of model size: compiled kernels where they fit,
+else the references.
 
-Every function has the arguments, results and formulas of its namesake in reference.py; what is said here holds for all
-of them. A value comes with its tangent (prefix d) along one direction. All tensors of a call share one device and one
-dtype, except labels (int64), saved and statistics (float32, or float64 with float64). Tensors that are not contiguous
-are copied, no graph is kept, no rows give empty results and zero sums, NaN stays in the row it came from. Sizes and
-offsets are 64 bits wide. Results do not depend on the number of threads, torch.get_num_threads().
+Every function has the arguments, results and formulas of its namesake in reference.py; what is said
+here holds for all of them. A value comes with its tangent (prefix d) along one direction. All
+tensors of a call share one device and one dtype, except labels (int64), saved and statistics
+(float32, or float64 with float64). Tensors that are not contiguous are copied, no graph is kept, no
+rows give empty results and zero sums, NaN stays in the row it came from. Sizes and offsets are 64
+bits wide. Results do not depend on the number of threads, torch.get_num_threads().
 
-Compiled: float32, bfloat16 and float64 on the CPU; float32 and bfloat16 on CUDA, by kernels that have been compiled and
-executed thread by thread on the CPU, never run on a GPU. Everything else, and everything where a kernel could not be
-built, goes to the reference. MEGATRON_COMMUTE_KERNELS=off in the environment, or `with references():`, does so by will.
-The operators are torch.ops.megatron_commute.* with fake kernels, so that torch.compile and FakeTensorMode see shapes.
+Compiled: float32, bfloat16 and float64 on the CPU; float32 and bfloat16 on CUDA, by kernels that
+have been compiled and executed thread by thread on the CPU, never run on a GPU. Everything else,
+and everything where a kernel could not be built, goes to the reference.
+MEGATRON_COMMUTE_KERNELS=off in the environment, or `with references():`, does so by will. The
+operators are torch.ops.megatron_commute.* with fake kernels, so that torch.compile and
+FakeTensorMode see shapes.
 
 All raise ValueError or TypeError naming the argument when shapes, devices or dtypes do not fit.
 """
@@ -54,7 +58,9 @@ _MOST_VECTORS = 64  # of either side of one compiled gram
 
 
 def _fit(name, x, dimensions, others):
-    """Tensors x and others {name: (tensor or None, shape, dtype)} contiguous, after checking them against x."""
+    """Tensors x and others {name: (tensor or None, shape, dtype)} contiguous, after checking them
+    against x.
+    """
     for label, t in ((name, x), *((label, t) for label, (t, _, _) in others.items())):
         if t is not None and not isinstance(t, torch.Tensor):
             raise TypeError(f"{label} is {type(t).__name__}: give a tensor")
@@ -100,7 +106,9 @@ def norm_forward(x, dx, weight, dweight, bias, dbias, eps, kind):
 
 
 def norm_backward(gy, dgy, x, dx, saved, weight, dweight, kind):
-    """gx, dgx [n, h]; gweight, dgweight, gbias, dgbias [h] float32 (float64), the last two None for "rms"."""
+    """gx, dgx [n, h]; gweight, dgweight, gbias, dgbias [h] float32 (float64), the last two None for
+    "rms".
+    """
     _kind(kind, NORMS)
     shape, t = x.shape, x.dtype
     row = shape[1:]
@@ -112,13 +120,13 @@ def norm_backward(gy, dgy, x, dx, saved, weight, dweight, kind):
 
 
 def activation_forward(x, dx, bias, dbias, kind):
-    """y, dy [n, f] of "gelu_tanh", "gelu_erf" or "swiglu" (x [n, 2f], the gate first) at x + bias."""
+    """y, dy [n, f] of "gelu_tanh", "gelu_erf", "swiglu" (x [n, 2f], gate first) at x + bias."""
     x, dx, bias, dbias = _activation(x, dx, bias, dbias, kind, {})
     return _kernels.activation_forward(x, dx, bias, dbias, kind)
 
 
 def activation_backward(gy, dgy, x, dx, bias, dbias, kind):
-    """gx, dgx as x; gbias, dgbias, their sums over rows in float32 (float64), None without a bias."""
+    """gx, dgx as x; gbias, dgbias, sums over rows in float32 (float64), None without bias."""
     shape = (*x.shape[:1], x.shape[-1] // 2) if kind == "swiglu" else x.shape
     gradients = {"gy": (gy, shape, x.dtype), "dgy": (dgy, shape, x.dtype)}
     x, dx, bias, dbias, gy, dgy = _activation(x, dx, bias, dbias, kind, gradients)
@@ -138,7 +146,7 @@ def _activation(x, dx, bias, dbias, kind, gradients):
 
 
 def cross_entropy_statistics(logits, dlogits, labels, first):
-    """[n, 5] float32 (float64) of logits [n, v], words first .. first + v - 1: see the reference."""
+    """[n, 5] float32 (float64) of logits [n, v], words first .. first + v - 1: see reference."""
     others = {
         "dlogits": (dlogits, logits.shape, logits.dtype),
         "labels": (labels, logits.shape[:1], torch.int64),
@@ -147,7 +155,9 @@ def cross_entropy_statistics(logits, dlogits, labels, first):
 
 
 def cross_entropy_backward(logits, dlogits, labels, first, statistics, scale):
-    """glogits, dglogits [n, v]; statistics [n, 5] of the whole vocabulary, scale: 1/number of tokens for a mean."""
+    """glogits, dglogits [n, v]; statistics [n, 5] of the whole vocabulary, scale: 1/number of
+    tokens for a mean.
+    """
     others = {
         "dlogits": (dlogits, logits.shape, logits.dtype),
         "labels": (labels, logits.shape[:1], torch.int64),
@@ -158,12 +168,14 @@ def cross_entropy_backward(logits, dlogits, labels, first, statistics, scale):
 
 
 def attention_forward(q, dq, k, dk, v, dv, scale):
-    """o, do [b, a, s, c] of causal attention, k and v [b, g, s, c] with a % g == 0, and saved [b, a, s, 2]."""
+    """o, do [b, a, s, c] of causal attention, k and v [b, g, s, c] with a % g == 0, and saved [b,
+    a, s, 2].
+    """
     return _kernels.attention_forward(*_heads(q, dq, k, dk, v, dv, {}), float(scale))
 
 
 def attention_backward(go, dgo, q, dq, k, dk, v, dv, o, do, saved, scale):
-    """gq, dgq [b, a, s, c], gk, dgk, gv, dgv [b, g, s, c] from go, dgo and the forward's results."""
+    """gq, dgq [b, a, s, c], gk, dgk, gv, dgv [b, g, s, c] from go, dgo and forward's results."""
     others = {name: (t, q.shape, q.dtype) for name, t in (("go", go), ("dgo", dgo), ("o", o), ("do", do))}
     others["saved"] = (saved, (*q.shape[:3], 2), wide(q))
     *inputs, go, dgo, o, do, saved = _heads(q, dq, k, dk, v, dv, others)
@@ -187,12 +199,14 @@ def gram(
     minus: Sequence[Sequence[torch.Tensor]] | None = None,
     eps: float | None = None,
 ) -> torch.Tensor:
-    """Inner products M[k, m] = sum_i X[k]_i D_i Y[m]_i, float64 [K, M], on the device of the vectors.
+    """Inner products M[k, m] = sum_i X[k]_i D_i Y[m]_i, float64 [K, M], on the device of the
+    vectors.
 
-    X: K vectors, Y: M vectors, each a list of tensors with the same shapes; metric: the diagonal D as such a list, or
-    None for the identity. minus: K more vectors, with which X stands for (X - minus) / (2 eps). Sums run over the
-    tensors of this rank alone. Compiled, every element is read once; dtypes may differ between tensors; below 2^20
-    elements, and with float64, sums are exact to float64, above to 3e-8 |X[k]| |Y[m]|: see csrc/gram.cpp.
+    X: K vectors, Y: M vectors, each a list of tensors with the same shapes; metric: the diagonal D
+    as such a list, or None for the identity. minus: K more vectors, with which X stands for (X -
+    minus) / (2 eps). Sums run over the tensors of this rank alone. Compiled, every element is read
+    once; dtypes may differ between tensors; below 2^20 elements, and with float64, sums are exact
+    to float64, above to 3e-8 |X[k]| |Y[m]|: see csrc/gram.cpp.
     """
     vectors = [*X, *Y, *([] if metric is None else [metric]), *(minus or [])]
     tensors = [t for vector in vectors for t in vector]
@@ -208,10 +222,12 @@ def gram(
 
 
 def displace(params, v, eps, metric=None, realised=False):
-    """New tensors params + eps D v with the dtype of params; params are not touched and no graph is kept.
+    """New tensors params + eps D v with the dtype of params; params are not touched and no graph is
+    kept.
 
-    params, v, metric (the diagonal D, or None): lists of tensors with the same shapes. eps: a number. realised: also
-    return what was really added, in float32 (float64), which differs from eps D v where params are half precision.
+    params, v, metric (the diagonal D, or None): lists of tensors with the same shapes. eps: a
+    number. realised: also return what was really added, in float32 (float64), which differs from
+    eps D v where params are half precision.
     """
     lists = [params, v, *([] if metric is None else [metric])]
     if not all(compiled(t.device, t.dtype) and t.device.type == "cpu" for tensors in lists for t in tensors):

@@ -1,7 +1,8 @@
-"""Put our two diffs on a tree of Megatron-DeepSpeed, or take them off: all files or none, and never twice.
+"""Put our two diffs on a tree of Megatron-DeepSpeed, or take them off: all files or none, and never
+twice.
 
-The tree may be a plain export: git is not needed. Lines are found by their text, so a newer tree in which they moved is
-patched as well, and one in which they are gone is refused by name.
+The tree may be a plain export: git is not needed. Lines are found by their text, so a newer tree in
+which they moved is patched as well, and one in which they are gone is refused by name.
 """
 
 import importlib.metadata
@@ -23,8 +24,9 @@ class PatchError(ValueError):
 
 
 class Change(NamedTuple):
-    """One hunk. line: 1-based, in the tree of COMMIT; before, after: the lines it turns into each other, with the line above
-    where it only inserts."""
+    """One hunk. line: 1-based, in the tree of COMMIT; before, after: the lines it turns into each
+    other, with the line above where it only inserts.
+    """
 
     line: int
     before: tuple
@@ -42,7 +44,9 @@ class Found(NamedTuple):
 
 
 def folder():
-    """The folder of our diffs: that of the repository, or what the installed package brought along. PatchError without."""
+    """The folder of our diffs: that of the repository, or what the installed package brought along.
+    PatchError without.
+    """
     above = Path(__file__).resolve().parent.parent
     try:
         files = importlib.metadata.files("megatron-commute") or []
@@ -78,14 +82,15 @@ def changes(name):
 def inspect(root, names=NAMES):
     """Where each change of the diffs `names` stands in the tree `root`: a list of Found.
 
-    Raises PatchError where `root` is not Megatron-DeepSpeed, where a line that a change needs is gone, and where a diff is
-    there in part only.
+    Raises PatchError where `root` is not Megatron-DeepSpeed, where a line that a change needs is
+    gone, and where a diff is there in part only.
     """
     root = Path(root)
     for mark, text in _MARKS.items():
         if not (root / mark).is_file() or text not in _read(root / mark):
             raise PatchError(
-                f"{root}: not Megatron-DeepSpeed ({mark} with {text!r} is missing); name the folder of its pretrain_gpt.py"
+                f"{root}: not Megatron-DeepSpeed ({mark} with {text!r} is missing); name the folder of its "
+                "pretrain_gpt.py"
             )
     found = []
     for name in names:
@@ -96,8 +101,8 @@ def inspect(root, names=NAMES):
             done = ", ".join(f"{row.file}:{row.line}" for row in rows if row.applied)
             rest = ", ".join(f"{row.file}:{row.line}" for row in rows if not row.applied)
             raise PatchError(
-                f"{root}: {name} is there in part only (changed: {done}; not changed: {rest}); restore these files, or "
-                f"change the rest by hand after patches/{name}.patch"
+                f"{root}: {name} is there in part only (changed: {done}; not changed: {rest}); restore "
+                f"these files, or change the rest by hand after patches/{name}.patch"
             )
         found += rows
     return found
@@ -106,9 +111,10 @@ def inspect(root, names=NAMES):
 def patch(root, do="apply", names=NAMES):
     """Bring the tree `root` to a state; do: "apply", "revert" or "check" (which writes nothing).
 
-    Returns one dict for each change: patch, file, line (1-based), moved_from (its line in COMMIT, or None where it did not
-    move), state ("applied" or "absent", afterwards) and did ("applied", "reverted" or None where there was nothing to do).
-    Raises PatchError, before anything is written, for a tree it does not recognise or cannot write.
+    Returns one dict for each change: patch, file, line (1-based), moved_from (its line in COMMIT,
+    or None where it did not move), state ("applied" or "absent", afterwards) and did ("applied",
+    "reverted" or None where there was nothing to do). Raises PatchError, before anything is
+    written, for a tree it does not recognise or cannot write.
     """
     root, wanted = Path(root), {"apply": True, "revert": False}.get(do)
     found = inspect(root, names)
@@ -166,13 +172,14 @@ def _locate(root, name, file, change):
     if strays or len(after) + len(before) > 1:
         places = ", ".join(str(at + 1) for at in sorted(strays + after + before))
         raise PatchError(
-            f"{path}: {name} cannot tell which of the lines {places} to change (patched by hand?); restore the file"
+            f"{path}: {name} cannot tell which of the lines {places} to change (patched by hand?); restore "
+            "the file"
         )
     if not after + before:
         raise PatchError(
-            f"{path}: line {change.line} of {COMMIT} has moved away or changed, so {name} cannot be applied; it was:\n"
-            f"    {change.before[0].strip()}\nchange its successor by hand after patches/{name}.patch, or choose the other "
-            "diff with --only"
+            f"{path}: line {change.line} of {COMMIT} has moved away or changed, so {name} cannot be "
+            f"applied; it was:\n    {change.before[0].strip()}\nchange its successor by hand after "
+            f"patches/{name}.patch, or choose the other diff with --only"
         )
     return Found(name, file, change, (after + before)[0] + 1, bool(after))
 

@@ -1,9 +1,10 @@
 """Everything that travels between ranks: the only importer of torch.distributed.
 
-A group of None, or of one rank, is the identity, so the same code runs in one process without a process group.
-Vectors of model size travel only through `sum_of_vectors` and `scattered_sum`, parameters that are cut into shards through
-`gathered`, activations of pipelines through `send` and `receive`; all else is a few numbers. Every message and its payload
-is counted in `traffic`, so that a test can state what a probe costs the network.
+A group of None, or of one rank, is the identity, so the same code runs in one process without a
+process group. Vectors of model size travel only through `sum_of_vectors` and `scattered_sum`,
+parameters that are cut into shards through `gathered`, activations of pipelines through `send` and
+`receive`; all else is a few numbers. Every message and its payload is counted in `traffic`, so that
+a test can state what a probe costs the network.
 """
 
 import contextlib
@@ -54,8 +55,10 @@ class Groups:
 
 @contextlib.contextmanager
 def joined():
-    """Inside, the ranks that a launcher has started (torchrun, deepspeed) form the world: nccl, a GPU for each by
-    LOCAL_RANK, or gloo. Nothing happens in a single process and where they have met already."""
+    """Inside, the ranks that a launcher has started (torchrun, deepspeed) form the world: nccl, a
+    GPU for each by LOCAL_RANK, or gloo. Nothing happens in a single process and where they have met
+    already.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield
         return
@@ -109,7 +112,9 @@ def all_reduce_max(tensor, group):
 
 
 def sum_of_vectors(vectors, group, bucket=2**25):
-    """Sum vectors of model size (a list of tensors) over `group`, in place, in buckets of `bucket` elements."""
+    """Sum vectors of model size (a list of tensors) over `group`, in place, in buckets of `bucket`
+    elements.
+    """
     if size(group) == 1 or not vectors:
         return vectors
     start = 0
@@ -130,8 +135,9 @@ def sum_of_vectors(vectors, group, bucket=2**25):
 
 
 def scattered_sum(flat, group):
-    """This rank's part of the sum over `group` of a flat vector of equal length on every rank, a multiple of their
-    number: the r-th of as many equal ranges. Overwrites `flat`; the result may be a view of it.
+    """This rank's part of the sum over `group` of a flat vector of equal length on every rank, a
+    multiple of their number: the r-th of as many equal ranges. Overwrites `flat`; the result may be
+    a view of it.
     """
     ranks = size(group)
     if ranks == 1:
@@ -147,12 +153,16 @@ def scattered_sum(flat, group):
 
 
 def _scatters(group):
-    """gloo has reduce_scatter since torch 2.7 only, and there it copies its input and takes four times as long."""
+    """gloo has reduce_scatter since torch 2.7 only, and there it copies its input and takes four
+    times as long.
+    """
     return dist.get_backend(group) == "nccl"
 
 
 def gathered(shard, group):
-    """The flat tensors of equal length of all ranks of `group`, one after the other, as a new flat tensor."""
+    """The flat tensors of equal length of all ranks of `group`, one after the other, as a new flat
+    tensor.
+    """
     if size(group) == 1:
         return shard.detach().clone()
     whole = shard.new_empty(size(group) * shard.numel())
@@ -167,10 +177,12 @@ _MOST_TENSORS, _MOST_DIMENSIONS = 16, 8
 
 
 def send(tensors, number, peer):
-    """Start sending a message to global rank `peer`: `number`, for the order, and a list of tensors, or None for a fault.
+    """Start sending a message to global rank `peer`: `number`, for the order, and a list of
+    tensors, or None for a fault.
 
-    Returns what `wait` needs; the tensors may be freed meanwhile. Raises ValueError, before anything is sent, for more
-    than 16 tensors, more than 8 dimensions or a dtype without a place in the table.
+    Returns what `wait` needs; the tensors may be freed meanwhile. Raises ValueError, before
+    anything is sent, for more than 16 tensors, more than 8 dimensions or a dtype without a place in
+    the table.
     """
     head = torch.zeros(2 + _MOST_TENSORS * (3 + _MOST_DIMENSIONS), dtype=torch.int64)
     head[0], head[1] = number, -1 if tensors is None else len(tensors)
@@ -194,8 +206,9 @@ def wait(pending):
 
 
 def receive(peer, device):
-    """(number, tensors) of the next message of global rank `peer`, or (number, None) for a fault there. Tensors that
-    required a gradient on the other side are leaves that require one here."""
+    """(number, tensors) of the next message of global rank `peer`, or (number, None) for a fault
+    there. Tensors that required a gradient on the other side are leaves that require one here.
+    """
     head = torch.empty(2 + _MOST_TENSORS * (3 + _MOST_DIMENSIONS), dtype=torch.int64, device=_device())
     dist.recv(head, peer)
     head = head.cpu()
@@ -218,7 +231,9 @@ def any_rank(flag, group):
 
 @contextlib.contextmanager
 def agreed(group):
-    """A section without collectives that all ranks of `group` leave alike: an exception on one ends it on all."""
+    """A section without collectives that all ranks of `group` leave alike: an exception on one ends
+    it on all.
+    """
     fault = None
     try:
         yield
@@ -236,14 +251,14 @@ def sum_of_numbers(array, group):
 
 
 def max_of_numbers(array, group):
-    """Element-wise maximum over `group` of a float64 numpy array, as a new array of the same shape."""
+    """Element-wise maximum over `group` of a float64 numpy array, a new one of its shape."""
     if size(group) == 1:
         return array.copy()
     return all_reduce_max(torch.from_numpy(array).to(_device()), group).cpu().numpy()
 
 
 def broadcast_numbers(array, groups):
-    """The float64 numpy array of the world's first rank, bit for bit, on every rank (a new array)."""
+    """The float64 numpy array of the world's first rank, bit for bit, on every rank."""
     if size(groups.world) == 1:
         return array.copy()
     out = torch.from_numpy(array.copy()).to(_device())
@@ -253,7 +268,7 @@ def broadcast_numbers(array, groups):
 
 
 def gather_text(text, groups, size_limit=480):
-    """The texts of all ranks of the world, in rank order, each cut to `size_limit` bytes of UTF-8."""
+    """The texts of all ranks of the world, in order, each cut to `size_limit` bytes of UTF-8."""
     n = size(groups.world)
     if n == 1:
         return [text]
@@ -282,9 +297,11 @@ class Team:
 
 
 def team(groups, splits, together=False):
-    """Deal `splits` replicates over the data-parallel ranks: whole replicates to single ranks while there are at least
-    as many splits as ranks, else one replicate to a team of neighbouring ranks. together: all ranks are one team and
-    work on every replicate in turn. Collective: every rank calls it once."""
+    """Deal `splits` replicates over the data-parallel ranks: whole replicates to single ranks while
+    there are at least as many splits as ranks, else one replicate to a team of neighbouring ranks.
+    together: all ranks are one team and work on every replicate in turn. Collective: every rank
+    calls it once.
+    """
     ranks, own = size(groups.data), groups.data_rank
     if together:
         return Team(splits=tuple(range(splits)), rounds=splits, group=groups.data, rank=own, size=ranks)

@@ -11,7 +11,7 @@ import pytest
 import records
 from commands import invoke
 
-from megatron_commute import config, doctor
+from megatron_commute import __version__, config, doctor
 from megatron_commute.cli import main as cli
 
 RUN = "--seq-length 8 --global-batch-size 4 --micro-batch-size 2 --train-iters 100 --world-size 2 --num-workers 1"
@@ -202,4 +202,4 @@ def test_as_a_module():
 
 def test_the_version_is_that_of_the_package():
     assert config.ConfigError.__module__ == "megatron_commute.settings.yaml_checks"
-    assert invoke("--version").output.endswith("0.1.0\n")
+    assert invoke("--version").output.endswith(f"{__version__}\n")

@@ -93,6 +93,22 @@ def test_a_design_is_read_as_a_schedule_with_exact_budgets(mixture, tmp_path):
     assert stream.served.tolist() == [600, 200] and not stream.projections
 
 
+def test_a_limit_of_harm_sets_the_strength(mixture, tmp_path):
+    out = "--out", tmp_path / "out"
+    done = invoke("design", mixture, *SIZE.split(), *RATES.split(), *out, "--harm", "0.002")
+    assert done.exit_code == 0 and "strength 0.4" in done.output.splitlines()
+    less = json.loads(
+        invoke("design", mixture, *SIZE.split(), *RATES.split(), *out, "--harm", "0.002", "--json").output
+    )
+    full = json.loads(invoke("design", mixture, *SIZE.split(), *RATES.split(), *out, "--json").output)
+    assert less["flow"]["ranges"] == pytest.approx([0.4 * reach for reach in full["flow"]["ranges"]])
+    done = invoke("design", mixture, *SIZE.split(), *RATES.split(), *out, "--harm", "0")
+    assert (
+        done.exit_code == 2
+        and done.stderr == "error: --harm: harm 0.0: write a part of the loss above 0, such as 0.005\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("written", "instead", "more", "message"),
     [

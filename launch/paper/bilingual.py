@@ -1,5 +1,6 @@
-"""`megatron-commute bilingual` as a script, for launchers that start a file. deepspeed adds --local_rank to its flags, which
-the environment says as well."""
+"""`megatron-commute bilingual` as a script, for launchers that start a file. deepspeed adds
+--local_rank to its flags, which the environment says as well.
+"""
 
 import sys
 

@@ -1,6 +1,8 @@
-"""GPTModels of megatron-core and of Megatron-DeepSpeed, read as the stacks of rop.py; what is not known is refused by name.
+"""GPTModels of megatron-core and of Megatron-DeepSpeed, read as the stacks of rop.py; what is not
+known is refused by name.
 
-Nothing of a module is written to. A stack holds numbers of parameters, in the order of module.named_parameters().
+Nothing of a module is written to. A stack holds numbers of parameters, in the order of
+module.named_parameters().
 """
 
 from __future__ import annotations
@@ -51,7 +53,8 @@ _KNOWN = {
         "MixedFusedRMSNorm",
     },
 }
-# settings (of configurations, modules and Megatron-DeepSpeed's arguments) that change the arithmetic when they are on
+# settings (of configurations, modules and Megatron-DeepSpeed's arguments) that change the
+# arithmetic when they are on
 _SWITCHES = {
     "sequence_parallel": "sequence parallel",
     "enable_ds_sequence_parallel": "DeepSpeed's sequence parallel",
@@ -88,7 +91,9 @@ def kind(module):
 
 
 def refuse(module):
-    """Raise ValueError naming the first layer or setting of a Megatron GPTModel that the fused pass does not know."""
+    """Raise ValueError naming the first layer or setting of a Megatron GPTModel that the fused pass
+    does not know.
+    """
     known = _KNOWN[kind(module)]
     frozen = [name for name, p in module.named_parameters() if not p.requires_grad]
     if frozen:
@@ -151,7 +156,9 @@ def stack(module):
 
 
 def _core(module, device):
-    """Embedding, layers, last norm, weight of an untied output layer, rotary tables of megatron-core's GPTModel."""
+    """Embedding, layers, last norm, weight of an untied output layer, rotary tables of
+    megatron-core's GPTModel.
+    """
     position = module.position_embedding_type
     if position not in ("learned_absolute", "rope", "none"):
         raise ValueError(f"{position} positions are nothing that the fused pass knows: {_INSTEAD}")
@@ -175,8 +182,8 @@ def _deepspeed(module, device):
 def _rotation(model, device):
     """Tables of Megatron-DeepSpeed's rotation, read off what it makes of unit vectors.
 
-    Without flash attention it takes cosine and sine of the cosines of the angles, so formulas would not do. It keeps tables
-    of its own in globals, which are put back.
+    Without flash attention it takes cosine and sine of the cosines of the angles, so formulas would
+    not do. It keeps tables of its own in globals, which are put back.
     """
     module = sys.modules[type(model.rotary_pos_emb).__module__]
     table = model.rotary_pos_emb(model.seq_length)[0].to(device, torch.float32)
@@ -216,7 +223,8 @@ def _block(layer, norm, linear, rotary):
         norms = layer.input_layernorm, layer.post_attention_layernorm
         heads = (attention.num_attention_heads_per_partition,) * 2
         scale, layout = 1.0 / core.norm_factor, "parts"
-    # query-key layer scaling divides the scores by the layer's number and multiplies them again in the softmax
+    # query-key layer scaling divides the scores by the layer's number and multiplies them again in
+    # the softmax
     scale *= core.scale_mask_softmax.scale or 1.0
     qkv, out, up, down = (linear(part) for part in parts)
     return Block(
@@ -236,7 +244,7 @@ def _block(layer, norm, linear, rotary):
 
 
 def _activation(mlp, number):
-    """The activation's kind; both Megatrons take GELU's tanh form where it is fused with the bias."""
+    """The activation's kind; both Megatrons fuse GELU's tanh form with the bias."""
     config, function = mlp.config, mlp.activation_func
     functional = torch.nn.functional
     if hasattr(mlp, "linear_fc1"):
@@ -253,5 +261,6 @@ def _activation(mlp, number):
     if not gated and (function is functional.gelu or name in ("erf_gelu", "openai_gelu")):
         return "gelu_tanh" if fused or name == "openai_gelu" else "gelu_erf"
     raise ValueError(
-        f"layer {number}: {'gated ' if gated else ''}{name} is no activation that the fused pass knows: {_INSTEAD}"
+        f"layer {number}: {'gated ' if gated else ''}{name} is no activation that the fused pass knows: "
+        f"{_INSTEAD}"
     )

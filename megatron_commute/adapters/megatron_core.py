@@ -1,6 +1,7 @@
 """megatron-core under a DeepSpeed engine: everything this project asks of Megatron, in one place.
 
-Megatron and DeepSpeed are imported inside functions, so that the rest of the package works without them.
+Megatron and DeepSpeed are imported inside functions, so that the rest of the package works without
+them.
 """
 
 import contextlib
@@ -19,14 +20,18 @@ _MPU = ("rank", "world_size", "group")
 
 @contextlib.contextmanager
 def quiet_import():
-    """megatron-core warns a dozen times about Transformer Engine and Apex while it is imported; users need not see it."""
+    """megatron-core warns a dozen times about Transformer Engine and Apex while it is imported;
+    users need not see it.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def on_cpu():
-    """Let megatron-core run without CUDA: its device and random-state calls become harmless. Idempotent."""
+    """Let megatron-core run without CUDA: its device and random-state calls become harmless.
+    Idempotent.
+    """
     if torch.cuda.is_available():
         return
     with quiet_import():
@@ -38,7 +43,8 @@ def on_cpu():
 
 
 def initialise(tensor_parallel, seed, minutes=30):
-    """Set up megatron-core's process groups and random states; torch.distributed is initialised already.
+    """Set up megatron-core's process groups and random states; torch.distributed is initialised
+    already.
 
     minutes: how long a collective of these groups waits for a rank that is gone or stuck.
     """
@@ -55,7 +61,8 @@ def initialise(tensor_parallel, seed, minutes=30):
 def seed_dropout(seed):
     """Seed all random states from here on; `seed` must be equal on ranks that share a replica.
 
-    They drop the same elements of what they hold in common; of what tensor parallelism splits, on GPUs, each drops its own.
+    They drop the same elements of what they hold in common; of what tensor parallelism splits, on
+    GPUs, each drops its own.
     """
     torch.manual_seed(seed)
     if torch.cuda.is_available():
@@ -77,7 +84,9 @@ def groups():
 
 
 def deepspeed_mpu():
-    """megatron-core's process groups under the names that DeepSpeed asks for (those of older Megatron)."""
+    """megatron-core's process groups under the names that DeepSpeed asks for (those of older
+    Megatron).
+    """
     with quiet_import():
         from megatron.core import parallel_state as mpu
 
@@ -98,11 +107,13 @@ def deepspeed_mpu():
 def gpt_model(args, vocab_size):
     """megatron-core's GPTModel (local spec) from Megatron's own flags, on the device of this rank.
 
-    args: namespace with num_layers, hidden_size, num_attention_heads, ffn_hidden_size, seq_length, max_position_embeddings,
-    tensor_model_parallel_size, hidden_dropout, attention_dropout, init_method_std, normalization, swiglu,
-    group_query_attention, num_query_groups, position_embedding_type, untie_embeddings_and_output_weights,
-    disable_bias_linear, bf16, and where it has them, norm_epsilon, kv_channels, rotary_base, use_rope_scaling,
-    rope_scaling_factor, rotary_seq_len_interpolation_factor. vocab_size: padded to a multiple of the tensor-parallel size.
+    args: namespace with num_layers, hidden_size, num_attention_heads, ffn_hidden_size, seq_length,
+    max_position_embeddings, tensor_model_parallel_size, hidden_dropout, attention_dropout,
+    init_method_std, normalization, swiglu, group_query_attention, num_query_groups,
+    position_embedding_type, untie_embeddings_and_output_weights, disable_bias_linear, bf16, and
+    where it has them, norm_epsilon, kv_channels, rotary_base, use_rope_scaling,
+    rope_scaling_factor, rotary_seq_len_interpolation_factor. vocab_size: padded to a multiple of
+    the tensor-parallel size.
     """
     with quiet_import():
         from megatron.core.models.gpt import GPTModel
@@ -152,12 +163,16 @@ def gpt_model(args, vocab_size):
 
 
 def _given(args, **flags):
-    """{name: value of the flag} of those flags that `args` has; megatron-core's defaults hold for the others."""
+    """{name: value of the flag} of those flags that `args` has; megatron-core's defaults hold for
+    the others.
+    """
     return {name: getattr(args, flag) for name, flag in flags.items() if hasattr(args, flag)}
 
 
 def token_losses(model, tokens, labels):
-    """Loss of every token, f32[b, s], of a GPTModel; tokens, labels: i64[b, s]. Causal attention over whole sequences."""
+    """Loss of every token, f32[b, s], of a GPTModel; tokens, labels: i64[b, s]. Causal attention
+    over whole sequences.
+    """
     length = tokens.shape[1]
     positions = torch.arange(length, device=tokens.device).expand_as(tokens)
     mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=tokens.device).triu(1)
@@ -171,11 +186,12 @@ def mean_loss(model, tokens):
 
 
 def probe_model(engine, micro_batch, method, loss=mean_loss):
-    """The Model of a GPTModel under a DeepSpeed engine with ZeRO stage 0 to 2; loss as for torch_loop.probe_model.
+    """The Model of a GPTModel under a DeepSpeed engine with ZeRO stage 0 to 2; loss as for
+    torch_loop.probe_model.
 
-    Raises ValueError for ZeRO stage 3, whose parameters are partitioned, for an optimiser that hides them (bf16 without
-    ZeRO), for method exact where a part of the model cannot be differentiated twice, and for method fused where it is not
-    known to the hand-written pass.
+    Raises ValueError for ZeRO stage 3, whose parameters are partitioned, for an optimiser that
+    hides them (bf16 without ZeRO), for method exact where a part of the model cannot be
+    differentiated twice, and for method fused where it is not known to the hand-written pass.
     """
     from megatron_commute.adapters import fused
     from megatron_commute.adapters import twice_differentiable as twice
@@ -211,7 +227,9 @@ def probe_model(engine, micro_batch, method, loss=mean_loss):
 
 
 def decayed(engine, params):
-    """Per parameter, whether the optimiser's weight decay acts on it. ValueError where DeepSpeed hides the parameters."""
+    """Per parameter, whether the optimiser's weight decay acts on it. ValueError where DeepSpeed
+    hides the parameters.
+    """
     both = zip(_partitions(engine), engine.optimizer.param_groups, strict=True)
     decay = {id(p): bool(group.get("weight_decay")) for (members, _), group in both for p in members}
     if any(id(p) not in decay for p in params):
@@ -223,14 +241,18 @@ def decayed(engine, params):
 
 
 def in_float32(module):
-    """Let a half-precision model run on float32 weights: its softmax would cast to the training precision."""
+    """Let a half-precision model run on float32 weights: its softmax would cast to the training
+    precision.
+    """
     return replaced(module, input_in_fp16=False, input_in_bf16=False, input_in_float16=False)
 
 
 def without_recomputing(module):
-    """Keep activations instead of recomputing them: the backward pass would recompute with the module's own weights.
+    """Keep activations instead of recomputing them: the backward pass would recompute with the
+    module's own weights.
 
-    The names are those of Megatron-DeepSpeed; megatron-core keeps its own in a configuration that the trainer never sets.
+    The names are those of Megatron-DeepSpeed; megatron-core keeps its own in a configuration that
+    the trainer never sets.
     """
     return replaced(
         module, checkpoint_activations=False, recompute_granularity=None, checkpoint_core_attention=False
@@ -251,7 +273,9 @@ def replaced(module, **values):
 
 
 def _partitions(engine):
-    """(model parameters, this rank's flat float32 partition of them) per optimiser group; partition None without ZeRO."""
+    """(model parameters, this rank's flat float32 partition of them) per optimiser group; partition
+    None without ZeRO.
+    """
     optimizer = engine.optimizer
     for members, flat in (
         ("bit16_groups", "single_partition_of_fp32_groups"),  # ZeRO 1 and 2
@@ -278,7 +302,9 @@ def second_moments(engine, params):
 
 
 def _own_moments(engine, inner, params):
-    """What this rank's ZeRO shard holds of the second moments, zeros elsewhere; None before the first step."""
+    """What this rank's ZeRO shard holds of the second moments, zeros elsewhere; None before the
+    first step.
+    """
     found = {id(p): torch.zeros_like(p, dtype=torch.float32) for p in params}
     for (members, flat), group in zip(_partitions(engine), inner.param_groups, strict=True):
         state = inner.state.get(flat, {})
@@ -294,7 +320,8 @@ def _own_moments(engine, inner, params):
 
 
 def stock_dataset(blend, samples, seq_length, vocab_size, seed, cache):
-    """megatron-core's own blended GPTDataset of `samples` sequences: the data path of a run without this plug-in.
+    """megatron-core's own blended GPTDataset of `samples` sequences: the data path of a run without
+    this plug-in.
 
     blend: Megatron's --train-data-path list, "weight prefix" pairs or one prefix.
     """

@@ -1,4 +1,6 @@
-"""megatron-core and DeepSpeed in a process of its own, without a launcher: for models that are looked at, not trained."""
+"""megatron-core and DeepSpeed in a process of its own, without a launcher: for models that are
+looked at, not trained.
+"""
 
 import contextlib
 import logging
@@ -12,8 +14,9 @@ from megatron_commute.adapters import megatron_core
 
 @contextlib.contextmanager
 def one_process():
-    """megatron-core's process groups for a single process, taken down at the end; as it is where they stand already. The
-    hosts' warnings about their own defaults are silent meanwhile."""
+    """megatron-core's process groups for a single process, taken down at the end; as it is where
+    they stand already. The hosts' warnings about their own defaults are silent meanwhile.
+    """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     for name in ("torch.utils.cpp_extension", "megatron.core"):

@@ -1,9 +1,10 @@
 """Pipelines of DeepSpeed: gradients by the engine's own schedule, without the engine.
 
-DeepSpeed's TrainSchedule is a list of instructions. Here they are carried out on tensors of the probe's own: each stage
-runs through functional_call at displaced parameters, activations and their gradients travel through megatron_commute.reduce,
-and what would reduce gradients or step the optimiser is left out. The engine's buffers, counters, gradients, loss scale
-and data iterator take no part, so nothing of them has to be put back. Only method difference works: there is no double
+DeepSpeed's TrainSchedule is a list of instructions. Here they are carried out on tensors of the
+probe's own: each stage runs through functional_call at displaced parameters, activations and their
+gradients travel through megatron_commute.reduce, and what would reduce gradients or step the
+optimiser is left out. The engine's buffers, counters, gradients, loss scale and data iterator take
+no part, so nothing of them has to be put back. Only method difference works: there is no double
 backward across stages.
 """
 
@@ -35,37 +36,28 @@ def groups(engine):
 
 
 def probe_model(
-    engine,
-    batch,
-    micro_batch,
-    second_moments=None,
-    owned=None,
-    decayed=None,
-    groups_=None,
-    quiet=None,
+    engine, batch, micro_batch, *, second_moments=None, owned=None, decayed=None, groups_=None, quiet=None
 ):
     """The Model of this rank's stage of a DeepSpeed PipelineEngine.
 
-    batch: tokens i64[b, n] -> (inputs, labels), what the engine's batch function makes of a batch: inputs for the first
-    layer (a tensor or a tuple of tensors), labels for the module's loss_fn, both on this rank's device. micro_batch:
-    sequences a forward pass. second_moments, owned, decayed: as in torch_loop.probe_model, of this stage's trainable
-    parameters; owned: what tensor parallelism says, tied weights are counted once by themselves. groups_: default
-    groups(engine). quiet: () -> context manager around the work, beside dropout off (half precision modules that must
-    run in float32, activation checkpointing of the layers' own, which cannot be probed).
+    batch: tokens i64[b, n] -> (inputs, labels), what the engine's batch function makes of a batch:
+    inputs of the first layer (one tensor or a tuple), labels of the module's loss_fn, both on this
+    rank's device. micro_batch: sequences a forward pass. second_moments, owned, decayed: as in
+    torch_loop.probe_model, of this stage's trainable parameters; owned: what tensor parallelism
+    says, tied weights are counted once by themselves. groups_: default groups(engine). quiet: () ->
+    context manager around the work, beside dropout off (modules that must run in float32, layers
+    that checkpoint activations, which cannot be probed).
 
-    Raises ValueError without a loss function, for layers with additional losses and for an unknown schedule.
+    Raises ValueError without a loss function, for layers with additional losses and for an unknown
+    schedule.
     """
     module, here = engine.module, groups_ or groups(engine)
     _refuse(engine)
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     names, params = [f"module.{name}" for name, _ in named], [p for _, p in named]
-    places = {id(p): i for i, p in enumerate(params)}
-    tied = [(places[id(w)], group) for w, group in module.get_tied_weights_and_groups() if id(w) in places]
+    tied, stage, peers = _tied(module, params), _Stage(module), engine.grid.get_slice_parallel_group()
     counted = owned or [True] * len(params)
     once = tuple(o and not p.ds_pipe_replicated for o, p in zip(counted, params, strict=True))
-    slice_ = engine.grid.get_slice_parallel_group()
-    peers = slice_ if reduce.size(slice_) > 1 else None
-    stage = _Stage(module)
 
     def gradient(at, batches):
         leaves = [p.detach().requires_grad_(True) for p in at]
@@ -75,21 +67,9 @@ def probe_model(
             params=dict(zip(names, leaves, strict=True)),
             batch=batch,
             batches=list(batches),
-            peers=peers,
+            peers=peers if reduce.size(peers) > 1 else None,
         )
-        run.execute()
-        with reduce.agreed(here.model):
-            if run.fault is not None:
-                raise run.fault
-            found = [torch.zeros_like(p) if p.grad is None else p.grad for p in leaves]
-        for i, group in tied:
-            reduce.sum_of_vectors([found[i]], group)
-        return found
-
-    @contextlib.contextmanager
-    def silent(method):
-        with torch_loop.quiet(module), quiet() if quiet is not None else contextlib.nullcontext():
-            yield
+        return _gradient(run, leaves, tied, here)
 
     def metric(name):
         return None if name == "identity" else torch_loop.adam_metric(second_moments, once, here)
@@ -100,11 +80,37 @@ def probe_model(
         owned=once,
         decayed=tuple(decayed or [p.dim() > 1 for p in params]),
         metric=metric,
-        quiet=silent,
+        quiet=lambda method: _silent(module, quiet),
         micro_batch=micro_batch,
         low_precision=low_precision(params),
         gradient=gradient,
     )
+
+
+@contextlib.contextmanager
+def _silent(module, quiet):
+    with torch_loop.quiet(module), quiet() if quiet is not None else contextlib.nullcontext():
+        yield
+
+
+def _gradient(run, leaves, tied, here):
+    """Gradients at `leaves` of a _Run that is not executed yet; those of `tied` weights are summed
+    over their stages.
+    """
+    run.execute()
+    with reduce.agreed(here.model):
+        if run.fault is not None:
+            raise run.fault
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in leaves]
+    for i, group in tied:
+        reduce.sum_of_vectors([gradients[i]], group)
+    return gradients
+
+
+def _tied(module, params):
+    """(number of a parameter, group of the ranks that hold it too) of every tied weight."""
+    numbers = {id(p): i for i, p in enumerate(params)}
+    return [(numbers[id(w)], group) for w, group in module.get_tied_weights_and_groups() if id(w) in numbers]
 
 
 def _refuse(engine):
@@ -127,8 +133,10 @@ def _schedule(engine, micro_batches):
 
 
 class _Stage(torch.nn.Module):
-    """This stage's layers one after the other, without the checkpointing and seeding of PipelineModule.forward, and the
-    loss where labels are given; as one module, so that functional_call swaps parameters around all of it."""
+    """This stage's layers one after the other, without the checkpointing and seeding of
+    PipelineModule.forward, and the loss where labels are given; as one module, so that
+    functional_call swaps parameters around all of it.
+    """
 
     def __init__(self, module):
         super().__init__()
@@ -150,10 +158,11 @@ class _Slot:
 
 
 class _Run:
-    """One pass of forward and backward over all micro-batches of one gradient, which collects in the leaves' .grad.
+    """One pass of forward and backward over all micro-batches of one gradient, which collects in
+    the leaves' .grad.
 
-    A stage that has met a fault goes on sending, but words of the fault in place of tensors, so that every stage comes
-    to the end of the schedule and none waits.
+    A stage that has met a fault goes on sending, but words of the fault in place of tensors, so
+    that every stage comes to the end of the schedule and none waits.
     """
 
     def __init__(self, *, engine, stage, params, batch, batches, peers):
@@ -182,7 +191,9 @@ class _Run:
             self.fault = self.fault or fault
 
     def _may_compute(self):
-        """Ranks that share this stage compute together or not at all: their layers wait for each other."""
+        """Ranks that share this stage compute together or not at all: their layers wait for each
+        other.
+        """
         if reduce.any_rank(self.fault is not None, self.peers) and self.fault is None:
             self.fault = RuntimeError("another rank of this pipeline stage failed")
         return self.fault is None

@@ -1,8 +1,10 @@
-"""What lets a job end in time and start again, on other ranks too: limits on waiting, one job a folder, other sizes.
+"""What lets a job end in time and start again, on other ranks too: limits on waiting, one job a
+folder, other sizes.
 
-DeepSpeed's ZeRO checkpoints hold one shard of the optimiser for each data-parallel rank and load on as many ranks only. Its
-universal form has a file for each parameter and loads on any number; the conversion copies the client state, and with it
-this plug-in's, as it is. Without ZeRO (stage 0) every rank keeps everything and no conversion is needed.
+DeepSpeed's ZeRO checkpoints hold one shard of the optimiser for each data-parallel rank and load on
+as many ranks only. Its universal form has a file for each parameter and loads on any number; the
+conversion copies the client state, and with it this plug-in's, as it is. Without ZeRO (stage 0)
+every rank keeps everything and no conversion is needed.
 """
 
 import contextlib
@@ -31,8 +33,9 @@ class RestartError(ValueError):
 
 
 class Saved(NamedTuple):
-    """Ranks that wrote a checkpoint. data: shards of the optimiser, 0 where it is not sharded; model: tensor-parallel ranks;
-    partitioned: whether parameters are shards as well (ZeRO 3)."""
+    """Ranks that wrote a checkpoint. data: shards of the optimiser, 0 where it is not sharded;
+    model: tensor-parallel ranks; partitioned: whether parameters are shards as well (ZeRO 3).
+    """
 
     data: int
     model: int
@@ -40,7 +43,9 @@ class Saved(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """tag: folder of the checkpoint below --load, None for a fresh run; universal: its form is DeepSpeed's universal one."""
+    """tag: folder of the checkpoint below --load, None for a fresh run; universal: its form is
+    DeepSpeed's universal one.
+    """
 
     tag: str | None
     universal: bool
@@ -48,10 +53,11 @@ class Choice(NamedTuple):
 
 @contextlib.contextmanager
 def explained(rank, ranks, folder):
-    """A collective that fails because another rank is gone ends with a message that says so and what to do.
+    """A collective that fails because another rank is gone ends with a message that says so and
+    what to do.
 
-    folder: where checkpoints are saved, or None. Other exceptions pass. Under nccl the watchdog may abort the process
-    before Python sees anything.
+    folder: where checkpoints are saved, or None. Other exceptions pass. Under nccl the watchdog may
+    abort the process before Python sees anything.
     """
     try:
         yield
@@ -61,16 +67,18 @@ def explained(rank, ranks, folder):
         latest, what = Path(folder or "", "latest"), str(fault).splitlines()[0][:200]
         at = f"from {latest.read_text().strip()}" if folder and latest.exists() else "at the beginning"
         raise RuntimeError(
-            f"rank {rank} of {ranks} has lost the others ({what}): a rank or node has ended or is stuck, see its output. "
-            f"Start the same command again on all nodes, it resumes {at}"
+            f"rank {rank} of {ranks} has lost the others ({what}): a rank or node has ended or is stuck, "
+            f"see its output. Start the same command again on all nodes, it resumes {at}"
         ) from fault
 
 
 @contextlib.contextmanager
 def only_job(folder):
-    """The only job that writes into `folder` while this lasts; freed by the system when the process dies, however it dies.
+    """The only job that writes into `folder` while this lasts; freed by the system when the process
+    dies, however it dies.
 
-    Raises RestartError where another job holds it. A file system without locks (OSError) is not guarded.
+    Raises RestartError where another job holds it. A file system without locks (OSError) is not
+    guarded.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     with open(Path(folder, ".lock"), "w") as file:
@@ -87,13 +95,16 @@ def only_job(folder):
 
 
 def saved(folder):
-    """The Saved of a checkpoint folder, read off its file names. RestartError where it holds no model states."""
+    """The Saved of a checkpoint folder, read off its file names. RestartError where it holds no
+    model states.
+    """
     names = [path.name for path in Path(folder).iterdir()] if Path(folder).is_dir() else []
     shards = [match for name in names if (match := _SHARD.fullmatch(name))]
     models = [match for name in names if (match := _MODEL.fullmatch(name))]
     if not models:
         raise RestartError(
-            f"{folder}: no checkpoint here, though `latest` names it; write another tag there, or name another --load"
+            f"{folder}: no checkpoint here, though `latest` names it; write another tag there, or name "
+            "another --load"
         )
     return Saved(
         len({match[1] for match in shards}),
@@ -103,11 +114,13 @@ def saved(folder):
 
 
 def choose(load, data, model, stage, convert=False, say=print):
-    """The Choice for a job of `data` x `model` ranks that loads the newest checkpoint under `load` (None: a fresh run).
+    """The Choice for a job of `data` x `model` ranks that loads the newest checkpoint under `load`
+    (None: a fresh run).
 
-    stage: of ZeRO in this job. convert: let this rank (one of all, before torch.distributed starts) write the universal form
-    where it is needed; the others wait for it in the rendezvous. Raises RestartError, naming the cure, for another number of
-    tensor-parallel ranks, for a change between sharded and whole parameters or optimisers, and for a failed conversion.
+    stage: of ZeRO in this job. convert: let this rank (one of all, before torch.distributed starts)
+    write the universal form where it is needed; the others wait for it in the rendezvous. Raises
+    RestartError, naming the cure, for another number of tensor-parallel ranks, for a change between
+    sharded and whole parameters or optimisers, and for a failed conversion.
     """
     latest = Path(load or "", "latest")
     if not load or not latest.exists():
@@ -123,8 +136,8 @@ def choose(load, data, model, stage, convert=False, say=print):
     was = "3" if found.partitioned else "1 or 2" if found.data else "0"
     if str(stage) not in was:
         raise RestartError(
-            f"{folder}: written under ZeRO {was}, this job has zero_optimization.stage {stage}; write {was} into "
-            f"--deepspeed_config"
+            f"{folder}: written under ZeRO {was}, this job has zero_optimization.stage {stage}; write {was} "
+            "into --deepspeed_config"
         )
     if found.data in (0, data):
         return Choice(tag, False)
@@ -138,7 +151,9 @@ def choose(load, data, model, stage, convert=False, say=print):
 
 
 def _convert(folder, say, why):
-    """Write the universal form of `folder` beside it, whole or not at all; False where it is there already."""
+    """Write the universal form of `folder` beside it, whole or not at all; False where it is there
+    already.
+    """
     target = folder.with_name(f"{folder.name}_universal")
     source = {
         path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(folder.glob("*.pt"))
@@ -158,8 +173,8 @@ def _convert(folder, say, why):
         if done.returncode:
             told = "\n".join((done.stdout + done.stderr).splitlines()[-5:])
             raise RestartError(
-                f"{folder}: DeepSpeed's ds_to_universal failed; start on the number of ranks that wrote it, or free disk "
-                f"space; it said:\n{told}"
+                f"{folder}: DeepSpeed's ds_to_universal failed; start on the number of ranks that wrote it, "
+                f"or free disk space; it said:\n{told}"
             )
         (part / _SOURCE).write_text(json.dumps(source))
         os.replace(part, target)
@@ -171,8 +186,10 @@ def _convert(folder, say, why):
 
 
 def _tensors_only(folder, given):
-    """A folder of links to a checkpoint, its model states without what is no tensor: megatron-core's empty `_extra_state`,
-    which ends ds_to_universal with an AttributeError (deepspeed 0.19.8)."""
+    """A folder of links to a checkpoint, its model states without what is no tensor:
+    megatron-core's empty `_extra_state`, which ends ds_to_universal with an AttributeError
+    (deepspeed 0.19.8).
+    """
     given.mkdir()
     for path in folder.glob("*.pt"):
         if not path.name.startswith("mp_rank_"):
@@ -189,8 +206,9 @@ def _tensors_only(folder, given):
 def load(engine, folder, choice):
     """The client state of the chosen checkpoint, loaded into the engine, or None for a fresh run.
 
-    From the universal form of ZeRO 3 DeepSpeed (0.19.8) gives every optimiser group the settings of the first, and all flat
-    parameters one step counter, which then counts once for each of them in every step; here each has its own.
+    From the universal form of ZeRO 3 DeepSpeed (0.19.8) gives every optimiser group the settings of
+    the first, and all flat parameters one step counter, which then counts once for each of them in
+    every step; here each has its own.
     """
     if choice.tag is None:
         return None

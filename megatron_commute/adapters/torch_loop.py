@@ -13,7 +13,7 @@ import torch
 
 from megatron_commute import config as front_door
 from megatron_commute import reduce
-from megatron_commute.data import resume, takeover
+from megatron_commute.data import blend, resume, takeover
 from megatron_commute.data.indexed import domain_datasets, inspect_data
 from megatron_commute.data.sampler import MixedDataset, MixtureSampler
 from megatron_commute.data.stream import Stream
@@ -74,12 +74,8 @@ def probe_model(
     def metric(name):
         return None if name == "identity" else adam_metric(second_moments, owned, groups)
 
-    passed = []
-
-    def verify_once(values, tokens):
-        if not passed:
-            verify(lambda point: at(point, tokens), values, lambda v: squared_length(v, owned, groups))
-            passed.append(True)
+    def verified(values, tokens):
+        verify(lambda point: at(point, tokens), values, lambda v: squared_length(v, owned, groups))
 
     return Model(
         parameters=lambda: full_precision(params),
@@ -89,9 +85,21 @@ def probe_model(
         metric=metric,
         quiet=lambda method: quiet(module, exact if method == "exact" else None),
         micro_batch=micro_batch,
-        verify=verify_once if verify is not None else None,
+        verify=_once(verified) if verify is not None else None,
         low_precision=low_precision(params),
     )
+
+
+def _once(check):
+    """`check` until it has passed; then nothing."""
+    passed = []
+
+    def checked(*arguments):
+        if not passed:
+            check(*arguments)
+            passed.append(True)
+
+    return checked
 
 
 class _Loss(torch.nn.Module):
@@ -208,7 +216,7 @@ class Plugin:
         self.feeds = self.config.mode != "shadow"
         self.host_blend = tuple(host_blend)
         if not self.feeds and host_blend:
-            check_blend(self.config, self.plan, host_blend)
+            blend.check(self.config, self.plan, host_blend)
         self.hook = self.sampler = self.dataset = self.flow = None
 
     def mixture(self):
@@ -232,22 +240,7 @@ class Plugin:
         Hook.state_dict, from a checkpoint after `consumed` samples, or None; accept, take_over: see data.resume; listeners:
         of hook.Hook, those of this rank. Raises ConfigError where the state does not fit the mixture file.
         """
-        stock = None
-        if take_over and self.host_blend:
-            stock = takeover.stock_weights(blend_of(self.host_blend)[1])
-        rates = None
-        if flow_run.follows(self.config):
-            rates = flow_run.rates_of(self.config, learning_rate, self.run.train_iters)
-        kept = state.get("flow") if state is not None else None
-        also = [] if state is None else flow_run.differences(kept, self.config, self.plan, rates)
-        asked = {"accept": accept, "attach": take_over, "also": also}
-        mixture, ledger, news = resume.resumed(
-            self.config, self.plan, self.mixture(), state, consumed, stock, **asked
-        )
-        if rates is not None:
-            self._follow(mixture, rates, groups, kept if not news else None)
-        elif news and kept is not None and not self.plan.schedule:
-            mixture.schedule(laws.left_evenly(mixture, self.plan.weights), mixture.index)
+        mixture, ledger, news = self._resumed(learning_rate, groups, state, consumed, accept, take_over)
         if self.feeds:
             training, _ = domain_datasets(self.config, self.plan, self.run.seq_length)
             self.dataset = MixedDataset(training, self.config.seed, ledger.keys)
@@ -259,13 +252,12 @@ class Plugin:
                 global_batch=self.run.global_batch,
                 stop_sample=self.plan.samples,
             )
+        batch = self.run.global_batch
         self.hook = Hook(
             config=self.config,
             plan=self.plan,
             run=self.run,
-            stream=Stream(
-                consumed=mixture, sampler=self.sampler, groups=groups, global_batch=self.run.global_batch
-            ),
+            stream=Stream(consumed=mixture, sampler=self.sampler, groups=groups, global_batch=batch),
             ledger=ledger,
             model=model,
             groups=groups,
@@ -283,6 +275,34 @@ class Plugin:
         if state is None or news:
             self.hook.start(news)
         return self.hook
+
+    def _resumed(self, learning_rate, groups, state, consumed, accept, take_over):
+        """The data.resume.Resumed of this run, on the weights that law flow plans where it is followed."""
+        stock = None
+        if take_over and self.host_blend:
+            stock = takeover.stock_weights(blend.read(self.host_blend)[1])
+        rates = None
+        if flow_run.follows(self.config):
+            rates = flow_run.rates_of(self.config, learning_rate, self.run.train_iters)
+        kept = state.get("flow") if state is not None else None
+        also = [] if state is None else flow_run.differences(kept, self.config, self.plan, rates)
+        resumed = resume.resumed(
+            self.config,
+            self.plan,
+            self.mixture(),
+            state,
+            consumed,
+            stock,
+            accept=accept,
+            attach=take_over,
+            also=also,
+        )
+        mixture, news = resumed.mixture, resumed.news
+        if rates is not None:
+            self._follow(mixture, rates, groups, kept if not news else None)
+        elif news and kept is not None and not self.plan.schedule:
+            mixture.schedule(laws.left_evenly(mixture, self.plan.weights), mixture.index)
+        return resumed
 
     def _follow(self, mixture, rates, groups, kept):
         """Plan the rest of the run by law flow, as `kept` of its own checkpoint or anew from where the mixture stands."""
@@ -310,40 +330,3 @@ class Plugin:
         spent, total = end["timing"]["probe_seconds"], end["timing"]["seconds"]
         share = f"probes took {spent:.0f} s of {total:.0f} s, {spent / max(total - spent, 1e-9):.1%} on top of training"
         return f"{table}\n{share}\nreport: {plots.report(run_dir)}"
-
-
-def check_blend(config, plan, paths):
-    """In mode shadow the host feeds training: the mixture file must say what its blend says. Raises ConfigError."""
-    prefixes, shares = blend_of(paths)
-    weights = [share / sum(shares) for share in shares]
-    wanted = [path for domain in config.domains for path in domain.path]
-    if [str(pathlib.Path(p).resolve()) for p in prefixes] != [str(pathlib.Path(p).resolve()) for p in wanted]:
-        raise config.error(
-            "domains",
-            f"names {wanted}, the data flag names {prefixes}",
-            "write the same files in the same order",
-        )
-    if len(wanted) != len(config.domains):
-        raise config.error(
-            "domains", "a domain of several files has no place in the host's blend", "write one path a domain"
-        )
-    if max(abs(a - b) for a, b in zip(weights, plan.weights, strict=True)) > 1e-9:
-        told = [round(float(w), 6) for w in plan.weights]
-        raise config.error(
-            "domains", f"weights {told}, the data flag says {weights}", "write the same weights in both"
-        )
-
-
-def blend_of(paths, flag="--train-data-path"):
-    """(prefixes, weights as written) of Megatron's data flag; ConfigError where weights are missing or impossible."""
-    if len(paths) == 1:
-        return list(paths), [1.0]
-    try:
-        weights = [float(word) for word in paths[::2]]
-    except ValueError:
-        weights = []
-    if len(paths) % 2 or not all(0 <= w < float("inf") for w in weights) or not sum(weights) > 0:
-        raise front_door.ConfigError(
-            f"{flag}: {' '.join(paths)}: write WEIGHT PREFIX pairs, one for each domain, weights not negative"
-        )
-    return list(paths[1::2]), weights

@@ -1,11 +1,11 @@
 """Megatron models that can be differentiated twice, for the exact Hessian-vector product.
 
-Stock Megatron is silently wrong there: its cross-entropy treats the saved softmax as a constant, and its
-tensor-parallel backward passes call raw all-reduces that autograd takes for the identity. Inside
-`twice_differentiable` the functions below stand in for them. Each computes what the stock function computes,
-forward and backward, operation by operation (so the gradient keeps its bits), but every backward consists of
-operations that autograd can follow. Serves megatron-core and the older core inside Megatron-DeepSpeed: both
-are imported as `megatron.core`.
+Stock Megatron is silently wrong there: its cross-entropy treats the saved softmax as a constant,
+and its tensor-parallel backward passes call raw all-reduces that autograd takes for the identity.
+Inside `twice_differentiable` the functions below stand in for them. Each computes what the stock
+function computes, forward and backward, operation by operation (so the gradient keeps its bits),
+but every backward consists of operations that autograd can follow. Serves megatron-core and the
+older core inside Megatron-DeepSpeed: both are imported as `megatron.core`.
 """
 
 from __future__ import annotations
@@ -51,10 +51,11 @@ class Reduce(torch.autograd.Function):
 
 
 class Linear(torch.autograd.Function):
-    """x W' + bias; the gradient of x is summed over the tensor-parallel ranks where `sum_slope` says so.
+    """x W' + bias; the gradient of x is summed over the tensor-parallel ranks where `sum_slope`
+    says so.
 
-    Takes the arguments of Megatron's LinearWithGradAccumulationAndAsyncCommunication, whose last is the
-    tensor-parallel group in megatron-core and absent in Megatron-DeepSpeed.
+    Takes the arguments of Megatron's LinearWithGradAccumulationAndAsyncCommunication, whose last is
+    the tensor-parallel group in megatron-core and absent in Megatron-DeepSpeed.
     """
 
     twice_differentiable = True
@@ -75,8 +76,8 @@ class Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         x_slope = slope.matmul(weight)
         if ctx.group is not None:
-            # x is whole on every rank but used for this rank's columns: what flows back into it is a share
-            # of a sum
+            # x is whole on every rank but used for this rank's columns: what flows back into it is
+            # a share of a sum
             x, x_slope = Copy.apply(x, ctx.group), Reduce.apply(x_slope, ctx.group)
         rows, inputs = slope.reshape(-1, slope.shape[-1]), x.reshape(-1, x.shape[-1])
         bias_slope = rows.sum(dim=0) if ctx.has_bias else None
@@ -84,11 +85,11 @@ class Linear(torch.autograd.Function):
 
 
 class CrossEntropy(torch.autograd.Function):
-    """Cross-entropy of logits [..., vocabulary / ranks] split over the tensor-parallel ranks; targets int64
-    [...].
+    """Cross-entropy of logits [..., vocabulary / ranks] split over the tensor-parallel ranks;
+    targets int64 [...].
 
-    The logits are kept instead of the softmax, so that the backward pass depends on them. Half precision is
-    computed in float32, as megatron-core does; float64 stays.
+    The logits are kept instead of the softmax, so that the backward pass depends on them. Half
+    precision is computed in float32, as megatron-core does; float64 stays.
     """
 
     twice_differentiable = True
@@ -110,8 +111,8 @@ class CrossEntropy(torch.autograd.Function):
         group = _tensor_parallel()
         shifted, place, absent = _shifted(logits, target)
         powers = shifted.exp()
-        # the total and the slope are whole on every rank but used for this rank's part of the vocabulary,
-        # hence Copy
+        # the total and the slope are whole on every rank but used for this rank's part of the
+        # vocabulary, hence Copy
         total = Copy.apply(Reduce.apply(powers.sum(dim=-1), group), group)
         slope = Copy.apply(slope, group)
         softmax = powers / total[..., None]
@@ -121,8 +122,9 @@ class CrossEntropy(torch.autograd.Function):
 
 
 def _shifted(logits, target):
-    """Logits minus their maximum over the vocabulary; where each target lies on this rank, and whether it
-    does not."""
+    """Logits minus their maximum over the vocabulary; where each target lies on this rank, and
+    whether it does not.
+    """
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
     group = _tensor_parallel()
@@ -162,16 +164,16 @@ _FUNCTIONS = {
     (_CORE + "tensor_parallel.cross_entropy", "_VocabParallelCrossEntropy"): CrossEntropy,
     (_CORE + "utils", "MakeViewlessTensor"): Viewless,
 }
-# fused activations are functions of their own (GELU in its tanh form even where the unfused one is not), so
-# they are replaced by name where the layers look them up, not turned off
+# fused activations are functions of their own (GELU in its tanh form even where the unfused one is
+# not), so they are replaced by name where the layers look them up, not turned off
 _FUSED = {
     (_CORE + "transformer.mlp", "bias_gelu_impl"): _gelu,
     (_CORE + "transformer.mlp", "bias_geglu_impl"): _geglu,
     (_CORE + "transformer.mlp", "bias_swiglu_impl"): _swiglu,
     ("megatron.model.transformer", "bias_gelu_impl"): _gelu,
 }
-# attributes of modules or their configs that select a path without second derivatives, and the value that
-# avoids it
+# attributes of modules or their configs that select a path without second derivatives, and the
+# value that avoids it
 _SWITCHES = {
     "bias_dropout_fusion": False,
     "scaled_masked_softmax_fusion": False,
@@ -203,14 +205,14 @@ _REFUSED_SIZES = {
 
 @contextlib.contextmanager
 def twice_differentiable(model: torch.nn.Module) -> Iterator[list[str]]:
-    """Within the context, losses of a Megatron model are twice differentiable; everything is put back on
-    leaving.
+    """Within the context, losses of a Megatron model are twice differentiable; everything is put
+    back on leaving.
 
-    Only the forward pass needs it: a graph built inside can be differentiated outside. Yields the names of
-    what was turned off or replaced by another arithmetic (empty: the gradient keeps every bit of the stock
-    one). Raises ValueError naming what the model uses and cannot be differentiated twice, or what this
-    version of Megatron lacks. What is not known here is refused by name when hvp's exact method walks the
-    graph.
+    Only the forward pass needs it: a graph built inside can be differentiated outside. Yields the
+    names of what was turned off or replaced by another arithmetic (empty: the gradient keeps every
+    bit of the stock one). Raises ValueError naming what the model uses and cannot be differentiated
+    twice, or what this version of Megatron lacks. What is not known here is refused by name when
+    hvp's exact method walks the graph.
     """
     refuse(model)
     stack = contextlib.ExitStack()
@@ -252,13 +254,14 @@ def verify(
     square: Callable[[hvp.Vector], float],
     seed: int = 0,
 ) -> None:
-    """Check the exact method on one batch before it is trusted; raise ArithmeticError where it is wrong.
+    """Check the exact method on one batch before it is trusted; raise ArithmeticError where it is
+    wrong.
 
-    The gradient inside the context must equal the stock gradient bit by bit (on devices where two stock
-    gradients differ, about as closely as those; to 1e-3 when something was turned off). The product along
-    the gradient plus an equally long random vector must agree with a tuned difference of stock gradients
-    within three times the estimated error of that. square: squared length over the ranks that share the
-    model. Costs some 16 gradients and a dozen vectors of memory.
+    The gradient inside the context must equal the stock gradient bit by bit (on devices where two
+    stock gradients differ, about as closely as those; to 1e-3 when something was turned off). The
+    product along the gradient plus an equally long random vector must agree with a tuned difference
+    of stock gradients within three times the estimated error of that. square: squared length over
+    the ranks that share the model. Costs some 16 gradients and a dozen vectors of memory.
     """
     if any(getattr(sys.modules.get(module), name, None) is new for (module, name), new in _FUNCTIONS.items()):
         raise RuntimeError("verify compares with the stock functions: call it outside twice_differentiable")
@@ -297,7 +300,9 @@ def _tensor_parallel(group=None):
 
 
 def _holders(model):
-    """The modules of a model and the configs they share, each once: where Megatron keeps its switches."""
+    """The modules of a model and the configs they share, each once: where Megatron keeps its
+    switches.
+    """
     modules = list(model.modules())
     configs = {id(m.config): m.config for m in modules if hasattr(getattr(m, "config", None), "__dict__")}
     return modules + list(configs.values())

@@ -1,11 +1,13 @@
-"""ZeRO-3: gradients of a model whose parameters are cut into shards over the data-parallel ranks, without the engine.
+"""ZeRO-3: gradients of a model whose parameters are cut into shards over the data-parallel ranks,
+without the engine.
 
-A probe's parameters are this rank's shards, displaced or not. While a loss is evaluated, every access of a module to a
-parameter gives the whole tensor, gathered at that moment by a differentiable operation whose adjoint is the scattered sum;
-what autograd keeps of it is only its number, and backward gathers it again. So a gradient is made of shards of the sum over
-all ranks, at the cost of two gathers and one scattered sum for each use of a parameter. DeepSpeed's own hooks rest
-meanwhile: its parameters, prefetch trace, gradient partitions, counters and overflow flags take no part. Rank-local faults
-are survived, since ranks vote before each collective.
+A probe's parameters are this rank's shards, displaced or not. While a loss is evaluated, every
+access of a module to a parameter gives the whole tensor, gathered at that moment by a
+differentiable operation whose adjoint is the scattered sum; what autograd keeps of it is only its
+number, and backward gathers it again. So a gradient is made of shards of the sum over all ranks, at
+the cost of two gathers and one scattered sum for each use of a parameter. DeepSpeed's own hooks
+rest meanwhile: its parameters, prefetch trace, gradient partitions, counters and overflow flags
+take no part. Rank-local faults are survived, since ranks vote before each collective.
 """
 
 import contextlib
@@ -21,12 +23,14 @@ from megatron_commute.measure.model import Model, full_precision, low_precision
 def probe_model(engine, loss, micro_batch, owned=None, groups=None, quiet=None):
     """The Model of a DeepSpeedEngine of ZeRO stage 3; method difference only.
 
-    loss: (module, tokens i64[b, n]) -> mean loss, calling module(...) as training does, with the same operations in the
-    same order on every rank. micro_batch: sequences a forward pass. owned: per trainable parameter, False where another
-    model-parallel rank holds the same values and counts them. groups: reduce.Groups, default all ranks data-parallel.
-    quiet: () -> context manager around the work, beside dropout off. bf16 parameters are read and measured as float32.
+    loss: (module, tokens i64[b, n]) -> mean loss, calling module(...) as training does, with the
+    same operations in the same order on every rank. micro_batch: sequences a forward pass. owned:
+    per trainable parameter, False where another model-parallel rank holds the same values and
+    counts them. groups: reduce.Groups, default all ranks data-parallel. quiet: () -> context
+    manager around the work, beside dropout off. bf16 parameters are read and measured as float32.
 
-    Raises ValueError for quantised, secondary (hpZ, MiCS) or NVMe shards, and where ranks do not match the shards.
+    Raises ValueError for quantised, secondary (hpZ, MiCS) or NVMe shards, and where ranks do not
+    match the shards.
     """
     module = engine.module
     here = groups or reduce.Groups(reduce.everyone(), None, reduce.everyone())
@@ -92,8 +96,8 @@ def _refuse(engine, params, groups):
     for p in params:
         if _ranks(p) != reduce.size(groups.data):
             raise ValueError(
-                f"parameters are cut over {_ranks(p)} ranks, data-parallel ranks are {reduce.size(groups.data)}: MiCS and "
-                "expert parallelism are not supported"
+                f"parameters are cut over {_ranks(p)} ranks, data-parallel ranks are "
+                f"{reduce.size(groups.data)}: MiCS and expert parallelism are not supported"
             )
 
 
@@ -118,7 +122,9 @@ def decayed(engine, params):
 
 
 def second_moments(engine, params):
-    """Bias-corrected second moments of Adam, this rank's shards; None before its first step or without them."""
+    """Bias-corrected second moments of Adam, this rank's shards; None before its first step or
+    without them.
+    """
     optimizer, moments = engine.optimizer, []
     for p in params:
         i, _, _ = optimizer.grad_position[optimizer.get_param_id(p)]
@@ -132,7 +138,9 @@ def second_moments(engine, params):
 
 
 class _Vote:
-    """Before each collective ranks agree that none has failed; one that has failed says so at the next of its peers."""
+    """Before each collective ranks agree that none has failed; one that has failed says so at the
+    next of its peers.
+    """
 
     def __init__(self, group):
         self.group, self.told = group, False
@@ -163,7 +171,9 @@ class _Whole:
 
     @contextlib.contextmanager
     def instead_of_shards(self, module):
-        """Let `module` see whole parameters, and let DeepSpeed's hooks rest. Left as it was, whatever happens."""
+        """Let `module` see whole parameters, and let DeepSpeed's hooks rest. Left as it was,
+        whatever happens.
+        """
         modules = list(module.modules())
         kept = [m.__dict__["_parameters"] for m in modules]
         with _without_hooks(modules), torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
@@ -198,7 +208,9 @@ class _Whole:
         return whole[: param.ds_numel].view(param.ds_shape)
 
     def _pack(self, tensor):
-        """What backward keeps of a tensor: of a parameter only which it is, and how it was looked at."""
+        """What backward keeps of a tensor: of a parameter only which it is, and how it was looked
+        at.
+        """
         found = self.lent.get(tensor.untyped_storage().data_ptr()) if tensor.numel() else None
         if found is None or found[0]() is None or found[0]().dtype != tensor.dtype:
             return tensor
@@ -213,7 +225,9 @@ class _Whole:
 
 
 class _Gather(torch.autograd.Function):
-    """A whole parameter from the shards of all ranks; backward: this rank's shard of the sum of all ranks' gradients."""
+    """A whole parameter from the shards of all ranks; backward: this rank's shard of the sum of all
+    ranks' gradients.
+    """
 
     @staticmethod
     def forward(ctx, shard, whole, key):
@@ -231,7 +245,9 @@ class _Gather(torch.autograd.Function):
 
 
 class _OnAccess(dict):
-    """The parameters of one module: reading one gives it whole. Listing them gives the shards' owners, untouched."""
+    """The parameters of one module: reading one gives it whole. Listing them gives the shards'
+    owners, untouched.
+    """
 
     def __init__(self, own, whole_of):
         super().__init__(own.items())

@@ -1,12 +1,13 @@
-"""Checkpoints that are already there: the probe of a live run on each of them, and the same kind of record.
+"""Checkpoints that are already there: the probe of a live run on each of them, and the same kind of
+record.
 
-One process holds the whole model in float32, whatever ranks saved it. For a checkpoint of a run with the plug-in, and the
-same mixture file, the numbers are those of the live probe at its step. No checkpoint is ever written to.
+One process holds the whole model in float32, whatever ranks saved it. For a checkpoint of a run
+with the plug-in, and the same mixture file, the numbers are those of the live probe at its step. No
+checkpoint is ever written to.
 """
 
 import dataclasses
 import json
-import math
 import time
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import torch
 from megatron_commute import reduce
 from megatron_commute.adapters import torch_loop
 from megatron_commute.adapters.one_process import one_process
-from megatron_commute.checkpoints import results
+from megatron_commute.checkpoints import analysis_record, results
 from megatron_commute.checkpoints.checkpoint import architecture, learning_rate
 from megatron_commute.checkpoints.files import CheckpointError, content, series
 from megatron_commute.checkpoints.model import LoadedModel
@@ -47,13 +48,13 @@ SAME = (
 
 
 def analyze(paths, data, out, wanted=None, say=print, bar=None):
-    """Measure every checkpoint of `paths` that the record in folder `out` does not hold yet, and write record, report and
-    tables there.
+    """Measure every checkpoint of `paths` that the record in folder `out` does not hold yet, and
+    write record, report and tables there.
 
-    paths: checkpoint folders or --save folders; data: the mixture file; say: prints a line; bar: (total, unit) -> a progress
-    bar like tqdm's. Returns a dict: files, checkpoints (rows), left_out, notes, and the same as text.
-    Raises CheckpointError and ConfigError, naming the cure; single checkpoints that cannot be read are left out and told,
-    unless there is no other.
+    paths: checkpoint folders or --save folders; data: the mixture file; say: prints a line; bar:
+    (total, unit) -> a progress bar like tqdm's. Returns a dict: files, checkpoints (rows),
+    left_out, notes, and the same as text. Raises CheckpointError and ConfigError, naming the cure;
+    single checkpoints that cannot be read are left out and told, unless there is no other.
     """
     wanted, out = wanted or Asked(), Path(out)
     extra = extra_flags(wanted)
@@ -63,7 +64,7 @@ def analyze(paths, data, out, wanted=None, say=print, bar=None):
             raise CheckpointError(f"--out {out}: lies in a checkpoint; name another folder")
     out.mkdir(parents=True, exist_ok=True)
     log = record.Record(out / record.NAME)
-    lines = _reopen(log)
+    lines = analysis_record.reopen(log)
     left_out = []
     with one_process():
         first, asked_for = _first(todo, data, wanted, extra, left_out, say)
@@ -82,24 +83,6 @@ def analyze(paths, data, out, wanted=None, say=print, bar=None):
     if left_out and not any(line["event"] == "probe" for line in record.read(log.path)):
         raise CheckpointError(f"none of the checkpoints could be analysed: {left_out[0][1]}")
     return _finish(log, asked_for, left_out)
-
-
-def _reopen(log):
-    """Whole lines of an earlier analysis in this folder; what a killed one left half-written is moved aside."""
-    if not log.path.exists():
-        return []
-    whole = log.path.read_bytes().count(b"\n")
-    kept = record.read(log.path)[:whole]
-    while kept and kept[-1]["event"] == "valid":  # its probe never came
-        kept.pop()
-    if kept and kept[0].get("analysis") is None:
-        raise CheckpointError(
-            f"--out {log.path.parent}: holds the record of a run, which is not overwritten; name another folder"
-        )
-    if len(kept) == 1:  # nothing was measured, so other settings may follow
-        kept.pop()
-    log.rewind(len(kept))
-    return kept
 
 
 def _first(todo, data, wanted, extra, left_out, say):
@@ -143,7 +126,9 @@ class _Work:
             say(f"note: {note}")
 
     def begin(self, lines):
-        """Write the start line, or check that the one there is of the same analysis. Returns the lines."""
+        """Write the start line, or check that the one there is of the same analysis. Returns the
+        lines.
+        """
         setting = self.setting
         start = record._plain(
             {
@@ -160,8 +145,8 @@ class _Work:
         for key in SAME:
             if json.loads(json.dumps(start[key])) != lines[0][key]:
                 raise CheckpointError(
-                    f"--out {self.log.path.parent}: holds an analysis with other settings ({key} was {lines[0][key]}, it is "
-                    f"{start[key]}); name another folder"
+                    f"--out {self.log.path.parent}: holds an analysis with other settings ({key} was "
+                    f"{lines[0][key]}, it is {start[key]}); name another folder"
                 )
         return lines
 
@@ -192,13 +177,14 @@ class _Work:
         for name, value in self.architecture.items():
             if mine[name] != value:
                 raise CheckpointError(
-                    f"{folder}: {name} is {mine[name]}, it was {value} in the series so far; analyse one model"
+                    f"{folder}: {name} is {mine[name]}, it was {value} in the series so far; analyse one "
+                    "model"
                 )
         self.loaded.load(found)
         if self.settings.metric == "adam" and self.loaded.moments is None:
             raise CheckpointError(
-                f"{folder}: holds no second moments of Adam, or in an unknown order; write --metric identity, or copy the "
-                "optimiser states too"
+                f"{folder}: holds no second moments of Adam, or in an unknown order; write --metric "
+                "identity, or copy the optimiser states too"
             )
         return self.loaded.checkpoint
 
@@ -284,7 +270,8 @@ class _Work:
             return weights
         if sample > setting.plan.samples:
             raise CheckpointError(
-                f"{folder}: stands at sample {sample}, the run is said to end at {setting.plan.samples}; write --train-iters"
+                f"{folder}: stands at sample {sample}, the run is said to end at {setting.plan.samples}; "
+                "write --train-iters"
             )
         stream = setting.fresh.copy()
         stream.skip(min(sample, setting.plan.samples - 1) - stream.index)
@@ -292,39 +279,45 @@ class _Work:
 
 
 def first_number(state, step, every):
-    """Probes that a live run has done before the one at `step`: each goes on in the held-out sequences where the last one
-    stopped. state: of the plug-in, or None for a run without it."""
+    """Probes that a live run has done before the one at `step`: each goes on in the held-out
+    sequences where the last one stopped. state: of the plug-in, or None for a run without it.
+    """
     return state["probes"] if state is not None else max(0, -(-step // every) - 1)
 
 
 def windows(rate, step, every, train_iters):
-    """(steps, flow times) of the two windows that a decision at `step` weighs against each other; one step of flow time 1
-    each where nothing says the rate."""
+    """(steps, flow times) of the two windows that a decision at `step` weighs against each other;
+    one step of flow time 1 each where nothing says the rate.
+    """
     if rate is None:
         return 1, (1.0, 1.0)
     return rates.window_steps(step, every, train_iters), rates.flow_times(rate, step, every, train_iters)
 
 
 def memory_words(held, checkpoint, parameters):
-    """One line on the memory of an analysis; held: memory.Memory; checkpoint: bytes of one; parameters: their number."""
+    """One line on the memory of an analysis; held: memory.Memory; checkpoint: bytes of one;
+    parameters: their number.
+    """
     whole = 4 * parameters + 2 * checkpoint + held.bytes
-    parts = f"model {memory.in_units(4 * parameters)}, a checkpoint and its merging {memory.in_units(2 * checkpoint)}"
+    model, merging = memory.in_units(4 * parameters), memory.in_units(2 * checkpoint)
+    parts = f"model {model}, a checkpoint and its merging {merging}"
     return (
-        f"memory: about {memory.in_units(whole)} beside the activations of one micro-batch ({parts}, {held.words} vectors "
-        f"of a probe {memory.in_units(held.bytes)}; {held.mode})"
+        f"memory: about {memory.in_units(whole)} beside the activations of one micro-batch ({parts}, "
+        f"{held.words} vectors of a probe {memory.in_units(held.bytes)}; {held.mode})"
     )
 
 
 def _refuse_changed(line, folder):
     if line["checkpoint"]["files"] != content(folder):
         raise CheckpointError(
-            f"{folder}: is not the checkpoint that was analysed at step {line['step']} before; name another --out"
+            f"{folder}: is not the checkpoint that was analysed at step {line['step']} before; name another "
+            "--out"
         )
 
 
 def _finish(log, setting, left_out):
     """Report and table from the record; the result of `analyze`."""
-    _sort(log)
+    analysis_record.sort(log)
     lines = record.read(log.path)
     names = setting.plan.names
     probes = [line for line in lines if line["event"] == "probe"]
@@ -340,16 +333,3 @@ def _finish(log, setting, left_out):
     }
     shown = {"headers": results.headers(confidence), "rows": results.text_rows(rows)}
     return {**found, **shown, "text": [f"LEFT OUT: {reason}" for _, reason in left_out]}
-
-
-def _sort(log):
-    """Put the lines in the order of steps, where checkpoints were analysed in another."""
-    lines = log.path.read_bytes().splitlines(keepends=True)
-    pairs = [(json.loads(line), line) for line in lines]
-    # version 0.1.0 ended a record with a line that has no step
-    pairs.sort(key=lambda pair: (pair[0]["event"] != "start", pair[0].get("step", math.inf)))
-    ordered = [line for _, line in pairs]
-    if ordered != lines:
-        temporary = log.path.with_suffix(".tmp")
-        temporary.write_bytes(b"".join(ordered))
-        temporary.replace(log.path)

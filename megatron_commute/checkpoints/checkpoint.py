@@ -1,4 +1,6 @@
-"""One checkpoint as a single process would hold it, whoever wrote it: what readers return and an analysis works on."""
+"""One checkpoint as a single process would hold it, whoever wrote it: what readers return and an
+analysis works on.
+"""
 
 import dataclasses
 import types
@@ -7,9 +9,10 @@ from megatron_commute.settings import rates
 
 # what gpt_model asks of its flags
 ARCHITECTURE = (
-    "num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "seq_length", "max_position_embeddings",
-    "init_method_std", "normalization", "swiglu", "group_query_attention", "num_query_groups", "position_embedding_type",
-    "untie_embeddings_and_output_weights", "disable_bias_linear",
+    "num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "seq_length",
+    "max_position_embeddings", "init_method_std", "normalization", "swiglu", "group_query_attention",
+    "num_query_groups", "position_embedding_type", "untie_embeddings_and_output_weights",
+    "disable_bias_linear",
 )  # fmt: skip
 # what it asks of them if they are there
 FINER = (

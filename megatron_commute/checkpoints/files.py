@@ -1,7 +1,8 @@
 """Checkpoint folders and their files: found, sorted and read, never written to.
 
-Files are unpickled by torch.load(weights_only=True): tensors, containers and the few classes named here, for which plain
-stand-ins are made, so that nothing of a checkpoint is executed and DeepSpeed need not be imported.
+Files are unpickled by torch.load(weights_only=True): tensors, containers and the few classes named
+here, for which plain stand-ins are made, so that nothing of a checkpoint is executed and DeepSpeed
+need not be imported.
 """
 
 import argparse
@@ -40,7 +41,9 @@ class Files(NamedTuple):
 
 
 class _Plain:
-    """Stands in for a class of DeepSpeed that a checkpoint names; keeps its attributes and does nothing."""
+    """Stands in for a class of DeepSpeed that a checkpoint names; keeps its attributes and does
+    nothing.
+    """
 
     def __init__(self, *args, **kwargs):
         self.args = args
@@ -66,8 +69,9 @@ _NUMPY = [
 
 
 def series(paths, unnamed=0):
-    """[(iteration, folder)] of every checkpoint below `paths`, sorted: checkpoint folders, --save folders of many, or model
-    folders of Hugging Face, which are of iteration `unnamed` where nothing says theirs.
+    """[(iteration, folder)] of every checkpoint below `paths`, sorted: checkpoint folders, --save
+    folders of many, or model folders of Hugging Face, which are of iteration `unnamed` where
+    nothing says theirs.
 
     Raises CheckpointError for a path that is none and where two checkpoints have one iteration.
     """
@@ -86,8 +90,8 @@ def series(paths, unnamed=0):
             chosen = {path: iteration(path, unnamed)}
         if not chosen:
             raise CheckpointError(
-                f"{path}: holds no checkpoint (global_stepN, checkpoint-N); name the --save folder of a run, and save with "
-                "--save-interval"
+                f"{path}: holds no checkpoint (global_stepN, checkpoint-N); name the --save folder of a "
+                "run, and save with --save-interval"
             )
         for folder, step in chosen.items():
             other = found.setdefault(step, folder)
@@ -104,12 +108,16 @@ def _step(folder):
 
 
 def hugging_face(folder):
-    """Whether a folder is of Hugging Face's libraries: the configuration of a model or of an adapter lies in it."""
+    """Whether a folder is of Hugging Face's libraries: the configuration of a model or of an
+    adapter lies in it.
+    """
     return any(Path(folder, name).is_file() for name in ("config.json", "adapter_config.json"))
 
 
 def iteration(folder, unnamed=0):
-    """Steps that a folder of Hugging Face says by its name, else in trainer_state.json; `unnamed` where neither does."""
+    """Steps that a folder of Hugging Face says by its name, else in trainer_state.json; `unnamed`
+    where neither does.
+    """
     named, state = _step(Path(folder)), Path(folder, "trainer_state.json")
     if named is not None or not state.is_file():
         return unnamed if named is None else named
@@ -143,11 +151,13 @@ def files(folder):
     for name, found in (("model states", shards), ("optimiser states", optimizer), ("layers", layers)):
         for missing in _holes(found):
             raise CheckpointError(
-                f"{folder}: the {name} of ranks {missing} are missing; the checkpoint is incomplete, copy the whole folder"
+                f"{folder}: the {name} of ranks {missing} are missing; the checkpoint is incomplete, copy "
+                "the whole folder"
             )
     if model and sorted(model) != list(range(len(model))):
         raise CheckpointError(
-            f"{folder}: model states of ranks {sorted(model)} only; the checkpoint is incomplete, copy the whole folder"
+            f"{folder}: model states of ranks {sorted(model)} only; the checkpoint is incomplete, copy the "
+            "whole folder"
         )
     return Files(model=model, shards=shards, optimizer=optimizer, layers=layers)
 
@@ -162,8 +172,9 @@ def _holes(found):
 
 
 def load(path):
-    """The content of one file on the CPU, mapped where the file allows it. Raises CheckpointError for a damaged file and
-    for one that names classes which are not known to be harmless."""
+    """The content of one file on the CPU, mapped where the file allows it. Raises CheckpointError
+    for a damaged file and for one that names classes which are not known to be harmless.
+    """
     try:
         with torch.serialization.safe_globals([argparse.Namespace, *_STAND_INS, *_NUMPY]), _in_silence():
             return torch.load(path, map_location="cpu", weights_only=True, mmap=_zipped(path))
@@ -171,8 +182,8 @@ def load(path):
         told = str(fault).strip()
         if name := re.search(r"GLOBAL (\S+)", told):
             raise CheckpointError(
-                f"{path}: names {name[1]}, which is not among the harmless classes that are read; save the checkpoint "
-                "without it, or leave it out"
+                f"{path}: names {name[1]}, which is not among the harmless classes that are read; save the "
+                "checkpoint without it, or leave it out"
             ) from None
         first = told.splitlines()[0][:160] if told else type(fault).__name__
         first = "it cannot be unpickled" if first.startswith("Weights only") else first
@@ -195,5 +206,7 @@ def _zipped(path):
 
 
 def content(folder):
-    """Names and sizes of a checkpoint's files, as JSON values: what tells whether it is still the same."""
+    """Names and sizes of a checkpoint's files, as JSON values: what tells whether it is still the
+    same.
+    """
     return {path.name: path.stat().st_size for path in sorted(Path(folder).iterdir()) if path.is_file()}

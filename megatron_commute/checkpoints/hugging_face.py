@@ -1,4 +1,5 @@
-"""Model folders and Trainer's checkpoints of Hugging Face: GPT-2 and Llama told in megatron-core's names and layouts.
+"""Model folders and Trainer's checkpoints of Hugging Face: GPT-2 and Llama told in megatron-core's
+names and layouts.
 
 Weights come from safetensors or from torch files that checkpoints.files.load reads; transformers is
 not needed, and what only unpickling could read (training_args.bin) is left alone. Source of names,
@@ -20,11 +21,12 @@ _BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 
 
 def read(folder, extra):
-    """The Checkpoint in a folder of Hugging Face. extra: {flag: value} for what the folder does not say:
-    seq_length and global_batch_size always; vocab_size, the tokenizer's, goes before config.json, which has the rows.
+    """The Checkpoint in a folder of Hugging Face. extra: {flag: value} for what the folder does not
+    say: seq_length and global_batch_size always; vocab_size, the tokenizer's, goes before
+    config.json, which has the rows.
 
-    Raises CheckpointError, naming the cure, for what is damaged or partial and for models that megatron_core.gpt_model does
-    not build.
+    Raises CheckpointError, naming the cure, for what is damaged or partial and for models that
+    megatron_core.gpt_model does not build.
     """
     folder = Path(folder)
     config = models.configuration(folder)
@@ -54,18 +56,22 @@ def read(folder, extra):
 
 
 def _arguments(folder, config, step, extra):
-    """Flags under the names of gpt_model and of the schedule. Raises CheckpointError for those that nothing names."""
+    """Flags under the names of gpt_model and of the schedule. Raises CheckpointError for those that
+    nothing names.
+    """
     state_file = folder / "trainer_state.json"
     state = read_json(state_file) if state_file.is_file() else {}
     if state.get("global_step", step) != step:
         raise CheckpointError(
-            f"{folder}: trainer_state.json says step {state['global_step']}, its name {step}; give the folder its own name"
+            f"{folder}: trainer_state.json says step {state['global_step']}, its name {step}; give the "
+            "folder its own name"
         )
     missing = [name for name in ("seq_length", "global_batch_size") if not extra.get(name)]
     if missing:
         batch = state.get("train_batch_size")
         raise CheckpointError(
-            f"{folder}: does not say {' and '.join(missing)}; name them with --arguments FILE, a JSON object such as "
+            f"{folder}: does not say {' and '.join(missing)}; name them with --arguments FILE, a JSON "
+            "object such as "
             '{"seq_length": 1024, "global_batch_size": 64}; the global batch is per_device_train_batch_size'
             f"{f' ({batch} here)' if batch else ''} x gradient_accumulation_steps x processes"
         )
@@ -83,7 +89,8 @@ def _arguments(folder, config, step, extra):
     ):
         if getattr(flags, name) > most:
             raise CheckpointError(
-                f"--arguments: {name} {getattr(flags, name)}, but the model in {folder} has {most}; write {most} or less"
+                f"--arguments: {name} {getattr(flags, name)}, but the model in {folder} has {most}; write "
+                f"{most} or less"
             )
     return flags
 
@@ -93,13 +100,17 @@ def _bare(by_name, family):
 
 
 def _under_deepspeed(folder, step):
-    """RankState of the shards that Trainer under DeepSpeed leaves in a folder of their own, or None."""
+    """RankState of the shards that Trainer under DeepSpeed leaves in a folder of their own, or
+    None.
+    """
     shards = folder / f"global_step{step}"
     return rank_state(files(shards), 0) if shards.is_dir() else None
 
 
 def _weights(folder, otherwise):
-    """{name: tensor} of the first kind of weights in the folder; `otherwise` where there are none but those."""
+    """{name: tensor} of the first kind of weights in the folder; `otherwise` where there are none
+    but those.
+    """
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (folder / name).is_file():
             return _tensors(folder / name)
@@ -107,8 +118,8 @@ def _weights(folder, otherwise):
             return _of_shards(folder / f"{name}.index.json")
     if not otherwise:
         raise CheckpointError(
-            f"{folder}: no weights in it (model.safetensors, pytorch_model.bin, or an index of their shards); copy the "
-            "whole folder, or merge what FSDP has sharded (accelerate merge-weights)"
+            f"{folder}: no weights in it (model.safetensors, pytorch_model.bin, or an index of their "
+            "shards); copy the whole folder, or merge what FSDP has sharded (accelerate merge-weights)"
         )
     return otherwise
 
@@ -145,35 +156,39 @@ def _tensors(path):
 
 
 def _fitting(folder, weights, parts, config):
-    """`weights` in the order of their own parameters. Raises CheckpointError where they are not those of config.json."""
+    """`weights` in the order of their own parameters. Raises CheckpointError where they are not
+    those of config.json.
+    """
     names = [name for theirs in parts.values() for name in theirs]
     for name in names:
         if name not in weights:
             raise CheckpointError(
-                f"{folder}: its weights lack {name}, which config.json asks for; save the model with its output layer "
-                "(AutoModelForCausalLM), or copy the whole folder"
+                f"{folder}: its weights lack {name}, which config.json asks for; save the model with its "
+                "output layer (AutoModelForCausalLM), or copy the whole folder"
             )
     words = weights[names[0]]
     for name in weights.keys() - set(names):
         copied = name == "lm_head.weight" and torch.equal(weights[name], words)
         if not copied and not name.endswith(_BUFFERS):
             raise CheckpointError(
-                f"{folder}: its weights have {name}, which config.json does not ask for; save the language model that "
-                "it was trained as (AutoModelForCausalLM)"
+                f"{folder}: its weights have {name}, which config.json does not ask for; save the language "
+                "model that it was trained as (AutoModelForCausalLM)"
             )
     if len(words) != config["vocab_size"]:
         raise CheckpointError(
-            f"{folder}: {names[0]} has {len(words)} rows, config.json says a vocabulary of {config['vocab_size']}; copy "
-            "both files again"
+            f"{folder}: {names[0]} has {len(words)} rows, config.json says a vocabulary of "
+            f"{config['vocab_size']}; copy both files again"
         )
     return {name: weights[name] for name in names}
 
 
 def _of_optimizer(path, weights, flags):
-    """(second moments {name: tensor} or None, whether weight decay acts {name: bool}) of Trainer's AdamW over `weights`, and
-    its decay into `flags`; (None, {}) without it and for states in an order that is not known.
+    """(second moments {name: tensor} or None, whether weight decay acts {name: bool}) of Trainer's
+    AdamW over `weights`, and its decay into `flags`; (None, {}) without it and for states in an
+    order that is not known.
 
-    Trainer's two groups are what decays (matrices) and what does not (biases and norms), each in the model's own order.
+    Trainer's two groups are what decays (matrices) and what does not (biases and norms), each in
+    the model's own order.
     """
     if not path.is_file():
         return None, {}

@@ -1,7 +1,8 @@
-"""Configurations of Hugging Face's GPT-2 and Llama: their modules by those of megatron-core, and its flags.
+"""Configurations of Hugging Face's GPT-2 and Llama: their modules by those of megatron-core, and
+its flags.
 
-Source of names, orders and formulas: modeling_gpt2 and modeling_llama of transformers 5.23. What megatron_core.gpt_model
-cannot build is refused by name.
+Source of names, orders and formulas: modeling_gpt2 and modeling_llama of transformers 5.23. What
+megatron_core.gpt_model cannot build is refused by name.
 """
 
 import dataclasses
@@ -13,7 +14,9 @@ TANH = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
-    """A kind of model: its modules by those of megatron-core, {module of ours: theirs in the order of their parameters}."""
+    """A kind of model: its modules by those of megatron-core, {module of ours: theirs in the order
+    of their parameters}.
+    """
 
     prefix: str
     # of all names but the output layer's
@@ -70,28 +73,34 @@ FAMILIES = {
 
 
 def configuration(folder):
-    """config.json with the family's defaults. Raises CheckpointError for what is no model, or one that is not known."""
+    """config.json with the family's defaults. Raises CheckpointError for what is no model, or one
+    that is not known.
+    """
     if not (folder / "config.json").is_file():
         raise CheckpointError(
-            f"{folder}: holds an adapter (PEFT), no whole model; merge it into its model (merge_and_unload) and save that"
+            f"{folder}: holds an adapter (PEFT), no whole model; merge it into its model (merge_and_unload) "
+            "and save that"
         )
     config = read_json(folder / "config.json")
     kind = config.get("model_type")
     if kind not in FAMILIES:
         raise CheckpointError(
-            f"{folder}: config.json says model_type {kind}; of Hugging Face's models {' and '.join(FAMILIES)} are read"
+            f"{folder}: config.json says model_type {kind}; of Hugging Face's models "
+            f"{' and '.join(FAMILIES)} are read"
         )
     for name, known in FAMILIES[kind].known.items():
         if config.setdefault(name, known[0]) not in known:
             raise CheckpointError(
-                f"{folder}: config.json says {name} {config[name]}, which the analysis cannot rebuild; it reads "
-                f"{' or '.join(map(str, known))}"
+                f"{folder}: config.json says {name} {config[name]}, which the analysis cannot rebuild; it "
+                f"reads {' or '.join(map(str, known))}"
             )
     return config
 
 
 def model_flags(config, folder):
-    """gpt_model's flags {name: value} of a configuration. Raises CheckpointError for what it cannot build."""
+    """gpt_model's flags {name: value} of a configuration. Raises CheckpointError for what it cannot
+    build.
+    """
     try:
         return _gpt2(config) if config["model_type"] == "gpt2" else _llama(config, folder)
     except KeyError as fault:
@@ -160,14 +169,17 @@ def _rotation(config, folder):
         return {**flags, "use_rope_scaling": True, "rope_scaling_factor": said["factor"]}
     if kind != "default" or said.get("partial_rotary_factor", 1) != 1:
         raise CheckpointError(
-            f"{folder}: config.json says the rotary positions {said}, which the analysis cannot rebuild; it reads the types "
-            "default, linear, and llama3 with low_freq_factor 1, high_freq_factor 4, original_max_position_embeddings 8192"
+            f"{folder}: config.json says the rotary positions {said}, which the analysis cannot rebuild; it "
+            "reads the types default, linear, and llama3 with low_freq_factor 1, high_freq_factor 4, "
+            "original_max_position_embeddings 8192"
         )
     return flags
 
 
 def parts(family, flags):
-    """(our parameter, [theirs, without the prefix]) of the whole model, in the order of their own parameters."""
+    """(our parameter, [theirs, without the prefix]) of the whole model, in the order of their own
+    parameters.
+    """
     every = [*family.first.items()]
     for number in range(flags.num_layers):
         for ours, theirs in family.layer.items():

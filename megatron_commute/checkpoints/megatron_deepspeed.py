@@ -1,8 +1,9 @@
-"""Checkpoints of Megatron-DeepSpeed: its names and layouts told in those of megatron-core's GPTModel.
+"""Checkpoints of Megatron-DeepSpeed: its names and layouts told in those of megatron-core's
+GPTModel.
 
-ZeRO 0 to 3, tensor parallelism, pipelines with their layer files. Source of the layouts: megatron/model of
-Megatron-DeepSpeed (4efb479d). A rank's queries, keys and values lie one after the other there, and head by head in
-megatron-core.
+ZeRO 0 to 3, tensor parallelism, pipelines with their layer files. Source of the layouts:
+megatron/model of Megatron-DeepSpeed (4efb479d). A rank's queries, keys and values lie one after the
+other there, and head by head in megatron-core.
 """
 
 import json
@@ -26,33 +27,37 @@ _PARTS = {
     "mlp.dense_h_to_4h": "mlp.linear_fc1",
     "mlp.dense_4h_to_h": "mlp.linear_fc2",
 }
-# flag: the only values that are known here, for models and losses that are those of megatron_core.gpt_model
+# flag: the only values that are known here, for models and losses that are those of
+# megatron_core.gpt_model
 _KNOWN = {
     "apply_layernorm_1p": (False, None), "apply_residual_connection_post_layernorm": (False, None),
-    "openai_gelu": (False, None), "squared_relu": (False, None), "onnx_safe": (False, None), "rotary_percent": (1.0, None),
-    "rope_theta": (10000, None), "layernorm_epsilon": (1e-5, None), "reset_position_ids": (False, None),
-    "reset_attention_mask": (False, None), "eod_mask_loss": (False, None), "rampup_batch_size": (None,),
-    "num_experts": ([1], None), "ds_sequence_parallel_size": (1, None),
+    "openai_gelu": (False, None), "squared_relu": (False, None), "onnx_safe": (False, None),
+    "rotary_percent": (1.0, None), "rope_theta": (10000, None), "layernorm_epsilon": (1e-5, None),
+    "reset_position_ids": (False, None), "reset_attention_mask": (False, None),
+    "eod_mask_loss": (False, None), "rampup_batch_size": (None,), "num_experts": ([1], None),
+    "ds_sequence_parallel_size": (1, None),
 }  # fmt: skip
 
 
 def read(folder, files):
-    """The Checkpoint in a folder that Megatron-DeepSpeed wrote. Raises CheckpointError for what is damaged,
-    partial, or of a model that megatron_core.gpt_model does not build."""
+    """The Checkpoint in a folder that Megatron-DeepSpeed wrote. Raises CheckpointError for what is
+    damaged, partial, or of a model that megatron_core.gpt_model does not build.
+    """
     ranks = sorted(files.model or {model for _, model in files.shards})
     state = load(next(iter((files.model or files.shards).values())))
     flags = state.get("args")
     if flags is None:
         raise CheckpointError(
-            f"{folder}: layer files, but no `args` in its model states; it was not written by Megatron-DeepSpeed"
+            f"{folder}: layer files, but no `args` in its model states; it was not written by "
+            "Megatron-DeepSpeed"
         )
     flags = vars(flags)
     arguments = _arguments(flags, folder)
     size = flags.get("tensor_model_parallel_size") or 1
     if len(ranks) % size:
         raise CheckpointError(
-            f"{folder}: {len(ranks)} model-parallel ranks, its flags say tensor-parallel ranks of {size}; the checkpoint is "
-            "incomplete, copy the whole folder"
+            f"{folder}: {len(ranks)} model-parallel ranks, its flags say tensor-parallel ranks of {size}; "
+            "the checkpoint is incomplete, copy the whole folder"
         )
     layers = _layers(files, size)
     shards, moments, decays = [{} for _ in range(size)], [{} for _ in range(size)], {}
@@ -62,7 +67,8 @@ def read(folder, files):
         held = rank_state(files, rank, own_files)
         arguments.weight_decay = 0.0 if held.coupled else arguments.weight_decay
         names = {name: _name(name, files, size, folder) for name in {**held.parameters, **held.decays}}
-        # the last stage's copy of the embeddings comes after the first's, which alone has seen positions
+        # the last stage's copy of the embeddings comes after the first's, which alone has seen
+        # positions
         first = shards[rank % size]
         new = {n: p for n, p in held.parameters.items() if names[n] not in first}
         first |= {names[n]: _by_head(names[n], p, flags) for n, p in new.items()}
@@ -89,16 +95,20 @@ def read(folder, files):
 
 
 def _arguments(flags, folder):
-    """Flags under the names of gpt_model, and of the schedule. Raises CheckpointError for models it does not build."""
+    """Flags under the names of gpt_model, and of the schedule. Raises CheckpointError for models it
+    does not build.
+    """
     for name, known in _KNOWN.items():
         if name in flags and flags[name] not in known:
             raise CheckpointError(
-                f"{folder}: was trained with {name} = {flags[name]}, which the analysis cannot rebuild; it reads {known[0]}"
+                f"{folder}: was trained with {name} = {flags[name]}, which the analysis cannot rebuild; it "
+                f"reads {known[0]}"
             )
     heads = flags["num_attention_heads"]
     if flags.get("num_key_value_heads", heads) not in (heads, None):
         raise CheckpointError(
-            f"{folder}: grouped queries of Megatron-DeepSpeed are not read; analyse the run with the probe of a live job"
+            f"{folder}: grouped queries of Megatron-DeepSpeed are not read; analyse the run with the probe "
+            "of a live job"
         )
     rope = bool(flags.get("use_rotary_position_embeddings"))
     steps = {}
@@ -107,9 +117,10 @@ def _arguments(flags, folder):
             if flags.get(f"lr_{what}_{name}"):
                 steps[f"lr_{what}_iters"] = flags[f"lr_{what}_{name}"] / samples / flags["global_batch_size"]
     same = (
-        "num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "seq_length", "max_position_embeddings",
-        "init_method_std", "lr", "min_lr", "lr_decay_style", "lr_decay_iters", "lr_warmup_iters", "lr_warmup_fraction",
-        "weight_decay", "global_batch_size", "micro_batch_size", "train_iters", "vocab_size",
+        "num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "seq_length",
+        "max_position_embeddings", "init_method_std", "lr", "min_lr", "lr_decay_style", "lr_decay_iters",
+        "lr_warmup_iters", "lr_warmup_fraction", "weight_decay", "global_batch_size", "micro_batch_size",
+        "train_iters", "vocab_size",
     )  # fmt: skip
     kept = {name: flags.get(name) for name in same}
     return types.SimpleNamespace(
@@ -127,7 +138,9 @@ def _arguments(flags, folder):
 
 
 def _layers(files, size):
-    """By tensor-parallel rank, {layer number: its tensors} of a pipeline's layer files; [] without them."""
+    """By tensor-parallel rank, {layer number: its tensors} of a pipeline's layer files; [] without
+    them.
+    """
     found = [{} for _ in range(size)] if files.layers else []
     for (layer, rank), path in files.layers.items():
         if rank < size:
@@ -136,7 +149,9 @@ def _layers(files, size):
 
 
 def _of_stage(layers, state):
-    """{name: tensor} of one pipeline stage, under the names that its optimiser uses (`param_shapes` of its model states)."""
+    """{name: tensor} of one pipeline stage, under the names that its optimiser uses (`param_shapes`
+    of its model states).
+    """
     found = {}
     for group in state.get("param_shapes") or [layers]:
         for name in group:
@@ -167,7 +182,9 @@ def _name(name, files, size, folder):
 
 
 def _in_pipeline(number, rest, files):
-    """(transformer layer or None, name within) of `rest` in layer file `number`: the files tell what each number is."""
+    """(transformer layer or None, name within) of `rest` in layer file `number`: the files tell
+    what each number is.
+    """
     numbers = sorted({layer for layer, _ in files.layers})
     if "word_embeddings" in rest or "position_embeddings" in rest:
         return None, f"embedding.{rest}"

@@ -1,4 +1,6 @@
-"""From a checkpoint to the measure.model.Model of one process: the whole model in float32, with second moments."""
+"""From a checkpoint to the measure.model.Model of one process: the whole model in float32, with
+second moments.
+"""
 
 import dataclasses
 import functools
@@ -43,18 +45,20 @@ class LoadedModel:
         for name in sorted(own.keys() ^ given.keys()):
             side = "lacks" if name in own else "has, beyond its flags,"
             raise CheckpointError(
-                f"{checkpoint.folder}: {side} {name}: it is of another architecture than its flags say; analyse checkpoints "
-                "of one run, or correct --arguments"
+                f"{checkpoint.folder}: {side} {name}: it is of another architecture than its flags say; "
+                "analyse checkpoints of one run, or correct --arguments"
             )
         for name, p in own.items():
             if p.shape != given[name].shape:
                 raise CheckpointError(
-                    f"{checkpoint.folder}: {name} has shape {tuple(given[name].shape)}, its flags say {tuple(p.shape)}: it "
-                    "is of another architecture; analyse checkpoints of one run, or correct --arguments"
+                    f"{checkpoint.folder}: {name} has shape {tuple(given[name].shape)}, its flags say "
+                    f"{tuple(p.shape)}: it is of another architecture; analyse checkpoints of one run, or "
+                    "correct --arguments"
                 )
             if not torch.isfinite(torch.linalg.vector_norm(given[name], 1)):
                 raise CheckpointError(
-                    f"{checkpoint.folder}: {name} is not finite; the run had diverged, leave the checkpoint out"
+                    f"{checkpoint.folder}: {name} is not finite; the run had diverged, leave the checkpoint "
+                    "out"
                 )
         with torch.no_grad():
             for name, p in own.items():
@@ -83,5 +87,7 @@ class LoadedModel:
 
 
 def openai_gelu(x):
-    """GELU by its tanh formula, under the name that Megatron gives it: the fused pass knows functions by their names."""
+    """GELU by its tanh formula, under the name that Megatron gives it: the fused pass knows
+    functions by their names.
+    """
     return torch.nn.functional.gelu(x, approximate="tanh")

@@ -1,4 +1,6 @@
-"""One model out of what tensor-parallel ranks hold, in the names and the layout of megatron-core's GPTModel."""
+"""One model out of what tensor-parallel ranks hold, in the names and the layout of megatron-core's
+GPTModel.
+"""
 
 import torch
 
@@ -10,16 +12,18 @@ COLUMNS = ("linear_proj.weight", "linear_fc2.weight")
 
 
 def merged(ranks, gated, where):
-    """{name: whole tensor, float32} of `ranks`, a list of {name: shard} in the order of tensor-parallel ranks.
+    """{name: whole tensor, float32} of `ranks`, a list of {name: shard} in the order of
+    tensor-parallel ranks.
 
-    gated: whether the first layer of an MLP holds gate and value (SwiGLU), each rank a range of both. Norms, biases after a
-    sum and positions are copies: the first rank's count. Raises CheckpointError, naming `where`, for ranks that do not fit.
+    gated: whether the first layer of an MLP holds gate and value (SwiGLU), each rank a range of
+    both. Norms, biases after a sum and positions are copies: the first rank's count. Raises
+    CheckpointError, naming `where`, for ranks that do not fit.
     """
     for rank, held in enumerate(ranks):
         for name in ranks[0].keys() ^ held.keys():
             raise CheckpointError(
-                f"{where}: tensor-parallel ranks 0 and {rank} do not both hold {name}; their files are of different "
-                "checkpoints, copy the whole folder"
+                f"{where}: tensor-parallel ranks 0 and {rank} do not both hold {name}; their files are of "
+                "different checkpoints, copy the whole folder"
             )
     try:
         return {name: _whole(name, [held[name] for held in ranks], gated) for name in ranks[0]}

@@ -1,4 +1,6 @@
-"""Checkpoints of launch/pretrain_gpt.py: ZeRO 0 to 3 and tensor parallelism, names and flags as they count here."""
+"""Checkpoints of launch/pretrain_gpt.py: ZeRO 0 to 3 and tensor parallelism, names and flags as
+they count here.
+"""
 
 import json
 import types
@@ -18,7 +20,8 @@ def wrote(files):
 
 
 def read(folder, files, extra):
-    """The Checkpoint in a folder of this trainer. extra: {flag: value} that count where the checkpoint says nothing.
+    """The Checkpoint in a folder of this trainer. extra: {flag: value} that count where the
+    checkpoint says nothing.
 
     Raises CheckpointError for what is damaged or partial.
     """
@@ -31,8 +34,8 @@ def read(folder, files, extra):
     missing = [name for name in ARCHITECTURE if not hasattr(arguments, name)]
     if missing:
         raise CheckpointError(
-            f"{folder}: does not say what model it holds ({', '.join(missing[:3])}, ...): it was written before checkpoints "
-            "kept the flags; name them with --arguments FILE, a JSON object such as "
+            f"{folder}: does not say what model it holds ({', '.join(missing[:3])}, ...): it was written "
+            "before checkpoints kept the flags; name them with --arguments FILE, a JSON object such as "
             '{"num_layers": 4, "num_attention_heads": 4, ...}'
         )
     moments = None

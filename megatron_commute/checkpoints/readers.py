@@ -5,8 +5,8 @@ from megatron_commute.checkpoints import hugging_face, megatron_deepspeed, pretr
 
 
 def read(folder, extra=None):
-    """The Checkpoint in a folder that DeepSpeed or Hugging Face's libraries wrote. extra: {flag: value} that count where the
-    checkpoint says nothing.
+    """The Checkpoint in a folder that DeepSpeed or Hugging Face's libraries wrote. extra: {flag:
+    value} that count where the checkpoint says nothing.
 
     Raises CheckpointError for what is damaged, partial or of an unknown kind.
     """

@@ -8,8 +8,9 @@ from megatron_commute import bracket, intervals
 
 
 def improvable(line, plan, splits, confidence):
-    """Corollary 3.2(b) at a probe line, by target: [[[earlier, later], ...], ...] names of the pairs whose order the
-    measurement says to change, beyond its error; empty lists where the weights pass as locally optimal.
+    """Corollary 3.2(b) at a probe line, by target: [[[earlier, later], ...], ...] names of the
+    pairs whose order the measurement says to change, beyond its error; empty lists where the
+    weights pass as locally optimal.
     """
     score, gap_se = (np.array(line[key], dtype=np.float64) for key in ("score", "gap_se"))
     score, gap_se = np.atleast_2d(score), gap_se.reshape(-1, *gap_se.shape[-2:])
@@ -22,7 +23,9 @@ def improvable(line, plan, splits, confidence):
 
 
 def summary(line, names, splits, confidence):
-    """One checkpoint as a row: step, sample, scores by target and domain, brackets beyond their error, verdict."""
+    """One checkpoint as a row: step, sample, scores by target and domain, brackets beyond their
+    error, verdict.
+    """
     q = intervals.student(splits - 1, confidence)
     one = np.ndim(line["s"]) == 1
     rows = []
@@ -48,7 +51,9 @@ def _numbers(value):
 
 
 def write_table(path, probes, names):
-    """Every number of every probe as CSV: step, sample, target, quantity, domain, other domain, value, standard error."""
+    """Every number of every probe as CSV: step, sample, target, quantity, domain, other domain,
+    value, standard error.
+    """
     with open(path, "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(

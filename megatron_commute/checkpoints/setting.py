@@ -1,4 +1,6 @@
-"""What an analysis of checkpoints is asked for, and how mixture file, flags of the checkpoint and data fit together."""
+"""What an analysis of checkpoints is asked for, and how mixture file, flags of the checkpoint and
+data fit together.
+"""
 
 import dataclasses
 import json
@@ -39,7 +41,9 @@ class Asked:
 
 
 def asked(target=None, **options):
-    """The Asked of command-line options; target: "each" or NAME=SHARE,NAME=SHARE. Raises ConfigError."""
+    """The Asked of command-line options; target: "each" or NAME=SHARE,NAME=SHARE. Raises
+    ConfigError.
+    """
     if target is None or target == "each":
         return Asked(target=target, **options)
     shares = {}
@@ -86,7 +90,9 @@ def extra_flags(asked):
 
 
 def setting(checkpoint, data, asked):
-    """The Setting of an analysis that begins with `checkpoint`. Raises CheckpointError and ConfigError."""
+    """The Setting of an analysis that begins with `checkpoint`. Raises CheckpointError and
+    ConfigError.
+    """
     flags = checkpoint.arguments
     batch = getattr(flags, "global_batch_size", None)
     if not batch:
@@ -121,15 +127,16 @@ def setting(checkpoint, data, asked):
         most = min(len(parts.gradients), 2 * len(parts.direction)) // splits * splits
         if samples > most or sequences_drawn(config.probe)["direction"] > len(parts.direction):
             raise CheckpointError(
-                f"--samples {samples}: the holdout of {name} has {held} sequences; write {most} or less, or name a longer "
-                "holdout file"
+                f"--samples {samples}: the holdout of {name} has {held} sequences; write {most} or less, or "
+                "name a longer holdout file"
             )
     vocabulary = getattr(flags, "vocab_size", None)
     notes = _compare_with_run(plugin, plan, checkpoint)
     if not getattr(flags, "lr", None):
         notes.append(
-            "nothing names the learning rate, so each of the two windows counts as one unit of flow time and predicted "
-            "effects have no scale: name lr, lr_decay_style and lr_warmup_iters with --arguments"
+            "nothing names the learning rate, so each of the two windows counts as one unit of flow time "
+            "and predicted effects have no scale: name lr, lr_decay_style and lr_warmup_iters with "
+            "--arguments"
         )
     _check_vocabulary(config, plan, run, checkpoint, vocabulary)
     return Setting(
@@ -154,8 +161,8 @@ def _overridden(config, asked):
     if settings.samples < 1 or settings.samples % settings.splits:
         fitting = max(1, -(-settings.samples // settings.splits)) * settings.splits
         raise ConfigError(
-            f"--samples {settings.samples}: is not divisible by the {settings.splits} splits; write {fitting}, or "
-            "another --splits"
+            f"--samples {settings.samples}: is not divisible by the {settings.splits} splits; write "
+            f"{fitting}, or another --splits"
         )
     return dataclasses.replace(config, probe=settings)
 
@@ -175,22 +182,25 @@ def _targets(config, target):
 
 
 def _compare_with_run(plugin, plan, checkpoint):
-    """Notes on how this mixture file differs from the run's own. Raises CheckpointError for other domains."""
+    """Notes on how this mixture file differs from the run's own. Raises CheckpointError for other
+    domains.
+    """
     live = ("measure_budget", "every")  # what concerns probes of a running job only
     notes = [text for text in plan.warnings if not text.startswith(live)]
     state = checkpoint.commute
     if state is None:
         if not all(isinstance(domain.holdout, str) for domain in plugin.config.domains):
             notes.append(
-                "the run was trained without the plug-in, so it may have been trained on the last sequences of every domain "
-                "which serve as holdout here: name holdout files of their own for honest numbers"
+                "the run was trained without the plug-in, so it may have been trained on the last "
+                "sequences of every domain which serve as holdout here: name holdout files of their own "
+                "for honest numbers"
             )
         return notes
     names = state["ledger"]["names"]
     if list(names) != list(plan.names):
         raise CheckpointError(
-            f"{checkpoint.folder}: its run has the domains {', '.join(names)}, --data names {', '.join(plan.names)}; name "
-            "the run's own mixture file"
+            f"{checkpoint.folder}: its run has the domains {', '.join(names)}, --data names "
+            f"{', '.join(plan.names)}; name the run's own mixture file"
         )
     if state["config"] != plugin.config.digest:
         notes.append("the mixture file is not the one that the run had when it wrote the checkpoint")
@@ -205,8 +215,8 @@ def _check_vocabulary(config, plan, run, checkpoint, vocabulary):
         padded = said is not None and vocabulary == rows > said  # Hugging Face says the rows alone
         if said is not None and vocabulary is not None and said != vocabulary:
             raise CheckpointError(
-                f"{config.file}: {domain.path[0]}.json says a vocabulary of {said}, the model has one of {vocabulary}; "
-                "prepare the data with the model's tokenizer"
+                f"{config.file}: {domain.path[0]}.json says a vocabulary of {said}, the model has one of "
+                f"{vocabulary}; prepare the data with the model's tokenizer"
                 + (", or, where its rows are padded, name vocab_size with --arguments" if padded else "")
             )
     draw = torch_loop.drawer(config, plan, run.seq_length, vocabulary or rows)

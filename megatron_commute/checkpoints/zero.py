@@ -1,8 +1,10 @@
-"""What one model-parallel rank holds, put together from the shards of ZeRO 0 to 3: parameters, second moments, decay.
+"""What one model-parallel rank holds, put together from the shards of ZeRO 0 to 3: parameters,
+second moments, decay.
 
-The layout of the shards is that of deepspeed (0.10 to 0.19): ZeRO 1 and 2 cut each optimiser group, flattened, into equal
-ranges and say where each parameter's fragment lies (`param_slice_mappings`); ZeRO 3 cuts every parameter into equal ranges,
-padded, one after the other. Without ZeRO the optimiser is whole.
+The layout of the shards is that of deepspeed (0.10 to 0.19): ZeRO 1 and 2 cut each optimiser group,
+flattened, into equal ranges and say where each parameter's fragment lies (`param_slice_mappings`);
+ZeRO 3 cuts every parameter into equal ranges, padded, one after the other. Without ZeRO the
+optimiser is whole.
 """
 
 import dataclasses
@@ -39,7 +41,8 @@ def layout(files, model_ranks):
 def rank_state(files, rank, module=None):
     """The RankState of model-parallel rank `rank` of checkpoints.files.Files.
 
-    module: {name: tensor} where its parameters lie in files of their own (pipelines). Raises CheckpointError.
+    module: {name: tensor} where its parameters lie in files of their own (pipelines). Raises
+    CheckpointError.
     """
     own = {data: path for (data, model), path in files.optimizer.items() if model == rank}
     if files.shards:
@@ -82,7 +85,9 @@ def _expected(content, key, path):
 
 
 def corrected_moments(state, group, path):
-    """Bias-corrected second moments of one optimiser state, or None before the first step and for other optimisers."""
+    """Bias-corrected second moments of one optimiser state, or None before the first step and for
+    other optimisers.
+    """
     if "exp_avg_sq" not in state:
         return None
     step = float(state.get("step", group.get("step", 0)))
@@ -94,7 +99,9 @@ def corrected_moments(state, group, path):
 
 
 def _of_fragments(shards, state, path):
-    """(moments, decays) from the optimiser shards of ZeRO 1 and 2, in the order of data-parallel ranks."""
+    """(moments, decays) from the optimiser shards of ZeRO 1 and 2, in the order of data-parallel
+    ranks.
+    """
     shapes = {n: s for group in state.get("param_shapes") or [] for n, s in group.items()}
     pieces, decays, complete = {}, {}, True
     for shard in shards:
@@ -103,8 +110,8 @@ def _of_fragments(shards, state, path):
         mappings = optimizer.get("param_slice_mappings")
         if mappings is None:
             raise CheckpointError(
-                f"{path}: does not say where its parameters lie (deepspeed before 0.8, or round_robin_gradients); write "
-                "--metric identity"
+                f"{path}: does not say where its parameters lie (deepspeed before 0.8, or "
+                "round_robin_gradients); write --metric identity"
             )
         groups, states = _groups(inner, path)
         for i, mapping in enumerate(mappings):
@@ -121,7 +128,9 @@ def _of_fragments(shards, state, path):
 
 
 def _groups(inner, path):
-    """(param_groups, {index: state}) of an optimiser's state dict, or of the lists that elastic checkpoints keep."""
+    """(param_groups, {index: state}) of an optimiser's state dict, or of the lists that elastic
+    checkpoints keep.
+    """
     if isinstance(inner, dict) and "param_groups" in inner:
         return inner["param_groups"], inner.get("state", {})
     raise CheckpointError(f"{path}: an elastic checkpoint, which is not read; write --metric identity")
@@ -134,15 +143,17 @@ def _joined(pieces, shapes, path):
         shape = shapes.get(name)
         if shape is None or flat.numel() != math.prod(shape):
             raise CheckpointError(
-                f"{path}: of {name} the shards hold {flat.numel()} numbers, the model {tuple(shape or ())}; a rank's file "
-                "is missing or of another checkpoint, copy the whole folder"
+                f"{path}: of {name} the shards hold {flat.numel()} numbers, the model {tuple(shape or ())}; "
+                "a rank's file is missing or of another checkpoint, copy the whole folder"
             )
         found[name] = flat.view(*shape)
     return found
 
 
 def _of_whole(optimizer, module):
-    """(moments, decays) from an optimiser that is not sharded: its states in the order of its groups."""
+    """(moments, decays) from an optimiser that is not sharded: its states in the order of its
+    groups.
+    """
     if not optimizer or not optimizer.get("state"):
         return None, {}
     groups, states = _groups(optimizer, "the model states")
@@ -164,7 +175,9 @@ def _of_whole(optimizer, module):
 
 
 def _of_stage_3(files, rank, own):
-    """All of ZeRO 3: parameters from the float32 shards of the optimiser, in the precision that the module had."""
+    """All of ZeRO 3: parameters from the float32 shards of the optimiser, in the precision that the
+    module had.
+    """
     path = files.shards[0, rank]
     state = load(path)
     shapes = _expected(state, "param_shapes", path)
@@ -172,7 +185,8 @@ def _of_stage_3(files, rank, own):
     optimizers = [_expected(load(own[data]), "optimizer_state_dict", own[data]) for data in sorted(own)]
     if len(optimizers) != len({data for data, model in files.shards if model == rank}) or not optimizers:
         raise CheckpointError(
-            f"{path}: has no optimiser states beside it; under ZeRO 3 they hold the parameters, copy the whole folder"
+            f"{path}: has no optimiser states beside it; under ZeRO 3 they hold the parameters, copy the "
+            "whole folder"
         )
     flats = [list(o.get("fp32_flat_groups") or []) for o in optimizers]
     groups = [_groups(_expected(o, "optimizer_state_dict", path), path) for o in optimizers]
@@ -194,12 +208,16 @@ def _of_stage_3(files, rank, own):
 
 
 def _at(groups, index, expected):
-    """The settings of a flat group: several of them may belong to one optimiser group (sub_group_size)."""
+    """The settings of a flat group: several of them may belong to one optimiser group
+    (sub_group_size).
+    """
     return groups[index] if len(groups) == expected and index < len(groups) else groups[-1]
 
 
 def _cut(flats, shapes, path):
-    """{name: whole tensor} from the flat groups of every rank: of each parameter the rank's range, padded at the end."""
+    """{name: whole tensor} from the flat groups of every rank: of each parameter the rank's range,
+    padded at the end.
+    """
     joined = [torch.cat([flat.reshape(-1) for flat in parts]) for parts in flats]
     ranks, found, at = len(joined), {}, 0
     for name, shape in ((n, s) for group in shapes for n, s in group.items()):
@@ -208,7 +226,8 @@ def _cut(flats, shapes, path):
         whole = torch.cat([flat[at : at + length] for flat in joined])
         if whole.numel() < count:
             raise CheckpointError(
-                f"{path}: the shards end inside {name}; a rank's file is missing or damaged, copy the whole folder"
+                f"{path}: the shards end inside {name}; a rank's file is missing or damaged, copy the whole "
+                "folder"
             )
         found[name], at = whole[:count].view(*shape), at + length
     if any(flat.numel() < at for flat in joined):

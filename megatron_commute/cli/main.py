@@ -59,7 +59,9 @@ def report(run: str, out: str | None, export_dir: str | None, as_json: bool) -> 
 @click.option("--out", type=click.Path(dir_okay=False), help="Draw it beside what happened, as PNG or SVG.")
 @as_json
 def replay(record: str, law: str | None, guards: tuple[str, ...], out: str | None, as_json: bool) -> None:
-    """What a law would have decided on the measurements of a record (a file or the folder that holds it)."""
+    """What a law would have decided on the measurements of a record (a file or the folder that
+    holds it).
+    """
     from megatron_commute.decide import replay as replays
     from megatron_commute.report import plots
 
@@ -82,7 +84,7 @@ def replay(record: str, law: str | None, guards: tuple[str, ...], out: str | Non
 @click.option("--seeds", type=click.IntRange(min=1), default=300, show_default=True, help="Random problems.")
 @as_json
 def quadratic(out_dir: str, seeds: int, as_json: bool) -> None:
-    """Measure the criterion on random quadratic problems with exact flows; write tables to OUT_DIR."""
+    """Measure the criterion on random quadratic problems with exact flows; tables go to OUT_DIR."""
     from megatron_commute.experiments import quadratic as experiment
 
     found = experiment.study(out_dir, seeds)
@@ -110,8 +112,9 @@ def quadratic(out_dir: str, seeds: int, as_json: bool) -> None:
     "changes",
     multiple=True,
     metavar="NAME=VALUE",
-    help="Another model, text or optimiser (a field of bilingual_trainer.Settings, such as hidden=768) or another size "
-    "of the study (a field of its Size, such as window=4000, starts=2000,8000 or parts=main,length); repeat it.",
+    help="Another model, text or optimiser (a field of bilingual_trainer.Settings, such as hidden=768) or "
+    "another size of the study (a field of its Size, such as window=4000, starts=2000,8000 or "
+    "parts=main,length); repeat it.",
 )
 @click.option("--estimate", is_flag=True, help="Only count steps, FLOPs, GPU hours, disk; reads no data.")
 @click.option(
@@ -160,7 +163,9 @@ def bilingual(out_dir, data, study, quick, processes, changes, estimate, tflops,
 @click.option("--arguments", type=click.Path(), help="JSON flags for checkpoints that keep none.")
 @as_json
 def analyze(checkpoints, data, out, as_json, **asked) -> None:
-    """Measure the criterion along checkpoints (global_stepN, checkpoint-N, or a folder of many); resumes."""
+    """Measure the criterion along checkpoints (global_stepN, checkpoint-N, or a folder of many);
+    resumes.
+    """
     from tqdm import tqdm
 
     from megatron_commute.checkpoints import analysis as analysis
@@ -185,7 +190,9 @@ def analyze(checkpoints, data, out, as_json, **asked) -> None:
 @main.command()
 @as_json
 def doctor(as_json: bool) -> None:
-    """Show what is installed and what works here. Exit status 1 when something indispensable is missing."""
+    """Show what is installed and what works here. Exit status 1 when something indispensable is
+    missing.
+    """
     from megatron_commute.doctor import examine, works
 
     findings = examine()
@@ -206,7 +213,7 @@ def doctor(as_json: bool) -> None:
 @click.option("--only", type=click.Choice(["hook", "modern-stack"]), help="One of the two diffs.")
 @as_json
 def patch(path: str, do: str, only: str | None, as_json: bool) -> None:
-    """Put our diffs on the tree of Megatron-DeepSpeed at PATH: hook, and what a modern stack needs."""
+    """Put our diffs on the Megatron-DeepSpeed at PATH: hook, and what a modern stack needs."""
     from megatron_commute import patch as diffs
 
     try:

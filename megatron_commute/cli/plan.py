@@ -1,4 +1,6 @@
-"""Before a run: `plan` checks a mixture file and shows what would happen, `design` writes a schedule."""
+"""Before a run: `plan` checks a mixture file and shows what would happen, `design` writes a
+schedule.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -54,16 +56,18 @@ class Asked(NamedTuple):
     """what the start line of a run will say of law flow's plan, as JSON values"""
 
 
-def checked(file: str, flags: dict[str, Any], law: str | None = None) -> Asked:
-    """What the flags `of_a_run` ask; law: in mode fixed in place of the file's own. Raises Refusal."""
+def checked(file: str, flags: dict[str, Any], **other: Any) -> Asked:
+    """What the flags `of_a_run` ask. other: settings of the controller in place of the file's own,
+    in mode fixed. Raises Refusal.
+    """
     from megatron_commute.data.indexed import inspect_data
     from megatron_commute.decide import flow_run, laws
     from megatron_commute.record import log
 
     try:
         config, run = load(file), _run(flags)
-        if law is not None:
-            chosen = dataclasses.replace(config.controller, law=law, compare=())
+        if other:
+            chosen = dataclasses.replace(config.controller, compare=(), **other)
             config = dataclasses.replace(config, mode="fixed", schedule=None, controller=chosen)
         found = resolve(config, run, *inspect_data(config, run.seq_length))
         laws.check(config)
@@ -118,7 +122,9 @@ def _rates(flags: dict[str, Any], needed: bool) -> np.ndarray | None:
 )
 @as_json
 def plan(file: str, parameters: int | None, out: str | None, as_json: bool, **flags: Any) -> None:
-    """Check a mixture file against run and data; show what would happen. Without --out nothing is written."""
+    """Check a mixture file against run and data; show what would happen. Without --out nothing is
+    written.
+    """
     asked = checked(file, flags)
     config, run, planned = asked.config, asked.run, asked.plan
     if out and asked.flow is None:
@@ -158,13 +164,23 @@ def plan(file: str, parameters: int | None, out: str | None, as_json: bool, **fl
     help="The law that plans, whatever the file's own.",
 )
 @of_a_run
+@click.option(
+    "--harm",
+    type=float,
+    help="Part of its loss that a domain outside the target may lose, such as 0.002; sets the strength.",
+)
 @click.option("--out", type=click.Path(file_okay=False), required=True, help="Folder for what is written.")
 @as_json
-def design(file: str, law: str, out: str, as_json: bool, **flags: Any) -> None:
+def design(file: str, law: str, harm: float | None, out: str, as_json: bool, **flags: Any) -> None:
     """Plan the weights of a run and write schedule.csv, flow.png and report.html."""
+    from megatron_commute.decide import flow
     from megatron_commute.report import design as page
 
-    asked = checked(file, flags, law)
+    try:
+        limit = {} if harm is None else {"strength": flow.strength_within(harm)}
+    except ValueError as error:
+        raise Refusal(f"--harm: {error}") from error
+    asked = checked(file, flags, law=law, **limit)
     Path(out).mkdir(parents=True, exist_ok=True)
     path = Path(out) / "schedule.csv"
     path.write_text(schedule.written(asked.plan.names, asked.plan.schedule), encoding="utf-8")
@@ -173,7 +189,7 @@ def design(file: str, law: str, out: str, as_json: bool, **flags: Any) -> None:
         print_json({"files": files, "flow": asked.flow, "warnings": list(asked.plan.warnings)})
         return
     headers, rows = page.rows(asked.plan.names, asked.flow, asked.plan.samples)
-    click.echo(table(rows, headers) + "\n")
+    click.echo(f"{table(rows, headers)}\n\nstrength {asked.flow['strength']:g}")
     for warning in asked.plan.warnings:
         click.echo(f"warning: {warning}")
     click.echo("\n".join(files))
@@ -217,8 +233,9 @@ def _print_plan(asked: Asked, found: tuple) -> None:
 
 
 def probe_memory(config: Config, run: Run, parameters: float | None) -> dict[str, dict[str, Any]]:
-    """By mode that probe.memory may mean here: `vectors` of model size on a rank, as a number and in `words`, and their
-    `bytes` where the `parameters` of one rank are known. For parameters in float32; bf16 and fp16 add one vector.
+    """By mode that probe.memory may mean here: `vectors` of model size on a rank, as a number and
+    in `words`, and their `bytes` where the `parameters` of one rank are known. For parameters in
+    float32; bf16 and fp16 add one vector.
     """
     probe, ranks = config.probe, run.data_parallel
     shape = (len(config.domains), probe.method, probe.metric, ranks, False)
@@ -245,7 +262,9 @@ def memory_words(held: dict[str, dict[str, Any]]) -> str:
 
 
 def plan_rows(planned: Plan) -> list[dict[str, Any]]:
-    """One row per domain. epochs: of the training sequences, when nothing moves; target: None for `each`."""
+    """One row per domain. epochs: of the training sequences, when nothing moves; target: None for
+    `each`.
+    """
     alone = len(planned.targets) == 1
     return [
         {

@@ -1,9 +1,9 @@
 """Law `flow`: where in a run a domain's samples count, from its learning rates alone.
 
-A sample counts by the rate it is trained at and is forgotten with the flow (learning rate x steps) that follows:
-p(n) = rate(n) / peak * exp(-memory * flow after n / total flow), scaled to 0..1 over the run. The logarithm
-of each weight over its planned share rises by its own range times p; budgets and bounds are then met exactly.
-K domains, T steps.
+A sample counts by the rate it is trained at and is forgotten with the flow (learning rate x steps)
+that follows: p(n) = rate(n) / peak * exp(-memory * flow after n / total flow), scaled to 0..1 over
+the run. The logarithm of each weight over its planned share rises by its own range times p; budgets
+and bounds are then met exactly. K domains, T steps.
 """
 
 import dataclasses
@@ -14,18 +14,22 @@ import numpy as np
 
 from megatron_commute.feasible import nearest_schedule
 
-# Measured on a small GPT at 6 to 93 tokens a parameter, targets with a domain of share 0.1, fresh paired seeds.
-MEMORY = 2.5  # safe for every style: 5 to 10 gains more under WSD in 2000 steps and above, but 10 harms under a cosine
+# Measured on a small GPT at 6 to 93 tokens a parameter, targets with a domain of share 0.1, fresh
+# paired seeds.
+# safe for every style: 5 to 10 gains more under WSD in 2000 steps and above, 10 harms a cosine
+MEMORY = 2.5
 KEPT_PART, KEPT_MOST = 0.1, 100  # early training needs every domain: 50 steps of 500, 100 of 2000 and of 8000
-RANGE = 3.5  # of a domain whose share of the target is RATIO times its share of the samples, over one outside the target
+# of a domain with RATIO times the share of the samples in the target, over one outside it
+RANGE = 3.5
 RATIO = 10.0
 SEGMENTS = 100  # at most, of a schedule
 STRONGEST = 10.0
 HARM = 0.005  # part of its loss that a domain outside the target lost at strength 1 in 500 steps, at most
 
+SCALE_WORDS = {"peak": "peak", "total": "their sum", "low": "least p", "high": "greatest p"}
 SAME_TARGET = (
-    "the target weighs every domain by its share of the samples, so flow keeps the planned mixture: name the domain that "
-    "should gain with the key target"
+    "the target weighs every domain by its share of the samples, so flow keeps the planned mixture: name "
+    "the domain that should gain with the key target"
 )
 SAME_STEPS = "every step counts alike under these learning rates, so flow keeps the planned mixture"
 NO_ROOM = "the bounds leave flow no room, so it keeps the planned mixture: widen min and max"
@@ -33,7 +37,9 @@ NO_ROOM = "the bounds leave flow no room, so it keeps the planned mixture: widen
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scale:
-    """What a run keeps in its state, as JSON numbers, so that its weights can be made again from any later sample."""
+    """What a run keeps in its state, as JSON numbers, so that its weights can be made again from
+    any later sample.
+    """
 
     peak: float
     # highest learning rate of the planned run
@@ -71,7 +77,8 @@ def kept_steps(train_iters: int) -> int:
 
 
 def ranges(target, shares, strength: float = 1.0) -> np.ndarray:
-    """Range f64[K] of each domain from its target f64[K] and the shares f64[K] of the samples; 0 where these agree.
+    """Range f64[K] of each domain from its target f64[K] and the shares f64[K] of the samples; 0
+    where these agree.
 
     One sample's influence on the target goes with target / share. Only differences of ranges count.
     """
@@ -90,9 +97,11 @@ def ranges(target, shares, strength: float = 1.0) -> np.ndarray:
 
 
 def strength_within(harm: float) -> float:
-    """Strength, at most 1, at which no domain outside the target is to lose more than `harm` of its loss.
+    """Strength, at most 1, at which no domain outside the target is to lose more than `harm` of
+    its loss.
 
-    The harm is about in proportion to the strength, while a quarter of it keeps a third of the gain and a half two thirds.
+    The harm is about in proportion to the strength, while a quarter of it keeps a third of the
+    gain and a half two thirds.
     """
     if not (math.isfinite(harm) and harm > 0):
         raise ValueError(f"harm {harm}: write a part of the loss above 0, such as {HARM}")
@@ -106,7 +115,9 @@ def influence(rates, memory: float, peak: float, total: float) -> np.ndarray:
 
 
 def scale_of(rates, memory: float, kept: int) -> Scale:
-    """The scale of a planned run with these learning rates f64[T]; its first `kept` steps are left out of the extremes."""
+    """The scale of a planned run with these learning rates f64[T]; its first `kept` steps are left
+    out of the extremes.
+    """
     rates = _checked(rates, memory, kept)
     peak, total = float(rates.max()), math.fsum(rates)
     p = influence(rates, memory, peak, total)[kept:]
@@ -127,12 +138,13 @@ def _checked(rates, memory, kept):
 
 
 def check_scale(scale: Scale, rates, memory: float, kept: int) -> None:
-    """ValueError when a run that goes on has other learning rates than those it was planned with."""
+    """ValueError when a run goes on with other learning rates than it was planned with."""
     now = dataclasses.asdict(scale_of(rates, memory, kept))
     for name, before in dataclasses.asdict(scale).items():
         if not math.isclose(before, now[name], rel_tol=1e-9, abs_tol=1e-12):
+            word = SCALE_WORDS[name]
             raise ValueError(
-                f"the mixture was planned under other learning rates ({name} {before:g}, now {now[name]:g}): "
+                f"the mixture was planned under other learning rates ({word} {before:g}, now {now[name]:g}): "
                 "restore their flags, or accept the change to plan the rest anew"
             )
 
@@ -165,22 +177,20 @@ def planned(
     reach=None,
     retired=0,
 ) -> FlowSchedule:
-    """The schedule of a run whose steps have the learning rates f64[T] and take batches i64[T] of samples.
+    """The schedule of a run whose steps have the learning rates f64[T] and take batches i64[T] of
+    samples.
 
-    budgets: samples of each domain, None for an endless one, which counts with its part of weights f64[K] in
-    what the others leave. target, low, high f64[K]: of the target loss, and bounds of every weight. kept: first
-    steps at the planned mixture, by default kept_steps. scale: of the state of a run that goes on. begin: first
-    step to plan; used f64[K]: samples of each domain before it (those planned make the same weights again, those
-    served make the rest of a changed run); retired: samples before it of domains that have left. reach: ranges
-    f64[K] in place of the target's.
+    budgets: samples of each domain, None for an endless one, which counts with its part of weights
+    f64[K] in what the others leave. target, low, high f64[K]: of the target loss, and bounds of
+    every weight. kept: first steps at the planned mixture, by default kept_steps. scale: of the
+    state of a run that goes on. begin: first step to plan; used f64[K]: samples of each domain
+    before it (those planned make the same weights again, those served the rest of a changed run);
+    retired: samples before it of domains that have left. reach: ranges f64[K], not the target's.
     """
     batches = np.asarray(batches, dtype=np.int64)
     kept = kept_steps(len(batches)) if kept is None else kept
     rates = _checked(rates, memory, kept)
-    if batches.shape != rates.shape or (batches < 1).any():
-        raise ValueError("batches: give the samples of every step, each at least 1")
-    if not 0 <= begin < len(rates):
-        raise ValueError(f"step {begin} of a run of {len(rates)}: nothing is left to plan")
+    _refuse(rates, batches, begin)
     shares = _shares(budgets, weights, int(batches.sum()))
     scale = scale_of(rates, memory, kept) if scale is None else scale
     reach = ranges(target, shares, strength) if reach is None else np.asarray(reach, dtype=np.float64)
@@ -198,9 +208,8 @@ def planned(
         notes = (SAME_TARGET,)
     elif not np.ptp(whole[ahead][first:]) > 0:
         notes = (SAME_STEPS,)
-    at = (np.cumsum(batches) - batches)[edges[:-1]]
     return FlowSchedule(
-        changes=changes_of(at, told),
+        changes=changes_of((np.cumsum(batches) - batches)[edges[:-1]], told),
         edges=edges,
         weights=told,
         profile=p,
@@ -210,8 +219,17 @@ def planned(
     )
 
 
+def _refuse(rates, batches, begin):
+    if batches.shape != rates.shape or (batches < 1).any():
+        raise ValueError("batches: give the samples of every step, each at least 1")
+    if not 0 <= begin < len(rates):
+        raise ValueError(f"step {begin} of a run of {len(rates)}: nothing is left to plan")
+
+
 def _shares(budgets, weights, samples):
-    """Planned part f64[K] of the samples: of a budget itself, of endless domains by weight from what is left."""
+    """Planned part f64[K] of the samples: of a budget itself, of endless domains by weight from
+    what is left.
+    """
     endless = np.array([budget is None for budget in budgets])
     need = np.array([0.0 if budget is None else budget for budget in budgets])
     rest = samples - math.fsum(need)
@@ -226,7 +244,9 @@ def _shares(budgets, weights, samples):
 
 
 def _edges(steps, kept):
-    """Steps at which segments begin, and the run's end: the kept ones, then at most SEGMENTS in all of about one length."""
+    """Steps at which segments begin, and the run's end: the kept ones, then at most SEGMENTS in all
+    of about one length.
+    """
     count = min(SEGMENTS - (kept > 0), steps - kept)
     inner = kept + np.arange(count + 1) * (steps - kept) // count
     return np.concatenate([[0], inner]) if kept else inner
@@ -246,15 +266,15 @@ def _owed(budgets, shares, batches, begin, used, retired):
         raise ValueError(f"domain {k} has used {used[k]:.0f} of a budget of {budgets[k]}: raise it")
     owed = np.maximum(owed, 0.0)
     spare = left - math.fsum(owed[~endless])
-    if endless.any() and spare > 0 and not owed[endless].any():
-        owed[endless] = shares[endless]  # all have had more than was planned: by weight again
     if endless.any() and owed[endless].any():
         owed[endless] *= max(spare, 0.0) / math.fsum(owed[endless])
     return owed
 
 
 def _within_reach(owed, low, high):
-    """The bounds, moved to what is owed where that misses them by less than K samples: served samples are whole ones."""
+    """The bounds, moved to what is owed where that misses them by less than K samples: served
+    samples are whole ones.
+    """
     left = math.fsum(owed)
     share, slack = owed / left, len(owed) / left
     low = np.where((share < low) & (share > low - slack), share, low)
@@ -262,7 +282,9 @@ def _within_reach(owed, low, high):
 
 
 def _weights(wish, sizes, owed, low, high, first):
-    """(weights f64[M, K], notes): `first` segments at the mixture of what is owed, the rest nearest to the wish."""
+    """(weights f64[M, K], notes): `first` segments at the mixture of what is owed, the rest nearest
+    to the wish.
+    """
     low, high = (np.asarray(bound, dtype=np.float64) for bound in (low, high))
     even = nearest_schedule(np.ones((1, len(owed))), [sizes.sum()], owed, low, high)[0]
     varies = np.ptp(wish[first:] / wish[first:].sum(1, keepdims=True), axis=0).max() > 1e-12
@@ -277,6 +299,8 @@ def _weights(wish, sizes, owed, low, high, first):
 
 
 def changes_of(at, weights):
-    """(sample, weights f64[K]) wherever weights f64[M, K], from samples i64[M] on, differ from those before."""
+    """(sample, weights f64[K]) wherever weights f64[M, K], from samples i64[M] on, differ from
+    those before.
+    """
     moved = [True, *(np.abs(b - a).max() > 1e-12 for a, b in itertools.pairwise(weights))]
     return tuple((int(sample), w) for sample, w, new in zip(at, weights, moved, strict=True) if new)

@@ -1,4 +1,6 @@
-"""Law `flow` in a run of mode fixed: planned before its first sample, kept in its state, checked when it goes on."""
+"""Law `flow` in a run of mode fixed: planned before its first sample, kept in its state, checked
+when it goes on.
+"""
 
 import dataclasses
 
@@ -40,7 +42,9 @@ def follows(config) -> bool:
 
 
 def rates_of(config, learning_rate, steps: int) -> np.ndarray:
-    """Learning rates f64[steps] of a host's `learning_rate` (step -> rate). ConfigError where it does not tell them all."""
+    """Learning rates f64[steps] of a host's `learning_rate` (step -> rate). ConfigError where it
+    does not tell them all.
+    """
     found = np.full(steps, np.nan)
     why = ""
     for step in range(steps):
@@ -65,10 +69,11 @@ def rates_of(config, learning_rate, steps: int) -> np.ndarray:
 
 
 def planned(*, config, plan, run, rates, mixture=None, state=None) -> FlowRun:
-    """The FlowRun of a mixture file, a config.Plan, a config.Run and the learning rates f64[T] of its steps.
+    """The FlowRun of a mixture file, a config.Plan, a config.Run and the learning rates f64[T] of
+    its steps.
 
-    mixture: where the run stands, None at its start. state: of `state_of`, to make the same weights again wherever it
-    stands. Raises ConfigError with its cure.
+    mixture: where the run stands, None at its start. state: of `state_of`, to make the same weights
+    again wherever it stands. Raises ConfigError with its cure.
     """
     begin, used, retired, again = 0, None, 0, {}
     if state is not None:
@@ -119,7 +124,9 @@ def with_weights(found: FlowRun, weights, global_batch: int) -> FlowRun:
 
 
 def bounds(config, plan):
-    """Least and greatest weights f64[K] that flow may plan: min and max, and the controller's floors and caps."""
+    """Least and greatest weights f64[K] that flow may plan: min and max, and the controller's
+    floors and caps.
+    """
     K, law = len(plan.names), config.controller
     low = np.maximum(plan.minimum, law.floors or [0.0] * K)
     high = np.minimum(plan.maximum, law.caps or [1.0] * K)
@@ -143,8 +150,8 @@ def state_of(found: FlowRun) -> dict:
 
 
 def differences(state: dict | None, config, plan, rates) -> list[str]:
-    """What the plan of a checkpoint's state (None: its law was another) and today's file and rates f64[T] do not share, one
-    sentence each.
+    """What the plan of a checkpoint's state (None: its law was another) and today's file and rates
+    f64[T] do not share, one sentence each.
     """
     if not follows(config):
         return [] if state is None else [f"the law was flow, it is {config.controller.law}"]
@@ -182,7 +189,9 @@ def sentence(found: FlowRun, names) -> str:
 
 
 def told(found: FlowRun, global_batch: int) -> dict:
-    """What the start line says of it: the constants, the weights segment by segment, the curves of rate and profile."""
+    """What the start line says of it: the constants, the weights segment by segment, the curves of
+    rate and profile.
+    """
     schedule, steps = found.schedule, len(found.rates)
     at = np.unique(np.linspace(0, steps - 1, min(steps, CURVE_POINTS)).round().astype(int))
     return {

@@ -1,8 +1,9 @@
-"""Replay: what other laws would have decided on the measurements of a record. Pure functions of its lines.
+"""Replay: what other laws would have decided on the measurements of a record. Pure functions of its
+lines.
 
-Every probe line carries the Situation that its decision saw, so the law that ran decides again what was logged, to
-the last bit. Another law sees what was measured under the weights that the run did use: it is not a simulation of
-another run.
+Every probe line carries the Situation that its decision saw, so the law that ran decides again what
+was logged, to the last bit. Another law sees what was measured under the weights that the run did
+use: it is not a simulation of another run.
 """
 
 import dataclasses
@@ -95,7 +96,9 @@ def sentence(found):
 
 
 def guards(texts):
-    """{field of a Situation: value} of texts such as "rate=0.1". ValueError names the text and the cure."""
+    """{field of a Situation: value} of texts such as "rate=0.1". ValueError names the text and the
+    cure.
+    """
     found = {}
     for text in texts:
         name, _, value = text.partition("=")
@@ -113,7 +116,8 @@ def guards(texts):
 def replay(records, law=None, changed=None):
     """The Replayed decisions of `law` (default: the one that ran) on the lines of `record.read`.
 
-    changed: of `guards`. Raises ValueError where the law is unknown or no line carries what decisions saw.
+    changed: of `guards`. Raises ValueError where the law is unknown or no line carries what
+    decisions saw.
     """
     start = next((line for line in records if line["event"] == "start"), None)
     lines = [line for line in records if line["event"] == "probe" and line.get("situation")]
@@ -134,17 +138,19 @@ def replay(records, law=None, changed=None):
 
 
 def _seen(line):
-    """The Situation of a probe line. ValueError where what was cut since had a say in its decision."""
+    """The Situation of a probe line. ValueError where what was cut since had a say in it."""
     if line["situation"].get("end_share") or line.get("calibration"):
         raise ValueError(
-            f"an end phase or calibrated signals had a say in the decisions of this record; they were cut in {CUT_SINCE}: "
-            "replay it with version 0.1.0"
+            "an end phase or calibrated signals had a say in the decisions of this record; they were cut "
+            f"in {CUT_SINCE}: replay it with version 0.1.0"
         )
     return from_facts(line["situation"])
 
 
 def with_guards(seen, changed):
-    """The Situation with some guardrails written anew; floors and caps are one number for all domains."""
+    """The Situation with some guardrails written anew; floors and caps are one number for all
+    domains.
+    """
     K = len(seen.weights)
     wide = {
         name: np.full(K, value) if name in ("floors", "caps") else value for name, value in changed.items()
@@ -168,7 +174,9 @@ def _row(line, seen, decision, start):
 
 
 def agreement(records):
-    """(decisions that replaying the law that ran repeats exactly, decisions logged): a record checks itself."""
+    """(decisions that replaying the law that ran repeats exactly, decisions logged): a record
+    checks itself.
+    """
     start = next(line for line in records if line["event"] == "start")
     law = start["controller"]["law"]
     lines = [line for line in records if line["event"] == "probe" and line.get("situation")]

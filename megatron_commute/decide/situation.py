@@ -1,4 +1,6 @@
-"""What a decision may look at: everything a law or a guardrail reads, as it will be when the decision takes effect."""
+"""What a decision may look at: everything a law or a guardrail reads, as it will be when the
+decision takes effect.
+"""
 
 import dataclasses
 
@@ -62,8 +64,9 @@ class Situation:
 def situation(*, config, plan, at, ahead, window, measured, control, **known):
     """The Situation at sample `at`, where a decision would take effect.
 
-    ahead: the mixture there. window: samples until the next decision. measured: probe.Measurement of
-    one target. control: what people wrote (control_file.Control). known: losses, decisions_since_change.
+    ahead: the mixture there. window: samples until the next decision. measured: probe.Measurement
+    of one target. control: what people wrote (control_file.Control). known: losses,
+    decisions_since_change.
     """
     law, K = config.controller, len(plan.names)
     budgets = np.array([np.nan if b is None else b for b in plan.budgets], dtype=np.float64)
@@ -111,7 +114,9 @@ def facts(situation):
 
 
 def from_facts(facts):
-    """The Situation that `facts` described, or a line of a record says; fields that were cut since are left out."""
+    """The Situation that `facts` described, or a line of a record says; fields that were cut since
+    are left out.
+    """
     values = {}
     for field in dataclasses.fields(Situation):
         if field.name in facts:

@@ -1,10 +1,11 @@
 """`megatron-commute bilingual`: does the order in which languages are used matter to a small GPT?
 
-Studies: `paper` (sections 4.2 and 4.3 of Rukhovich et al., arXiv 2501.15556, with every effect judged again after a common
-tail), `end-to-end` (whole runs with equal budgets under several schedules) and `flow` (the same for schedules that follow
-the learning rate). Every number comes from cells.jsonl in the study's folder: killed at any moment, a study goes on where it
-stopped; complete, it redraws its tables and figures in seconds. Started by torchrun or deepspeed, all ranks work on every
-cell of study `paper` together.
+Studies: `paper` (sections 4.2 and 4.3 of Rukhovich et al., arXiv 2501.15556, with every effect
+judged again after a common tail), `end-to-end` (whole runs with equal budgets under several
+schedules) and `flow` (the same for schedules that follow the learning rate). Every number comes
+from cells.jsonl in the study's folder: killed at any moment, a study goes on where it stopped;
+complete, it redraws its tables and figures in seconds. Started by torchrun or deepspeed, all ranks
+work on every cell of study `paper` together.
 """
 
 import dataclasses
@@ -33,10 +34,11 @@ ALONE = ("end-to-end", "flow")  # studies of one process, without an estimate
 def study(name, settings, out_dir, quick=False, processes=None, say=print, size=None):
     """Run (or go on with) study `name` and write its tables and figures into out_dir/name.
 
-    settings: bilingual_trainer.Settings. quick: a few steps of everything, to see it work. processes: at a time, default the
-    CPU cores, one where there is a GPU. size: of the study, default `size_of`. Returns {"text": tables as text,
-    "files": paths, "seconds": of this call}; None on all ranks but the first. Collective. Raises ValueError for a folder
-    that holds another study and for ranks that cannot share the work, DataError for missing data.
+    settings: bilingual_trainer.Settings. quick: a few steps of everything, to see it work.
+    processes: at a time, default the CPU cores, one where there is a GPU. size: of the study,
+    default `size_of`. Returns {"text": tables as text, "files": paths, "seconds": of this call};
+    None on all ranks but the first. Collective. Raises ValueError for a folder that holds another
+    study and for ranks that cannot share the work, DataError for missing data.
     """
     started, folder, ranks = time.monotonic(), Path(out_dir) / name, reduce.size(reduce.everyone())
     size = size or size_of(name, quick)
@@ -56,7 +58,8 @@ def study(name, settings, out_dir, quick=False, processes=None, say=print, size=
 
 
 def estimate(name, settings, out_dir, size, tflops):
-    """What study `name` would cost, counted from its jobs; writes out_dir/name/estimate.csv and trains nothing.
+    """What study `name` would cost, counted from its jobs; writes out_dir/name/estimate.csv and
+    trains nothing.
 
     tflops: assumed sustained TFLOP/s of one GPU in bfloat16. Returns {"text", "files", "rows"}.
     """
@@ -75,7 +78,8 @@ def size_of(name, quick):
 
 
 def asked(name, data, changes, quick=False):
-    """(Settings over `data`, Size of study `name`) with changes ["hidden=768", "window=4000", "starts=200,600", ...].
+    """(Settings over `data`, Size of study `name`) with changes ["hidden=768", "window=4000",
+    "starts=200,600", ...].
 
     ValueError names what cannot be read.
     """
@@ -100,7 +104,9 @@ def asked(name, data, changes, quick=False):
 
 
 def _changed(name, quick, size):
-    """What study.json says of a size: fields that differ from the study's own, whichever of its parts are asked."""
+    """What study.json says of a size: fields that differ from the study's own, whichever of its
+    parts are asked.
+    """
     own = vars(size_of(name, quick))
     return {f"size.{key}": value for key, value in vars(size).items() if value != own[key] and key != "parts"}
 
@@ -115,8 +121,8 @@ def _refuse(name, settings, processes, ranks):
         )
     if settings.batch // len(settings.domains) < ranks:
         raise ValueError(
-            f"--set batch={settings.batch}: {settings.batch // len(settings.domains)} sequences of a domain for {ranks} "
-            f"ranks; write at least {ranks * len(settings.domains)}, or start fewer ranks"
+            f"--set batch={settings.batch}: {settings.batch // len(settings.domains)} sequences of a domain "
+            f"for {ranks} ranks; write at least {ranks * len(settings.domains)}, or start fewer ranks"
         )
 
 
@@ -125,7 +131,9 @@ def _nothing(line):
 
 
 def _claim(folder, wanted):
-    """A folder belongs to one study with one set of settings; a field that its study.json lacks has its default."""
+    """A folder belongs to one study with one set of settings; a field that its study.json lacks has
+    its default.
+    """
     path = folder / "study.json"
     wanted = json.loads(json.dumps(wanted))
     with reduce.agreed(reduce.everyone()):
@@ -142,7 +150,8 @@ def _claim(folder, wanted):
     changed = sorted(key for key in {*kept, *wanted} - {"data"} if kept.get(key) != wanted.get(key))
     if changed:
         raise ValueError(
-            f"{folder} holds a study with other settings ({', '.join(changed)}): give the same ones, or another folder"
+            f"{folder} holds a study with other settings ({', '.join(changed)}): give the same ones, or "
+            "another folder"
         )
 
 
@@ -152,7 +161,7 @@ def _teller(say, total):
 
 
 def _fill(folder, parts, processes, say):
-    """parts: [(settings, base job, jobs)]; bases first, since the others start from their states."""
+    """parts: [(settings, base job, jobs)]; bases first, since others start from their states."""
     done = cells.read(folder)
     total = sum(job[0] not in done for _, base, jobs in parts for job in (base, *jobs))
     tell = _teller(say, total)

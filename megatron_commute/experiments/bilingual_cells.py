@@ -1,8 +1,10 @@
-"""Units of work of the language-model studies: each trains or measures something from a saved state and returns numbers.
+"""Units of work of the language-model studies: each trains or measures something from a saved state
+and returns numbers.
 
-A cell is a dict of JSON values whose "key" names it; `fill` computes the missing ones of a study, several processes at a
-time, and appends them to a file, so that a study killed at any moment goes on where it stopped. In a job of several ranks
-all of them work on every cell together, and the first rank alone writes.
+A cell is a dict of JSON values whose "key" names it; `fill` computes the missing ones of a study,
+several processes at a time, and appends them to a file, so that a study killed at any moment goes
+on where it stopped. In a job of several ranks all of them work on every cell together, and the
+first rank alone writes.
 """
 
 import concurrent.futures
@@ -20,14 +22,16 @@ from megatron_commute import reduce
 from megatron_commute.adapters import torch_loop
 from megatron_commute.experiments.bilingual_trainer import Text, Trainer, mean_loss, team
 from megatron_commute.measure import probe
-from megatron_commute.settings.mixture_file import Probe
+from megatron_commute.settings.values import Probe
 
 CELLS = "cells.jsonl"
 SPLITS = 4  # replicates of a measurement of P
 
 
 def read(folder):
-    """Cells of a study by key; a torn last line, of a run that was killed while it wrote, is left out."""
+    """Cells of a study by key; a torn last line, of a run that was killed while it wrote, is left
+    out.
+    """
     path, found = Path(folder) / CELLS, {}
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -40,11 +44,12 @@ def read(folder):
 
 
 def fill(folder, settings, jobs, processes, say):
-    """Compute the cells of `jobs` [(key, function, arguments)] that `folder` lacks and append each as it is ready.
+    """Compute the cells of `jobs` [(key, function, arguments)] that `folder` lacks and append each
+    as it is ready.
 
-    Jobs run in the order given; with several processes a job must not need one that is still running. Returns all cells.
-    Collective over all ranks, which work on one job at a time: processes is 1 there. Only the first rank has read the cells
-    that `folder` held before.
+    Jobs run in the order given; with several processes a job must not need one that is still
+    running. Returns all cells. Collective over all ranks, which work on one job at a time:
+    processes is 1 there. Only the first rank has read the cells that `folder` held before.
     """
     path, first = Path(folder) / CELLS, reduce.rank() == 0
     if first:
@@ -107,8 +112,8 @@ def _trainer(settings, folder, name, step, seed=None):
     with reduce.agreed(reduce.everyone()):
         if not path.exists():
             raise FileNotFoundError(
-                f"{path}: no such state on rank {reduce.rank()}: give an OUT_DIR that all ranks share; where states were "
-                f"deleted, remove {CELLS} as well"
+                f"{path}: no such state on rank {reduce.rank()}: give an OUT_DIR that all ranks share; "
+                f"where states were deleted, remove {CELLS} as well"
             )
         # a state that a GPU wrote names that GPU
         state = torch.load(path, weights_only=True, map_location="cpu")
@@ -116,7 +121,9 @@ def _trainer(settings, folder, name, step, seed=None):
 
 
 def base(settings, folder, name, weights, states, read_every):
-    """The run under constant weights: a state saved at every step of `states`, losses read every `read_every` steps."""
+    """The run under constant weights: a state saved at every step of `states`, losses read every
+    `read_every` steps.
+    """
     trainer = Trainer(settings, Text(settings))
     readings = []
     for step in range(max(states) + 1):
@@ -133,10 +140,12 @@ def base(settings, folder, name, weights, states, read_every):
 
 
 def pair(settings, folder, name, step, weights, delta, window, tails, seed, orders=("12", "21", "base")):
-    """Both orders of eq. 9 from one state: a window at w + delta and one at w - delta of the first domain, then w.
+    """Both orders of eq. 9 from one state: a window at w + delta and one at w - delta of the first
+    domain, then w.
 
-    Held-out losses of "12" (more of the first domain first), "21" and "base", read at the end of the two windows and after
-    each number of common steps in `tails`; all three see the same sequences at the same steps.
+    Held-out losses of "12" (more of the first domain first), "21" and "base", read at the end of
+    the two windows and after each number of common steps in `tails`; all three see the same
+    sequences at the same steps.
     """
     found = {}
     for order, sign in ((order, {"12": 1, "21": -1, "base": 0}[order]) for order in orders):
@@ -148,7 +157,7 @@ def pair(settings, folder, name, step, weights, delta, window, tails, seed, orde
 
 
 def _with_tail(trainer, weights, tails):
-    """Losses at once and after each number of steps at the base weights: [[steps, {name: loss}]]."""
+    """Losses now and after each number of steps at the base weights: [[steps, {name: loss}]]."""
     readings = [[0, trainer.losses()]]
     for before, after in zip([0, *tails], tails, strict=False):
         trainer.run(weights, after - before)
@@ -162,9 +171,11 @@ def moved(weights, delta):
 
 
 def criterion(settings, folder, name, step, weights, metric, samples=None):
-    """P, scores and first-order terms at a state, for every single domain as the target and for the mixture.
+    """P, scores and first-order terms at a state, for every single domain as the target and for the
+    mixture.
 
-    Brackets are between the trained domains; the other domains are targets only, so they have weight 0.
+    Brackets are between the trained domains; the other domains are targets only, so they have
+    weight 0.
     """
     trainer = _trainer(settings, folder, name, step)
     names = (*settings.domains, *settings.others)

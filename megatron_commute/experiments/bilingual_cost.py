@@ -1,9 +1,10 @@
-"""What a study costs, counted from its own jobs: steps, tokens, probe gradients, FLOPs, GPU hours, disk. Nothing is run.
+"""What a study costs, counted from its own jobs: steps, tokens, probe gradients, FLOPs, GPU hours,
+disk. Nothing is run.
 
-FLOPs of one token of a gradient: 6 N + 12 layers hidden sequence, N all parameters (the output layer is the word embedding);
-the second term is attention, masked half included (Chowdhery et al., arXiv 2204.02311, appendix B). Reading a loss costs a
-third of a gradient. Hours follow from an ASSUMED speed, they are no measurement; optimiser, network, data and start-up are
-left out.
+FLOPs of one token of a gradient: 6 N + 12 layers hidden sequence, N all parameters (the output
+layer is the word embedding); the second term is attention, masked half included (Chowdhery et al.,
+arXiv 2204.02311, appendix B). Reading a loss costs a third of a gradient. Hours follow from an
+ASSUMED speed, they are no measurement; optimiser, network, data and start-up are left out.
 """
 
 import dataclasses
@@ -97,7 +98,8 @@ def _hours(settings, flops, tflops):
 
 
 def row(settings, jobs, tflops):
-    """Counts, FLOPs, GPU hours (of all, and of the longest job: what a kill may cost) and disk of some jobs as a dict.
+    """Counts, FLOPs, GPU hours (of all, and of the longest job: what a kill may cost) and disk of
+    some jobs as a dict.
 
     tflops: assumed sustained TFLOP/s of a GPU in bfloat16.
     """
@@ -120,7 +122,9 @@ def row(settings, jobs, tflops):
 
 
 def rows(parts, tflops):
-    """One row for each run of a study, the first part of its keys, and one for all; parts: [(settings, base job, jobs)]."""
+    """One row for each run of a study, the first part of its keys, and one for all; parts:
+    [(settings, base job, jobs)].
+    """
     found = []
     for settings, base, jobs in parts:
         run = base[0].partition("/")[0]
@@ -132,8 +136,9 @@ def rows(parts, tflops):
 def sentences(settings, tflops):
     """The formula with its numbers, and what is assumed."""
     return (
-        f"N = {parameters(settings)} parameters; a token of a gradient costs 6 N + 12 layers hidden sequence = "
-        f"{_token(settings):.4g} FLOPs, one of a reading a third of it\n"
-        f"gpu_hours and longest_cell ASSUME {tflops:g} TFLOP/s a GPU, sustained, in bfloat16 and {FLOAT32 * tflops:g} in "
-        f"float32 (probes, readings, training with dtype=float32): an assumption (--tflops), not a measurement"
+        f"N = {parameters(settings)} parameters; a token of a gradient costs 6 N + 12 layers hidden "
+        f"sequence = {_token(settings):.4g} FLOPs, one of a reading a third of it\ngpu_hours and "
+        f"longest_cell ASSUME {tflops:g} TFLOP/s a GPU, sustained, in bfloat16 and {FLOAT32 * tflops:g} in "
+        "float32 (probes, readings, training with dtype=float32): an assumption (--tflops), not a "
+        "measurement"
     )

@@ -1,8 +1,10 @@
-"""Study `end-to-end`: final losses under equal budgets when different schedules decide when each domain is used.
+"""Study `end-to-end`: final losses under equal budgets when different schedules decide when each
+domain is used.
 
-Three domains with budgets in shares .6, .1 and .3. Every schedule serves the same samples through the product's own Mixture,
-exactly; only the order differs, so `proportional` and the mean weights of any trajectory ARE the constant mixture.
-Seeds are paired: a seed fixes the start and what each domain delivers.
+Three domains with budgets in shares .6, .1 and .3. Every schedule serves the same samples through
+the product's own Mixture, exactly; only the order differs, so `proportional` and the mean weights
+of any trajectory ARE the constant mixture. Seeds are paired: a seed fixes the start and what each
+domain delivers.
 """
 
 import dataclasses
@@ -42,7 +44,9 @@ QUICK = Size(steps=40, every=4, end=8, seeds=2)
 
 
 def study(settings, folder, quick, processes, say):
-    """Run what is missing, write end_to_end.csv (a row for each schedule and loss) and final_losses.png; (text, files)."""
+    """Run what is missing, write end_to_end.csv (a row for each schedule and loss) and
+    final_losses.png; (text, files).
+    """
     size, found = QUICK if quick else Size(), {}
     for name, changes in SETTINGS.items():
         own = dataclasses.replace(settings, domains=DOMAINS, others=(), steps=size.steps, batch=30, **changes)
@@ -94,7 +98,9 @@ def run(settings, folder, rate, schedule, seed, quick):
 
 
 def summary(found, size):
-    """One row for each rate, schedule and loss: change against the constant mixture, 95 % interval over paired seeds."""
+    """One row for each rate, schedule and loss: change against the constant mixture, 95 % interval
+    over paired seeds.
+    """
     rows, spread = [], intervals.student(size.seeds - 1) / math.sqrt(size.seeds)
     for rate in SETTINGS:
         for schedule in SCHEDULES:
@@ -131,7 +137,9 @@ def _loss(losses, name):
 
 
 def draw(figure, rows):
-    """Change of each final loss against the constant mixture, with 95 % intervals over paired seeds."""
+    """Change of each final loss against the constant mixture, with 95 % intervals over paired
+    seeds.
+    """
     names, others = (*DOMAINS, "mixture", "even"), SCHEDULES[1:]
     panels = figure.subplots(len(SETTINGS), 1, sharex=True)
     for panel, rate in zip(panels, SETTINGS, strict=True):

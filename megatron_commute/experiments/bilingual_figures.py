@@ -32,8 +32,9 @@ def save(path, size, plot):
 
 
 def loss_plane(figure, found, effect_rows, settings, size, run):
-    """The paper's figure 3 (4): held-out losses of both languages along the base run and after both orders of every
-    strength, read at the window's end and after the common tail."""
+    """The paper's figure 3 (4): held-out losses of both languages along the base run and after both
+    orders of every strength, read at the window's end and after the common tail.
+    """
     panels = figure.subplots(1, 2, sharex=True, sharey=True)
     steps, losses = paper.base_readings(found, run)
     first, second = settings.domains[:2]
@@ -65,7 +66,9 @@ def loss_plane(figure, found, effect_rows, settings, size, run):
 
 
 def _front(panel, found, effect_rows, settings, size, run, start, reading, marker):
-    """One iso-budget series: both orders at three strengths around the base of the same number of steps."""
+    """One iso-budget series: both orders at three strengths around the base of the same number of
+    steps.
+    """
     strengths = paper.RUNS[run][1]
     key = f"{run}/{start}/{max(strengths)}/"
     bases = [cell["base"][0 if reading == "end" else -1][1] for k, cell in found.items() if k.startswith(key)]
@@ -94,7 +97,9 @@ def _front(panel, found, effect_rows, settings, size, run, start, reading, marke
 
 
 def effects(figure, effect_rows, settings, size, run):
-    """Half difference of the orders against the strength, per target: at the window's end and after the tail."""
+    """Half difference of the orders against the strength, per target: at the window's end and after
+    the tail.
+    """
     names = [*settings.domains, "mixture"]
     panels = figure.subplots(1, len(names), sharey=True)
     strongest = max(paper.RUNS[run][1])

@@ -1,7 +1,8 @@
-"""Study `flow`: what schedules that follow the learning rate change in the final losses, at equal budgets.
+"""Study `flow`: what schedules that follow the learning rate change at equal budgets.
 
-Every run serves its budgets exactly through the product's own Mixture; seeds are paired with the constant mixture, which
-sees the same start and the same sequences of every domain. Seeds and sequences that choose are not those that report.
+Every run serves its budgets exactly through the product's own Mixture; seeds are paired with the
+constant mixture, which sees the same start and the same sequences of every domain. Seeds and
+sequences that choose are not those that report.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ import torch
 from megatron_commute.decide import flow
 from megatron_commute.experiments import bilingual_cells as cells
 from megatron_commute.experiments import bilingual_flow_tables as tables
+from megatron_commute.experiments.bilingual_flow_variants import VARIANTS
 from megatron_commute.experiments.bilingual_schedules import Decider, Pace, changes
 from megatron_commute.experiments.bilingual_trainer import Text, Trainer
 from megatron_commute.mixture import Mixture
@@ -23,7 +25,6 @@ from megatron_commute.settings.rates import RateSchedule, rates
 BATCH, JUDGED = 30, 768  # sequences of a step; of every domain at most, on which a reported run is judged
 STYLES = ("WSD", "cosine", "constant", "linear")
 TWO, THREE = STYLES[:2], STYLES[:3]
-BASE = {"english": 0.6, "russian": 0.1, "code": 0.3}
 UNTRAINED = ("handbook_english", "handbook_russian")
 LAWS = ("late", "tau-tail", "tilt", "odm")
 MEMORIES, STRENGTHS = (1.0, 2.5, 5.0, 10.0), (0.25, 0.5, 1.0)
@@ -59,43 +60,8 @@ class Size:
 QUICK = Size(steps=20, middle=40, lengths=(20, 40), long=40, seeds=2, few=2, choosing=2)
 
 
-@dataclasses.dataclass(frozen=True)
-class Variant:
-    """A setting of the study."""
-
-    shares: dict = dataclasses.field(default_factory=lambda: BASE)
-    # of the samples, by trained domain
-    target: dict = dataclasses.field(default_factory=lambda: {"russian": 1.0})
-    # the low-resource target
-    changes: dict = dataclasses.field(default_factory=dict)
-    # of bilingual_trainer.Settings
-    rate: float = 1.0
-    # factor of the peak learning rate
-    limits: dict = dataclasses.field(default_factory=dict)
-    # sequences of a domain, as a part of its budget
-
-
-HALVES = {"english:1/2": 0.2, "english:2/2": 0.2, "russian:1/2": 0.05, "russian:2/2": 0.05}
-HALVES |= {"code:1/2": 0.1, "code:2/2": 0.1, "handbook_english": 0.15, "handbook_russian": 0.15}
-FIVE = {"english": 0.4, "russian": 0.1, "code": 0.3, "handbook_english": 0.1, "handbook_russian": 0.1}
-VARIANTS = {
-    "base": Variant(),
-    "low-resource code": Variant({"english": 0.3, "russian": 0.6, "code": 0.1}, {"code": 1.0}),
-    "low-resource English": Variant({"english": 0.1, "russian": 0.6, "code": 0.3}, {"english": 1.0}),
-    "0.5M": Variant(changes={"layers": 4, "hidden": 96, "heads": 4}),
-    "2M": Variant(changes={"layers": 4, "hidden": 192, "heads": 4}),
-    "1 epoch": Variant(limits={"russian": 1.0}),
-    "4 epochs": Variant(limits={"russian": 1 / 4}),
-    "16 epochs": Variant(limits={"russian": 1 / 16}),
-    "K = 2": Variant({"english": 0.9, "russian": 0.1}),
-    "K = 5": Variant(FIVE),
-    "K = 8": Variant(HALVES, {"russian:1/2": 0.5, "russian:2/2": 0.5}),
-    "a third of the rate": Variant(rate=1 / 3),
-}
-
-
 class Case(NamedTuple):
-    """One schedule in one setting over its seeds, and the question whose curve it is a point of, at x."""
+    """One schedule in one setting over its seeds: the point at x of a question's curve."""
 
     question: str
     x: float | str
@@ -128,7 +94,7 @@ class Case(NamedTuple):
 
     @property
     def weights(self):
-        """Of the target f64[K] over the trained domains: the low-resource one, "even", or the name of one of them."""
+        """Target f64[K] over the trained domains: the low-resource one, "even", or one by name."""
         wanted = VARIANTS[self.variant].target if self.target == "low-resource" else {self.target: 1.0}
         wanted = dict.fromkeys(self.shares, 1.0) if self.target == "even" else wanted
         total = math.fsum(wanted.values())
@@ -136,7 +102,7 @@ class Case(NamedTuple):
 
 
 def flowing(case, schedule="flow", *, strength=1.0, memory=None, kept=None, rule=flow.ranges):
-    """`case` with law flow, its constants written out, so that a cell stays what it was when a default changes.
+    """`case` with law flow, constants written out: a cell outlives a change of defaults.
 
     rule: (target, shares, strength) -> ranges f64[K].
     """
@@ -148,19 +114,19 @@ def flowing(case, schedule="flow", *, strength=1.0, memory=None, kept=None, rule
 
 
 def logarithmic(target, shares, strength):
-    """Another rule for ranges: by the logarithm of one plus the target's share over the domain's."""
+    """Another rule for ranges: by log(1 + the target's share over the domain's)."""
     return strength * flow.RANGE * np.log1p(target / shares) / math.log1p(flow.RATIO)
 
 
 def rate_of(style, steps, peak):
-    """Megatron's flags of a run: warm-up over a twentieth, a least rate of a tenth, WSD decays over the last fifth."""
+    """Megatron's flags: warm-up over a twentieth, least rate a tenth, WSD decay of a fifth."""
     decay = max(1, steps // 5) if style == "WSD" else None
     flags = {"lr": peak, "min_lr": peak / 10, "train_iters": steps, "lr_warmup_iters": steps // 20}
     return RateSchedule(**flags, lr_decay_style=style, lr_wsd_decay_iters=decay)
 
 
 def run(settings, folder, variant, style, steps, kind, options, seed):
-    """One run: {"losses": final ones by domain, "served", "told": [[step, weight of the domain of least share]]}."""
+    """One run: {"losses": final by domain, "served", "told": [[step, share of the least one]]}."""
     chosen = VARIANTS[variant]
     domains, shares = tuple(chosen.shares), np.array(list(chosen.shares.values()))
     others = tuple(name for name in UNTRAINED if name not in domains)
@@ -199,7 +165,7 @@ def _text(settings, limits):
 
 
 def _judging(text, name, choosing):
-    """Held-out sequences i64[n, t + 1]: those that schedules may look at for a choice, the others for a report."""
+    """Held-out sequences i64[n, t + 1]: those for choosing a schedule, or those for a report."""
     held, probe = text.settings.held, text.settings.probe
     if choosing:
         return torch.cat([text.held(name), text.probe(name, range(probe))])
@@ -312,7 +278,9 @@ def _choosing(size):
 
 
 def jobs(wanted):
-    """Jobs of cases and of the constant mixture beside them, each once: the low-resource target first, seed after seed."""
+    """Jobs of cases and of the constant mixture beside them, each once: the low-resource target
+    first, seed after seed.
+    """
     seeds = dict.fromkeys(seed for case in wanted for seed in case.seeds)
     first = [case for case in wanted if case.kind == "flow" and case.target == "low-resource"]
     ordered = [
@@ -327,7 +295,7 @@ def jobs(wanted):
 
 
 def study(settings, folder, size, processes, say):
-    """Run what is missing of the parts, and write for each its table and pictures; (text, files)."""
+    """Run what is missing of the parts, write for each its table and pictures; (text, files)."""
     unknown = sorted(set(size.parts) - set(PARTS))
     if unknown:
         raise ValueError(f"--set parts={','.join(unknown)}: write some of {','.join(PARTS)}")

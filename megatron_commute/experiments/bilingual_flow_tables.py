@@ -1,4 +1,6 @@
-"""Tables and pictures of study `flow`: change of every final loss against the constant mixture of the same seed."""
+"""Tables and pictures of study `flow`: change of every final loss against the constant mixture of
+the same seed.
+"""
 
 import math
 
@@ -26,8 +28,9 @@ LOGARITHMIC = ("memory", "kept", "length")
 
 
 def loss_of(losses, name, shares, target):
-    """A loss from {domain: loss}: "target" (weights f64[K] over the shares), "mixture", "even", "untrained", or a domain,
-    whose pieces NAME:1/2 count alike."""
+    """A loss from {domain: loss}: "target" (weights f64[K] over the shares), "mixture", "even",
+    "untrained", or a domain, whose pieces NAME:1/2 count alike.
+    """
     trained = [losses[domain] for domain in shares]
     if name in ("target", "mixture", "even"):
         weights = {"target": target, "mixture": list(shares.values())}.get(name, np.ones(len(trained)))
@@ -45,8 +48,10 @@ def names_of(losses, shares):
 
 
 def rows(found, cases):
-    """One row for each case and loss with at least two pairs of seeds: percent of the constant mixture's final loss, with
-    its 95 % interval over the pairs, and the one-sided probability of so high a change where there is no harm."""
+    """One row for each case and loss with at least two pairs of seeds: percent of the constant
+    mixture's final loss, with its 95 % interval over the pairs, and the one-sided probability of so
+    high a change where there is no harm.
+    """
     result = []
     for case in cases:
         shares, target = case.shares, case.weights
@@ -65,7 +70,9 @@ def rows(found, cases):
 
 
 def change(ours, base):
-    """Paired change f64[n] against f64[n]: mean, 95 % interval, both also in percent, and P(as high | no harm)."""
+    """Paired change f64[n] against f64[n]: mean, 95 % interval, both also in percent, and P(as high
+    | no harm).
+    """
     from scipy.special import stdtr
 
     n, moved = len(ours), np.asarray(ours) - np.asarray(base)
@@ -78,7 +85,9 @@ def change(ours, base):
 
 
 def holm(chances):
-    """Probabilities f64[n], adjusted so that those below 5 % are wrong together in at most 5 % (Holm 1979)."""
+    """Probabilities f64[n], adjusted so that those below 5 % are wrong together in at most 5 %
+    (Holm 1979).
+    """
     order = np.argsort(chances)
     raised = np.asarray(chances)[order] * np.arange(len(order), 0, -1)
     result = np.empty(len(order))
@@ -87,7 +96,9 @@ def holm(chances):
 
 
 def judged(all_rows):
-    """Is any target worse than constant? One row for each style and target of law flow, Holm over all of them."""
+    """Is any target worse than constant? One row for each style and target of law flow, Holm over
+    all of them.
+    """
     asked = {"flow, low-resource": ("target", "handbook_russian"), "flow, even": ("target", "untrained")}
     chosen = [row for row in all_rows if row["loss"] in asked.get(row["schedule"], ())]
     keys = ("style", "schedule", "loss", "seeds", "percent", "percent_interval", "worse")
@@ -96,7 +107,9 @@ def judged(all_rows):
 
 
 def short(all_rows):
-    """A line for each case: target, the worst of the trained domains outside it, mixture and even, in percent."""
+    """A line for each case: target, the worst of the trained domains outside it, mixture and even,
+    in percent.
+    """
     lines = {}
     for row in all_rows:
         place = (row["question"], row["x"], row["style"], row["steps"], row["schedule"], row["target"])
@@ -160,7 +173,9 @@ def _points(panel, place, chosen, i, label, line):
 
 
 def draw_curves(figure, chosen, styles):
-    """The question's change of every loss against x, a panel for each style; other schedules beside each other."""
+    """The question's change of every loss against x, a panel for each style; other schedules beside
+    each other.
+    """
     question = chosen[0]["question"]
     names = [
         name for name in dict.fromkeys(row["loss"] for row in chosen) if name not in ("even", "untrained")

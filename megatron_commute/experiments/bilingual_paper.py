@@ -1,8 +1,10 @@
-"""Study `paper`: sections 4.2 and 4.3 of Rukhovich et al. (arXiv 2501.15556) at a size that fits the machine.
+"""Study `paper`: sections 4.2 and 4.3 of Rukhovich et al. (arXiv 2501.15556) at a size that fits
+the machine.
 
-Base runs under (0.5, 0.5) and (0.9, 0.1); from four states both orders of eq. 9 and eq. 10 at three strengths; P at
-checkpoints along the runs. The paper reads losses when the second window ends; here every effect is read again after a
-common tail of base weights, because most of what is read at the window's end is recency.
+Base runs under (0.5, 0.5) and (0.9, 0.1); from four states both orders of eq. 9 and eq. 10 at three
+strengths; P at checkpoints along the runs. The paper reads losses when the second window ends; here
+every effect is read again after a common tail of base weights, because most of what is read at the
+window's end is recency.
 """
 
 import dataclasses
@@ -14,8 +16,9 @@ from megatron_commute.experiments import bilingual_cells as cells
 from megatron_commute.experiments.bilingual_tables import loss_of, mean_and_error, targets
 
 RUNS = {"even": ((0.5, 0.5), (0.15, 0.3, 0.45)), "skewed": ((0.9, 0.1), (0.03, 0.06, 0.09))}
-# The paper's Tables 2 and 3: step, L_1, L_2, EL_1^12, EL_2^12, EL_1^21, EL_2^21, gamma^2 P_21;1, gamma^2 P_21;2. The last
-# column of Table 2 is cut off in our copy after two digits; its rows from 8000 on are completed from Table 4.
+# The paper's Tables 2 and 3: step, L_1, L_2, EL_1^12, EL_2^12, EL_1^21, EL_2^21, gamma^2 P_21;1,
+# gamma^2 P_21;2. The last column of Table 2 is cut off in our copy after two digits; its rows from
+# 8000 on are completed from Table 4.
 PRINTED = {
     "even": (
         (2000, 3.44, 3.04, -0.0191, 0.0286, 0.0352, -0.0289, 0.0195, -0.02),
@@ -90,8 +93,9 @@ def jobs(size, run):
 
 
 def effects(found, settings, size, run):
-    """One row for each state, strength, order and target: excess loss over the base run at the window's end and after the
-    tail, with standard errors over paired seeds (nats)."""
+    """One row for each state, strength, order and target: excess loss over the base run at the
+    window's end and after the tail, with standard errors over paired seeds (nats).
+    """
     rows, strengths = [], RUNS[run][1]
     for step in size.starts:
         for delta in strengths:
@@ -120,9 +124,11 @@ def _excess(cell, with_base, order, target, settings, reading):
 
 
 def brackets(found, settings, size, run):
-    """One row for each checkpoint, metric and target: P_12 with its error, and gamma^2 P_21 as the paper prints it.
+    """One row for each checkpoint, metric and target: P_12 with its error, and gamma^2 P_21 as the
+    paper prints it.
 
-    gamma^2 with the learning rate gamma; under the Adam metric the flow time of a step is the same rate.
+    gamma^2 with the learning rate gamma; under the Adam metric the flow time of a step is the same
+    rate.
     """
     rows = []
     for step in sorted({*size.starts, *size.checkpoints}):
@@ -143,9 +149,11 @@ def brackets(found, settings, size, run):
 
 
 def beside(found, effect_rows, bracket_rows, settings, size, run):
-    """Tables 2 and 3: our numbers at the strongest intervention beside the paper's, one row for each of the four states.
+    """Tables 2 and 3: our numbers at the strongest intervention beside the paper's, one row for
+    each of the four states.
 
-    EL: excess losses at the window's end in nats; g2P: gamma^2 P_21 under the Adam metric for either language as the target.
+    EL: excess losses at the window's end in nats; g2P: gamma^2 P_21 under the Adam metric for
+    either language as the target.
     """
     rows, (first, second) = [], settings.domains[:2]
     excess = {(r["step"], r["delta"], r["order"], r["target"]): r for r in effect_rows if r["run"] == run}
@@ -165,10 +173,12 @@ def beside(found, effect_rows, bracket_rows, settings, size, run):
 
 
 def agreement(effect_rows, bracket_rows, settings, reading):
-    """Sign agreement of the strongest intervention with P and with "the domain trained last gains", on trained domains.
+    """Sign agreement of the strongest intervention with P and with "the domain trained last gains",
+    on trained domains.
 
-    reading: "end" or "tail". P_12 > 0 predicts that order 12 ends higher than 21. Rows: predictor, run, hits, of, and how
-    many of the effects are outside their error (|effect| > 2 standard errors of the half difference).
+    reading: "end" or "tail". P_12 > 0 predicts that order 12 ends higher than 21. Rows: predictor,
+    run, hits, of, and how many of the effects are outside their error (|effect| > 2 standard errors
+    of the half difference).
     """
     rows = []
     for run in RUNS:
@@ -204,13 +214,19 @@ def agreement(effect_rows, bracket_rows, settings, reading):
 
 
 def who_gains(effect_rows, settings, run):
-    """Whether order 12 ends lower on the second domain (trained last) than the base, per state: what the text says, and the
-    paper's tables deny (their EL_2^12 are positive)."""
+    """Whether order 12 ends lower on the second domain (trained last) than the base, per state:
+    what the text says, and the paper's tables deny (their EL_2^12 are positive).
+    """
     strongest = max(RUNS[run][1])
     found = [r for r in effect_rows if (r["run"], r["delta"], r["order"]) == (run, strongest, "12")]
     second = [r for r in found if r["target"] == settings.domains[1]]
-    return {"run": run, "lower": sum(r["end"] < 0 for r in second), "of": len(second),
-            "printed_lower": sum(row[4] < 0 for row in PRINTED[run]), "printed_of": len(PRINTED[run])}  # fmt: skip
+    return {
+        "run": run,
+        "lower": sum(r["end"] < 0 for r in second),
+        "of": len(second),
+        "printed_lower": sum(row[4] < 0 for row in PRINTED[run]),
+        "printed_of": len(PRINTED[run]),
+    }
 
 
 def base_readings(found, run):

@@ -1,7 +1,8 @@
-"""Schedules of the whole-run studies: known before a run, or decided while it trains, as laws of controller.py do.
+"""Schedules of the whole-run studies: known before a run, or decided while it trains, as laws of
+controller.py do.
 
-Every `size.every` steps a Decider schedules weights on the run's own Mixture, which keeps the budgets. The low-resource
-domain is the one of the smallest share.
+Every `size.every` steps a Decider schedules weights on the run's own Mixture, which keeps the
+budgets. The low-resource domain is the one of the smallest share.
 """
 
 from typing import NamedTuple
@@ -26,7 +27,9 @@ class Pace(NamedTuple):
 
 
 def changes(kind, options, planned, budgets, shares, batch):
-    """[(sample, weights f64[K])] of a schedule that is known before a run of the learning rates f64[T] `planned`."""
+    """[(sample, weights f64[K])] of a schedule that is known before a run of the learning rates
+    f64[T] `planned`.
+    """
     steps, K = len(planned), len(shares)
     if kind == "flow":
         about = {"rates": planned, "batches": np.full(steps, batch), "budgets": budgets, "weights": shares}
@@ -44,7 +47,9 @@ def changes(kind, options, planned, budgets, shares, batch):
 
 
 class Decider:
-    """The schedule of one run: called every `size.every` steps, it schedules weights on the mixture."""
+    """The schedule of one run: called every `size.every` steps, it schedules weights on the
+    mixture.
+    """
 
     def __init__(self, *, size, schedule, trainer, mixture, shares):
         self.settings, self.size, self.schedule = trainer.settings, size, schedule
@@ -104,7 +109,9 @@ class Decider:
         return decision.weights
 
     def _scores(self):
-        """Scores of the paper's criterion under the Adam metric, with errors; the target is the low-resource domain."""
+        """Scores of the paper's criterion under the Adam metric, with errors; the target is the
+        low-resource domain.
+        """
         model = torch_loop.probe_model(
             self.trainer.model,
             mean_loss,

@@ -7,7 +7,9 @@ import numpy as np
 
 
 def loss_of(losses, target, settings, weights):
-    """Held-out loss of a target from {name: loss}: a domain, or "mixture", the trained domains by the run's weights."""
+    """Held-out loss of a target from {name: loss}: a domain, or "mixture", the trained domains by
+    the run's weights.
+    """
     if target == "mixture":
         return sum(w * losses[name] for w, name in zip(weights, settings.domains, strict=True))
     return losses[target]

@@ -1,7 +1,8 @@
-"""A small GPT, its text and its training: what the language-model studies run, on one CPU core or several GPUs.
+"""A small GPT, its text and its training: what the language-model studies run, on one CPU core or
+several GPUs.
 
-Plain PyTorch, so that a cell of a study starts in a second. Every rank of a distributed run trains its slice of each
-batch and gradients are summed, so the same flags scale the study up.
+Plain PyTorch, so that a cell of a study starts in a second. Every rank of a distributed run trains
+its slice of each batch and gradients are summed, so the same flags scale the study up.
 """
 
 import copy
@@ -24,7 +25,9 @@ WORDS = {"optimizer": ("adam", "adamw"), "decay": ("constant", "cosine"), "dtype
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Model, text and optimiser of a study. Raises ValueError for a word that a field does not take."""
+    """Model, text and optimiser of a study. Raises ValueError for a word that a field does not
+    take.
+    """
 
     data: str
     # folder of prepare_data.py
@@ -92,7 +95,9 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2 without dropout, output tied to the word embedding. tokens i64[b, t] -> logits [b, t, vocabulary]."""
+    """GPT-2 without dropout, output tied to the word embedding. tokens i64[b, t] -> logits [b, t,
+    vocabulary].
+    """
 
     def __init__(self, settings):
         super().__init__()
@@ -134,7 +139,8 @@ def mean_loss(model, tokens):
 
 
 def team(splits):
-    """(reduce.Groups, reduce.Team) of all ranks, each of which holds the whole model, for a probe of `splits` replicates.
+    """(reduce.Groups, reduce.Team) of all ranks, each of which holds the whole model, for a probe
+    of `splits` replicates.
 
     Made once, since a team may need process groups of its own; collective.
     """
@@ -148,10 +154,12 @@ def _team(world, splits):
 
 
 class Text:
-    """Sequences of every domain: NAME_train to train on, the first half of NAME_valid to read losses, the rest to probe.
+    """Sequences of every domain: NAME_train to train on, the first half of NAME_valid to read
+    losses, the rest to probe.
 
-    A name NAME:2/3 is the second third of NAME. limits: {name: sequences at most to train on, spread over the domain}.
-    Raises DataError where files are missing, ValueError where a domain is too small for `held` or the vocabulary too large.
+    A name NAME:2/3 is the second third of NAME. limits: {name: sequences at most to train on,
+    spread over the domain}. Raises DataError where files are missing, ValueError where a domain is
+    too small for `held` or the vocabulary too large.
     """
 
     def __init__(self, settings, limits=None):
@@ -166,17 +174,21 @@ class Text:
                 self.train[name] = _spread(self.train[name], limits[name])
             if len(self.valid[name]) < settings.held + settings.probe:
                 raise ValueError(
-                    f"{name}_valid has {len(self.valid[name])} sequences of {settings.sequence} tokens, {settings.held} to "
-                    f"read and {settings.probe} to probe are asked: give a larger --valid-share to prepare_data.py"
+                    f"{name}_valid has {len(self.valid[name])} sequences of {settings.sequence} tokens, "
+                    f"{settings.held} to read and {settings.probe} to probe are asked: give a larger "
+                    "--valid-share to prepare_data.py"
                 )
             largest = int(self._stack(self.valid[name], range(settings.held)).max())
             if largest >= settings.vocabulary:
                 raise ValueError(
-                    f"{name}_valid has token {largest}: prepare the data with --vocab-size {settings.vocabulary}"
+                    f"{name}_valid has token {largest}: prepare the data with --vocab-size "
+                    f"{settings.vocabulary}"
                 )
 
     def batch(self, domain, positions, seed):
-        """Training sequences i64[n, t + 1] of `domain` (an index) at `positions` i64[n] of its endless, shuffled stream."""
+        """Training sequences i64[n, t + 1] of `domain` (an index) at `positions` i64[n] of its
+        endless, shuffled stream.
+        """
         data = self.train[self.settings.domains[domain]]
         _, chosen = items(np.asarray(positions), len(data), seed, domain)
         return self._stack(data, chosen)
@@ -206,11 +218,13 @@ def _spread(data, most):
 
 
 class Trainer:
-    """A model in training: `step` trains, `state` and `load` copy everything that training depends on.
+    """A model in training: `step` trains, `state` and `load` copy everything that training depends
+    on.
 
-    Weights act on the loss: every step reads batch / K sequences of each of the K domains and weighs their mean losses, so
-    counts are never rounded and two orders see the same sequences at the same steps. `sampled=True` gives a step the counts
-    per domain instead, as a mixture does. rates f64[T]: learning rate of every step, in place of the settings'.
+    Weights act on the loss: every step reads batch / K sequences of each of the K domains and
+    weighs their mean losses, so counts are never rounded and two orders see the same sequences at
+    the same steps. `sampled=True` gives a step the counts per domain instead, as a mixture does.
+    rates f64[T]: learning rate of every step, in place of the settings'.
     """
 
     def __init__(self, settings, text, *, seed=None, rates=None):
@@ -244,7 +258,8 @@ class Trainer:
         return s.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
 
     def step(self, weights, counts=None):
-        """One optimiser step under weights f64[K] of the loss, or with counts i64[K] sequences of each domain.
+        """One optimiser step under weights f64[K] of the loss, or with counts i64[K] sequences of
+        each domain.
 
         Sequences are dealt to the ranks in turn, so they need at least as many as there are ranks.
         """
@@ -282,7 +297,8 @@ class Trainer:
 
     @torch.no_grad()
     def losses(self):
-        """{name: held-out loss in nats per token} of trained and other domains, on the same sequences every time.
+        """{name: held-out loss in nats per token} of trained and other domains, on the same
+        sequences every time.
 
         Every rank reads its share of them; collective.
         """
@@ -298,7 +314,9 @@ class Trainer:
         }
 
     def state(self):
-        """A copy of all that training depends on; plain tensors and numbers, which torch.load reads with weights_only."""
+        """A copy of all that training depends on; plain tensors and numbers, which torch.load reads
+        with weights_only.
+        """
         return {
             "model": {name: value.clone() for name, value in self.model.state_dict().items()},
             "optimizer": copy.deepcopy(self.optimizer.state_dict()),

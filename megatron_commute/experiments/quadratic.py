@@ -1,7 +1,7 @@
 """The paper's toy example (Rukhovich et al., arXiv 2501.15556, section 4.1) with exact flows.
 
-`run` trains quadratic domains under a schedule with budgets; `study` is the command `megatron-commute
-quadratic`: the paper's table, figures and errata, measured.
+`run` trains quadratic domains under a schedule with budgets; `study` is the command
+`megatron-commute quadratic`: the paper's table, figures and errata, measured.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ class Run:
 def run(A, b, theta0, budgets, time, steps, target, schedule):
     """Trains for flow time `time` in `steps` equal steps, each an exact flow under its own weights.
 
-    A[K, n, n], b[K, n], theta0[n]; budgets[K]: fractions of the run, summing to 1; target[K]: the final
-    loss is target . L. schedule: "constant" (weights = budgets), "tilt" (the paper's criterion as a law,
-    local direction), "commute" (the law `receding`: at most K + 1 exact Hessian-vector products a decision
-    on average, no oracle), or weights f64[steps, K] whose columns sum to budgets * steps. ValueError names what does
-    not fit.
+    A[K, n, n], b[K, n], theta0[n]; budgets[K]: fractions of the run, summing to 1; target[K]: the
+    final loss is target . L. schedule: "constant" (weights = budgets), "tilt" (the paper's
+    criterion as a law, local direction), "commute" (the law `receding`: at most K + 1 exact
+    Hessian-vector products a decision on average, no oracle), or weights f64[steps, K] whose
+    columns sum to budgets * steps. ValueError names what does not fit.
     """
     problem = quadratic(A, b)
     theta, budgets, target = (np.asarray(x, dtype=np.float64) for x in (theta0, budgets, target))
@@ -72,11 +72,12 @@ def run(A, b, theta0, budgets, time, steps, target, schedule):
 
 
 def study(out_dir, seeds=300):
-    """Everything `megatron-commute quadratic` shows: CSV and PNG go to out_dir, the dict returned has it all.
+    """Everything `megatron-commute quadratic` shows: CSV and PNG go to out_dir, the dict returned
+    has it all.
 
-    Keys: table1, readings, one_problem, errata, full_loss, corollary (each a list of flat dicts, one a CSV
-    row), text (the same for reading), files, seeds, seconds; JSON-able. `seeds` random problems; 300 take
-    half a minute of one core.
+    Keys: table1, readings, one_problem, errata, full_loss, corollary (each a list of flat dicts,
+    one a CSV row), text (the same for reading), files, seeds, seconds; JSON-able. `seeds` random
+    problems; 300 take half a minute of one core.
     """
     started = clock.perf_counter()
     out_dir = Path(out_dir)
@@ -138,7 +139,7 @@ def _check_schedule(weights, budgets, steps):
 
 
 class _Commute:
-    """The law `receding` at every step of a run: one new direction a decision, START at the first."""
+    """The law `receding` at every step: one new direction a decision, START at the first."""
 
     def __init__(self, *, problem, budgets, time, steps, target):
         self.problem, self.time, self.steps, self.target = problem, time, steps, target
@@ -166,7 +167,9 @@ class _Commute:
         return self.before
 
     def _situation(self, remaining, left):
-        """A step counts as GRAIN samples, so that the least change of a live run is far below a weight that matters."""
+        """A step counts as GRAIN samples, so that the least change of a live run is far below a
+        weight that matters.
+        """
         K = len(self.budgets)
         return Situation(
             weights=self.before,
@@ -190,7 +193,7 @@ class _Commute:
 
 
 def _tilt(problem, theta, remaining, target):
-    """Remaining-budget shares tilted against the local scores, never more of a domain than is left."""
+    """Shares of the budgets left, tilted against local scores, never more than is left."""
     shares = remaining / remaining.sum()
     M, _ = problem.measure(theta, target @ problem.gradients(theta))
     scores = bracket.scores(bracket.pairwise(M), shares)

@@ -1,7 +1,9 @@
-"""Quadratic domains: losses, gradients and exact flows, and the random problems of the paper's appendix B.
+"""Quadratic domains: losses, gradients and exact flows, and the random problems of the paper's
+appendix B.
 
-L_k(theta) = (theta - b_k)' A_k (theta - b_k) / 2, so g_k = A_k (theta - b_k), H_k = A_k, and under constant
-weights the flow theta' = -sum_k w_k g_k - c theta is a matrix exponential: nothing is integrated numerically.
+L_k(theta) = (theta - b_k)' A_k (theta - b_k) / 2, so g_k = A_k (theta - b_k), H_k = A_k, and under
+constant weights the flow theta' = -sum_k w_k g_k - c theta is a matrix exponential: nothing is
+integrated numerically.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ class Quadratic:
         return (self.A @ direction) @ g.T, g @ direction
 
     def flow(self, weights, decay=0.0):
-        """The exact flow under constant weights[K] and decay: a function (theta[..., n], time) -> theta."""
+        """The exact flow under constant weights[K] and decay: a function (theta[..., n], time) ->
+        theta.
+        """
         A = np.tensordot(weights, self.A, 1)
         pull = np.einsum("k,kij,kj->i", weights, self.A, self.b)
         rates, basis = np.linalg.eigh(A + decay * np.eye(len(pull)))
@@ -47,14 +51,18 @@ class Quadratic:
         return advance
 
     def pull_back(self, weights, decay=0.0):
-        """The adjoint of `flow`: a function (lambda[n] after a window, time) -> lambda before it, exactly."""
+        """The adjoint of `flow`: a function (lambda[n] after a window, time) -> lambda before it,
+        exactly.
+        """
         A = np.tensordot(weights, self.A, 1)
         rates, basis = np.linalg.eigh(A + decay * np.eye(len(A)))
         return lambda after, time: ((after @ basis) * np.exp(-rates * time)) @ basis.T
 
 
 def quadratic(A, b):
-    """Quadratic of arrays A[K, n, n], whose symmetric part counts, and b[K, n]; ValueError if the shapes disagree."""
+    """Quadratic of arrays A[K, n, n], whose symmetric part counts, and b[K, n]; ValueError if the
+    shapes disagree.
+    """
     A, b = np.asarray(A, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if b.ndim != 2 or A.shape != (*b.shape, b.shape[1]):
         raise ValueError(f"A has shape {A.shape} and b {b.shape}: pass A[K, n, n] and b[K, n]")
@@ -64,8 +72,9 @@ def quadratic(A, b):
 def sample(seed, n=100, domains=2, base=0.7, scale=1.0, spectrum=None, shared=False):
     """The paper's random problem (appendix B): (Quadratic, theta0[n]).
 
-    A_k = C_k' diag(scale * base^j) C_k, C_k uniform on the orthogonal matrices; b_k, theta0 standard normal. spectrum f64[n]
-    in place of scale * base^j; shared: one C for all domains, whose spectra differ by log-normal factors (sigma 0.5).
+    A_k = C_k' diag(scale * base^j) C_k, C_k uniform on the orthogonal matrices; b_k, theta0
+    standard normal. spectrum f64[n] in place of scale * base^j; shared: one C for all domains,
+    whose spectra differ by log-normal factors (sigma 0.5).
     """
     rng = np.random.default_rng(seed)
     spectrum = scale * base ** np.arange(n) if spectrum is None else np.asarray(spectrum, dtype=np.float64)

@@ -1,7 +1,9 @@
-"""The paper's formulas as printed (arXiv 2501.15556), each against what its own toy problem does: `errata`.
+"""The paper's formulas as printed (arXiv 2501.15556), each against what its own toy problem does:
+`errata`.
 
 Printed formulas are spelled out here in matrices and vectors and never used; the package's sign and
-constant are in bracket.py. A ratio is measured over printed: 1 means that the formula holds as printed.
+constant are in bracket.py. A ratio is measured over printed: 1 means that the formula holds as
+printed.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from megatron_commute.experiments.quadratic_tables import HALF, Swap
 WINDOW = 1e-4  # so short that a ratio is within 0.001 of its limit
 START = 1.0
 
-# The same checkpoints at steps 2000, 8000, 14000, 20000: P_2,1;1 of Tables 2 and 3, P_2,1;2 of Table 3 ...
+# The same checkpoints at steps 2000, 8000, 14000, 20000: P_2,1;1 of Tables 2 and 3, P_2,1;2 of
+# Table 3 ...
 TABLES_2_3 = (
     0.0195,
     -0.002,
@@ -34,7 +37,9 @@ TABLE_4 = (0.0195, -0.002, 0.0014, 0.0049, 0.0225, 0.0053, 0.0027, 0.002, -0.145
 
 
 def errata(seeds):
-    """One row a printed formula: place, printed, median, lowest, highest measured / printed, what holds."""
+    """One row a printed formula: place, printed, median, lowest, highest measured / printed, what
+    holds.
+    """
     ratios = [_ratios(seed) for seed in range(seeds)]
     rows = []
     for (place, printed, holds), cells in zip(FORMULAS, np.array(ratios).T, strict=True):

@@ -1,4 +1,6 @@
-"""Figures of `megatron-commute quadratic`: fields and bracket, losses along the flow, Table 1, the search."""
+"""Figures of `megatron-commute quadratic`: fields and bracket, losses along the flow, Table 1, the
+search.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from megatron_commute.report.drawing import COLOURS, GREY, house_style
 
 
 def draw(out_dir, tables):
-    """Writes the four PNG files into out_dir and returns their paths; tables: of `quadratic.study`."""
+    """Writes four PNG files into out_dir and returns their paths; tables: of `quadratic.study`."""
     from matplotlib.figure import Figure
 
     paths = []

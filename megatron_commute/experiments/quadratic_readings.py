@@ -24,7 +24,8 @@ READINGS = {
 
 
 def readings(seeds, names=tuple(READINGS)):
-    """Table 1 under the named readings: one row a reading, start t and window dt, the paper's numbers beside.
+    """Table 1 under the named readings: one row a reading, start t and window dt, the paper's
+    numbers beside.
 
     `seeds` problems where n is small, at most 100 where it is 100 as in the paper's appendix B.
     """
@@ -42,11 +43,12 @@ def readings(seeds, names=tuple(READINGS)):
 
 
 def one_problem(seeds):
-    """Table 1 at dt = 0.1 when matrices and minima are drawn once and only theta0 anew, ORIGINS times.
+    """Table 1 at dt = 0.1 when matrices and minima are drawn once and only theta0 anew, ORIGINS
+    times.
 
-    One row a dimension and start t: 10, 50 and 90 % quantiles, over min(seeds, 100) problems, of the median
-    and of half its 90-10 range; close: the share of problems whose four medians all lie within CLOSE of
-    the paper's.
+    One row a dimension and start t: 10, 50 and 90 % quantiles, over min(seeds, 100) problems, of
+    the median and of half its 90-10 range; close: the share of problems whose four medians all lie
+    within CLOSE of the paper's.
     """
     rows = []
     for n in (2, 5, 100):
@@ -94,7 +96,7 @@ def _read(swap, theta, window, read):
 
 
 def _many_starts(seed, n):
-    """Medians and half 90-10 ranges [2, 4] over many theta0 of one problem, one for each start t."""
+    """Medians and half 90-10 ranges [2, 4] over many theta0 of one problem, for each start t."""
     problem, _ = sample(seed, n=n)
     swap = Swap(problem)
     theta0 = np.random.default_rng([seed, 1]).standard_normal((ORIGINS, n))

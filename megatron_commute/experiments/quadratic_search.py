@@ -1,7 +1,7 @@
 """Searching over whole schedules with budgets, and Corollary 3.2(b) on what the search finds.
 
-The loss at the end is differentiated through the exact flow: with the adjoint lambda (lambda' = H_w lambda,
-from the target's gradient at the end), dL/dw_k in a step is -int lambda . g_k dt.
+The loss at the end is differentiated through the exact flow: with the adjoint lambda (lambda' = H_w
+lambda, from the target's gradient at the end), dL/dw_k in a step is -int lambda . g_k dt.
 """
 
 from __future__ import annotations
@@ -19,20 +19,24 @@ SILENT = 0.05  # a gap below this part of the constant mixture's median gap coun
 
 
 def corollary(seeds):
-    """Corollary 3.2(b) before and after the search, one row for 2 and 3 domains and each of `seeds` problems.
+    """Corollary 3.2(b) before and after the search, one row for 2 and 3 domains and each of `seeds`
+    problems.
 
-    gain_percent: of the constant mixture's final loss. mixed_*: share of (step, next step, pair) where both
-    domains are mixed in both steps. gap_constant: median |s_i - s_j| over those, direction pulled back from
-    the end; gap_found: the same for the found schedule, as a part of gap_constant. improvable_*: share of all
-    where besides `bracket.improvable` holds. switches: turns from one pure domain to another; allowed and
-    allowed_local: those that pass `bracket.may_switch` with the direction pulled back from the end (what the
-    corollary is about here), and with the local gradient (what a checkpoint can see).
+    gain_percent: of the constant mixture's final loss. mixed_*: share of (step, next step, pair)
+    where both domains are mixed in both steps. gap_constant: median |s_i - s_j| over those,
+    direction pulled back from the end; gap_found: the same for the found schedule, as a part of
+    gap_constant. improvable_*: share of all where besides `bracket.improvable` holds. switches:
+    turns from one pure domain to another; allowed and allowed_local: those that pass
+    `bracket.may_switch` with the direction pulled back from the end (what the corollary is about
+    here), and with the local gradient (what a checkpoint can see).
     """
     return [_row(*problem_of(seed, domains)) for domains in (2, 3) for seed in range(seeds)]
 
 
 def problem_of(seed, domains):
-    """(seed, Quadratic, theta0, budgets) of one row of `corollary`; the target is the budgets, all equal."""
+    """(seed, Quadratic, theta0, budgets) of one row of `corollary`; the target is the budgets, all
+    equal.
+    """
     problem, theta0 = sample(seed, n=DIMENSIONS, domains=domains, base=0.8)
     return seed, problem, theta0, np.full(domains, 1 / domains)
 
@@ -59,9 +63,11 @@ def _row(seed, problem, theta0, budgets):
 
 
 def constrained(objective, start, totals, iterations, tolerance):
-    """scipy's SLSQP result for weights f64[M, K] in [0, 1] whose rows sum to 1 and whose columns sum to `totals` f64[K].
+    """scipy's SLSQP result for weights f64[M, K] in [0, 1] whose rows sum to 1 and whose columns
+    sum to `totals` f64[K].
 
-    objective: weights -> (value, slope f64[M, K]), of a size near 100; start: f64[M, K]. Dense in M * K.
+    objective: weights -> (value, slope f64[M, K]), of a size near 100; start: f64[M, K]. Dense in M
+    * K.
     """
     from scipy.optimize import minimize
 
@@ -85,10 +91,12 @@ def constrained(objective, start, totals, iterations, tolerance):
 
 
 def search(problem, theta0, budgets, time, steps, target):
-    """A schedule f64[steps, K] within the budgets whose end no small change lowers, and its final loss.
+    """A schedule f64[steps, K] within the budgets whose end no small change lowers, and its final
+    loss.
 
-    Sequential quadratic programming (scipy's SLSQP) on the exact gradient, from the constant mixture: a local
-    optimum. Dense in steps * K, so for up to a few hundred weights. RuntimeError where it does not converge.
+    Sequential quadratic programming (scipy's SLSQP) on the exact gradient, from the constant
+    mixture: a local optimum. Dense in steps * K, so for up to a few hundred weights. RuntimeError
+    where it does not converge.
     """
     K = len(budgets)
     start = np.tile(budgets, (steps, 1))
@@ -105,7 +113,9 @@ def search(problem, theta0, budgets, time, steps, target):
 
 
 def gradient(problem, theta0, weights, time, target):
-    """Final loss, and its exact gradient f64[steps, K] with respect to the steps' weights f64[steps, K]."""
+    """Final loss, and its exact gradient f64[steps, K] with respect to the steps' weights
+    f64[steps, K].
+    """
     h = time / len(weights)
     rates, basis = np.linalg.eigh(np.tensordot(weights, problem.A, 1))
     pull = weights @ np.einsum("kij,kj->ki", problem.A, problem.b)
@@ -128,7 +138,7 @@ def gradient(problem, theta0, weights, time, target):
 
 
 def trajectory(problem, theta0, weights, time, target):
-    """(P pulled back from the end, P of the local gradient) at the end of every step but the last."""
+    """(P pulled back from the end, P of the local gradient) after every step but the last."""
     h = time / len(weights)
     flows = [problem.flow(w) for w in weights]
     states = [theta0]
@@ -145,7 +155,8 @@ def trajectory(problem, theta0, weights, time, target):
 
 
 def mixed_gaps(brackets, weights):
-    """|s_i - s_j| for [step and its next, pair i > j]; NaN where a domain is not mixed in both steps.
+    """|s_i - s_j| for [step and its next, pair i > j]; NaN where a domain is not mixed in both
+    steps.
 
     brackets: P[K, K] at each inner boundary of the steps; weights: f64[steps, K].
     """
@@ -162,7 +173,9 @@ def mixed_gaps(brackets, weights):
 
 
 def _switches(brackets, weights, error):
-    """(allowed pulled back, locally) for every turn from pure i to pure j, at most one mixed step between."""
+    """(allowed pulled back, locally) for every turn from pure i to pure j, at most one mixed step
+    between.
+    """
     pure = np.where(weights.max(1) > 1 - INTERIOR, weights.argmax(1), -1)
     turns = []
     for step in range(1, len(weights)):

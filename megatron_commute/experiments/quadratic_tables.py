@@ -1,4 +1,4 @@
-"""Tables of `megatron-commute quadratic`: the paper's Table 1, and the full prediction beyond it."""
+"""Tables of `megatron-commute quadratic`: the paper's Table 1 and the full prediction."""
 
 from __future__ import annotations
 
@@ -28,14 +28,18 @@ class Swap:
         self.first, self.second = (problem.flow(np.eye(2)[k]) for k in range(2))
 
     def excess(self, theta, window):
-        """Excess losses (EL_12, EL_21) of the even mixture L after two windows of flow time `window` each."""
+        """Excess losses (EL_12, EL_21) of the even mixture L after two windows of flow time
+        `window` each.
+        """
         base = self.mixture(theta, 2 * window)
         one_two = self.second(self.first(theta, window), window)
         two_one = self.first(self.second(theta, window), window)
         return self.difference(one_two, base), self.difference(two_one, base)
 
     def difference(self, theta, base):
-        """L(theta) - L(base) without cancellation: for a quadratic it is step . gradient at the midpoint."""
+        """L(theta) - L(base) without cancellation: for a quadratic it is step . gradient at the
+        midpoint.
+        """
         g = self.problem.gradients((theta + base) / 2).mean(-2)
         return np.einsum("...i,...i->...", theta - base, g)
 
@@ -52,9 +56,11 @@ class Swap:
 
 
 def table1(seeds):
-    """Twelve rows: start t, window dt, median, 10 and 90 % quantiles of measured over predicted; the paper's.
+    """Twelve rows: start t, window dt, median, 10 and 90 % quantiles of measured over predicted;
+    the paper's.
 
-    One random problem a seed (matrices, minima and theta0). median_21: of -EL_21 over the same prediction.
+    One random problem a seed (matrices, minima and theta0). median_21: of -EL_21 over the same
+    prediction.
     """
     cells = np.empty((seeds, len(STARTS), len(WINDOWS), 2))
     for seed in range(seeds):
@@ -77,10 +83,12 @@ def table1(seeds):
 
 
 def full_loss(seeds):
-    """Measured over predicted dL beyond the paper's case; predicted with the full score, and with s alone.
+    """Measured over predicted dL beyond the paper's case; predicted with the full score, and with s
+    alone.
 
-    Rows: 2, 3 and 8 domains, random weights, the pair of the largest predicted effect, direction read where
-    the windows meet; plain, with weight decay 0.1, with a learning rate of 1.1 then 0.9, and with both.
+    Rows: 2, 3 and 8 domains, random weights, the pair of the largest predicted effect, direction
+    read where the windows meet; plain, with weight decay 0.1, with a learning rate of 1.1 then 0.9,
+    and with both.
     """
     rows = []
     for domains in (2, 3, 8):
@@ -94,7 +102,7 @@ def full_loss(seeds):
 
 
 def _full(seed, domains, decay, rates, window):
-    """Measured dL over the prediction of the full score, and over that of s alone, of one problem."""
+    """Measured dL over the prediction of the full score, and of s alone, of one problem."""
     problem, theta = sample(seed, n=40, domains=domains, base=0.8)
     weights = np.random.default_rng([seed, 2]).dirichlet(np.full(domains, 3.0))
     times = tuple(rate * window for rate in rates)

@@ -1,13 +1,14 @@
 """A small quadratic model of K domains learned from recycled Hessian-vector products (RH-Nys).
 
-An orthonormal basis V grows by directions that are multiplied by the Hessian of each domain, K products each, and by the
-steps of training themselves, along which exact gradients tell the products for nothing. On V the Hessians are then known
-(Galerkin); on the strongest part of what the products leave V into they are completed by Nystrom, which is exact on V and
-never negative. Vectors may be anything: all that is asked of them is an inner product and a linear combination, so the same
+An orthonormal basis V grows by directions that are multiplied by the Hessian of each domain, K
+products each, and by the steps of training themselves, along which exact gradients tell the
+products for nothing. On V the Hessians are then known (Galerkin); on the strongest part of what the
+products leave V into they are completed by Nystrom, which is exact on V and never negative. Vectors
+may be anything: all that is asked of them is an inner product and a linear combination, so the same
 lines serve numpy rows and lists of tensors of model size.
 
-Source of the completion: Nystrom approximation (Williams & Seeger 2001). Cost of one `add`: K products (by the caller) and
-(K + 1)^2 r inner products; memory: r (K + 1) vectors.
+Source of the completion: Nystrom approximation (Williams & Seeger 2001). Cost of one `add`: K
+products (by the caller) and (K + 1)^2 r inner products; memory: r (K + 1) vectors.
 """
 
 import dataclasses
@@ -35,7 +36,8 @@ class Model:
     g_se: np.ndarray
     # f64[K, r], likewise of full.g
     clock: np.ndarray
-    # f64[P + 1], flow time from now to the ends of P equal parts of the samples left: 0 and the whole for one rate
+    # f64[P + 1], flow time from now to the ends of P equal parts of the samples left: 0 and the
+    # whole for one rate
 
     @property
     def noisy(self):
@@ -43,8 +45,9 @@ class Model:
         return bool((self.H_se > 0).any() or (self.g_se > 0).any())
 
     def draws(self, quadratic, count):
-        """`quadratic` as it would be measured again, `count` times, as one Quadratic with a new leading axis; the same at
-        every call."""
+        """`quadratic` as it would be measured again, `count` times, as one Quadratic with a new
+        leading axis; the same at every call.
+        """
         rng = np.random.default_rng(0)
         noise = np.tril(rng.standard_normal((count, *self.H_se.shape)))
         noise = noise + np.tril(noise, -1).swapaxes(-1, -2)
@@ -66,8 +69,8 @@ def rows_combine(coefficients, X):
 class Recycled:
     """The basis, its products and their Gram matrix. K = domains.
 
-    dots(X, Y) -> f64[len(X), len(Y)] and combine(c f64[m], X) -> vector act on lists of vectors; under a metric D pass
-    vectors in its geometry (D^1/2 g, D^1/2 H D^1/2 v).
+    dots(X, Y) -> f64[len(X), len(Y)] and combine(c f64[m], X) -> vector act on lists of vectors;
+    under a metric D pass vectors in its geometry (D^1/2 g, D^1/2 H D^1/2 v).
     """
 
     def __init__(self, domains, *, dots=rows_dots, combine=rows_combine, width=WIDTH, completed=COMPLETED):
@@ -75,8 +78,8 @@ class Recycled:
         self.basis, self.products, self._gram = [], [], np.zeros((0, 0))
 
     def direction(self, gradients, shares):
-        """The unit vector to multiply next: the strongest part outside the basis of the gradients and of the mixed Hessian's
-        last products; None when nothing is left outside it.
+        """The unit vector to multiply next: the strongest part outside the basis of the gradients
+        and of the mixed Hessian's last products; None when nothing is left outside it.
 
         gradients: K vectors; shares f64[K].
         """
@@ -101,8 +104,10 @@ class Recycled:
         return vector
 
     def add(self, direction, products):
-        """Keep a unit direction orthogonal to the basis (from `direction`) and its K products; beyond `width` the
-        combination of least curvature goes, since order matters by curvature alone."""
+        """Keep a unit direction orthogonal to the basis (from `direction`) and its K products;
+        beyond `width` the combination of least curvature goes, since order matters by curvature
+        alone.
+        """
         new = [direction, *products]
         old = [vector for v, y in zip(self.basis, self.products, strict=True) for vector in (v, *y)]
         corner = self.dots(new, new)
@@ -114,7 +119,9 @@ class Recycled:
             self._forget()
 
     def _forget(self):
-        """Turn the basis (Householder) so that its last vector is the one of least curvature, and drop that."""
+        """Turn the basis (Householder) so that its last vector is the one of least curvature, and
+        drop that.
+        """
         r, K = len(self.basis), self.K
         gram = self._gram.reshape(r, K + 1, r, K + 1)
         least = np.linalg.eigh(np.einsum("ikjk->ij", gram[:, 1:, :, 1:]))[1][:, 0]
@@ -134,8 +141,10 @@ class Recycled:
         self._gram = gram.reshape((r - 1) * (K + 1), (r - 1) * (K + 1))
 
     def follow(self, step, changes):
-        """Learn from a step of training: H_k step is the `changes` of the gradients over it, K vectors (exactly on
-        quadratics). Costs no product; for gradients without noise only, since it divides by what is new of the step."""
+        """Learn from a step of training: H_k step is the `changes` of the gradients over it, K
+        vectors (exactly on quadratics). Costs no product; for gradients without noise only, since
+        it divides by what is new of the step.
+        """
         along = self.dots(self.basis, [step])[:, 0] if self.basis else np.zeros(0)
         length = float(self.dots([step], [step])[0, 0]) ** 0.5
         outside = self.combine([1.0, *-along], [step, *self.basis])
@@ -150,13 +159,17 @@ class Recycled:
         self.add(self.combine([1 / size], [outside]), products)
 
     def blocks(self, without=0):
-        """(a f64[K, r, r] with a[k, i, j] = v_i . H_k v_j, products' Gram f64[K, r, K, r]); without: newest left out."""
+        """(a f64[K, r, r] with a[k, i, j] = v_i . H_k v_j, products' Gram f64[K, r, K, r]);
+        without: newest left out.
+        """
         r, K = len(self.basis), self.K
         gram = self._gram.reshape(r, K + 1, r, K + 1)[: r - without, :, : r - without]
         return gram[:, 0, :, 1:].transpose(2, 0, 1), gram[:, 1:, :, 1:].transpose(1, 0, 3, 2)
 
     def noise(self):
-        """Relative error f64[K] of a product along any one direction: from V'HV, which would be symmetric without noise."""
+        """Relative error f64[K] of a product along any one direction: from V'HV, which would be
+        symmetric without noise.
+        """
         a, gram = self.blocks()
         r = len(self.basis)
         if r < 2:
@@ -167,10 +180,11 @@ class Recycled:
         return np.sqrt(apart / np.maximum((norms[:, upper[0]] + norms[:, upper[1]]).sum(1), 1e-300))
 
     def model(self, gradients, target, clock, g_se=None):
-        """The Model at the point where the K `gradients` were measured; target f64[K]; clock as in Model.
+        """The Model at the point where the K `gradients` were measured; target f64[K]; clock as in
+        Model.
 
-        g_se f64[K]: standard error of a gradient along any one direction (None: exact). Curvature is that of the points
-        where the products were measured. ValueError before the first `add`.
+        g_se f64[K]: standard error of a gradient along any one direction (None: exact). Curvature
+        is that of the points where the products were measured. ValueError before the first `add`.
         """
         if not self.basis:
             raise ValueError("no product yet: add one direction with its K products first")
@@ -191,7 +205,9 @@ class Recycled:
         )
 
     def _completed(self, dots, target, r):
-        """(Quadratic learned from the r oldest products, standard errors f64[K, r, r] of its measured block)."""
+        """(Quadratic learned from the r oldest products, standard errors f64[K, r, r] of its
+        measured block).
+        """
         a, gram = self.blocks(len(self.basis) - r)
         K, inside = self.K, a.transpose(1, 0, 2).reshape(r, self.K * r)
         A, error = self._measured(a, np.einsum("kjkj->kj", gram))
@@ -211,7 +227,9 @@ class Recycled:
         return receding_plan.Quadratic(H=H, g=g, target=target), error
 
     def _measured(self, a, norms):
-        """(V'HV f64[K, r, r] of both readings weighted by their precision, never negative; its standard errors)."""
+        """(V'HV f64[K, r, r] of both readings weighted by their precision, never negative; its
+        standard errors).
+        """
         noise = self.noise()
         noise = np.where(noise > SILENT, noise, 0.0)[:, None, None]
         sure = 1 / np.maximum(norms, 1e-300)  # the error of a product grows with its length

@@ -1,7 +1,9 @@
-"""Law `receding`: the first window of the best plan for the rest of the run, on a small quadratic model.
+"""Law `receding`: the first window of the best plan for the rest of the run, on a small quadratic
+model.
 
-No running job keeps such a model (receding.py), so the law has no name in a mixture file; experiments
-hand it to controller.decide as a function, with functools.partial(receding, model=..., loss=...).
+No running job keeps such a model (receding.py), so the law has no name in a mixture file;
+experiments hand it to controller.decide as a function, with functools.partial(receding, model=...,
+loss=...).
 """
 
 from typing import NamedTuple
@@ -23,9 +25,10 @@ AGAIN = 60, 8  # rounds of descent on each: of the first plan, and of one that g
 
 
 class Proposal(NamedTuple):
-    """wish f64[K] for the coming window, the shares where not active; expected, error: change of the target loss at the end
-    against the shares, and its standard error; constant: its change under the shares from now on; plan f64[M, K], pace: for
-    the next call."""
+    """wish f64[K] for the coming window, the shares where not active; expected, error: change of
+    the target loss at the end against the shares, and its standard error; constant: its change
+    under the shares from now on; plan f64[M, K], pace: for the next call.
+    """
 
     wish: np.ndarray
     active: bool
@@ -37,9 +40,11 @@ class Proposal(NamedTuple):
 
 
 def receding(situation, model, loss):
-    """Plans the rest of the run anew at every decision on `model` (a receding.Model, RH-Nys) and wishes the first window;
-    no more of it than is surer than its error, and nothing that begins with less than GATE of the target loss at the end
-    (`loss`: now, nats). No oracle: the model knows only products and gradients."""
+    """Plans the rest of the run anew at every decision on `model` (a receding.Model, RH-Nys) and
+    wishes the first window; no more of it than is surer than its error, and nothing that begins
+    with less than GATE of the target loss at the end (`loss`: now, nats). No oracle: the model
+    knows only products and gradients.
+    """
     s, shares = situation, shares_of(situation)
     times, sizes = segments(s.samples_left, min(s.window, s.samples_left), model.clock)
     start = continued(s.memory, sizes, len(shares))
@@ -59,8 +64,9 @@ def receding(situation, model, loss):
 
 
 def doubt(found, loss, confidence, acting):
-    """Why the gain that a Proposal predicts does not count, or None. acting: a plan is being carried out, so what is left to
-    gain shrinks."""
+    """Why the gain that a Proposal predicts does not count, or None. acting: a plan is being
+    carried out, so what is left to gain shrinks.
+    """
     from scipy.special import ndtri
 
     expected, error = float(found.expected), float(found.error)
@@ -72,7 +78,9 @@ def doubt(found, loss, confidence, acting):
 
 
 def continued(memory, sizes, K):
-    """The last decision's plan over segments of `sizes` f64[M] that end where it ends, f64[M, K]; None without one."""
+    """The last decision's plan over segments of `sizes` f64[M] that end where it ends, f64[M, K];
+    None without one.
+    """
     plan, before = (np.array(memory.get(key, []), dtype=np.float64) for key in ("plan", "sizes"))
     if plan.ndim != 2 or plan.shape != (len(before), K) or before.sum() < sizes.sum():
         return None
@@ -83,7 +91,9 @@ def continued(memory, sizes, K):
 
 
 def segments(samples_left, window, clock):
-    """(times f64[M], sizes f64[M]) of the rest of a run: the coming window first, then equal or growing pieces."""
+    """(times f64[M], sizes f64[M]) of the rest of a run: the coming window first, then equal or
+    growing pieces.
+    """
     count = -(-samples_left // window)
     if count <= MOST_PIECES:
         sizes = np.full(int(count), float(window))
@@ -104,7 +114,9 @@ def segments(samples_left, window, clock):
 
 
 def target_last(rest, sizes, target):
-    """Schedule f64[M, K]: excess budgets first, then the target's mixture for as long as the budgets carry it."""
+    """Schedule f64[M, K]: excess budgets first, then the target's mixture for as long as the
+    budgets carry it.
+    """
     first, excess = excess_first(rest, target)
     first = max(first, 1e-9 * sizes.sum())
     early = np.clip((first - (np.cumsum(sizes) - sizes)) / sizes, 0, 1)[:, None]
@@ -112,7 +124,9 @@ def target_last(rest, sizes, target):
 
 
 def gains(quadratic, times, base, plan):
-    """(loss under base f64[M, K] - loss with the parts STEPS of what `plan` f64[..., M, K] deviates from it) f64[..., S]."""
+    """(loss under base f64[M, K] - loss with the parts STEPS of what `plan` f64[..., M, K] deviates
+    from it) f64[..., S].
+    """
     tried = base + np.reshape(STEPS, (-1, 1, 1)) * (plan - base)[..., None, :, :]
     return receding_plan.loss_change(quadratic, base, times) - receding_plan.loss_change(
         quadratic, tried, times
@@ -120,11 +134,12 @@ def gains(quadratic, times, base, plan):
 
 
 def propose(model, times, sizes, rest, start=None, pace=None):
-    """The Proposal for the coming window: plan the rest of the run on the small model, apply no more of it than is sure.
+    """The Proposal for the coming window: plan the rest of the run on the small model, apply no
+    more of it than is sure.
 
-    times f64[M], sizes f64[M] as from `segments`, rest f64[K] samples left of every domain (their sum is that of sizes);
-    start f64[M, K], pace: the last plan for the windows that remain. The step is the part of a plan's deviation from the
-    shares with the largest gain minus two errors.
+    times f64[M], sizes f64[M] as from `segments`, rest f64[K] samples left of every domain (their
+    sum is that of sizes); start f64[M, K], pace: the last plan for the windows that remain. The
+    step is the part of a plan's deviation from the shares with the largest gain minus two errors.
     """
     shares = rest / rest.sum()
     base = np.tile(shares, (len(sizes), 1))
@@ -145,7 +160,9 @@ def propose(model, times, sizes, rest, start=None, pace=None):
 
 
 def claim(plan, base, gain, *errors):
-    """(first windows f64[S, K] of the STEPS from base towards plan, their gain f64[S], its error f64[S])."""
+    """(first windows f64[S, K] of the STEPS from base towards plan, their gain f64[S], its error
+    f64[S]).
+    """
     first = base[0] + np.reshape(STEPS, (-1, 1)) * (plan[0] - base[0])
     return first, gain, np.sqrt(sum(error**2 for error in errors))
 
@@ -153,8 +170,9 @@ def claim(plan, base, gain, *errors):
 def exact_claims(model, run, base, begin, rounds, pace):
     """(plan f64[M, K], pace, its claim) of a model without noise.
 
-    Errors: how far the leaner model disagrees about the plan, and what the leaner model's own best plan, chosen for its
-    faults, loses when the fuller one judges it; a part of each counts, since the fuller one errs by less.
+    Errors: how far the leaner model disagrees about the plan, and what the leaner model's own best
+    plan, chosen for its faults, loses when the fuller one judges it; a part of each counts, since
+    the fuller one errs by less.
     """
     times, sizes, rest = run
     plan, _, pace = receding_plan.descend(model.full, begin, times, sizes, rest, rounds, pace)
@@ -167,12 +185,14 @@ def exact_claims(model, run, base, begin, rounds, pace):
 
 
 def noisy_claims(model, run, base, begin, rounds):
-    """(plan f64[M, K], its claim and that of `target_last`) of a model that was measured with noise.
+    """(plan f64[M, K], its claim and that of `target_last`) of a model that was measured with
+    noise.
 
-    A plan chosen freely on a noisy model is chosen for its noise, and harms. So the model is shrunk to what stands out of
-    its noise; DRAWS models, as they would be measured and shrunk again if that were the truth, have a plan each, and what
-    those keep of their gain in the truth tells what choosing is worth (parametric bootstrap). Their mean is the plan. The
-    other is the target's own mixture at the end, which has nothing to choose: there the measurement counts as it is.
+    A plan chosen freely on a noisy model is chosen for its noise, and harms. So the model is shrunk
+    to what stands out of its noise; DRAWS models, as they would be measured and shrunk again if
+    that were the truth, have a plan each, and what those keep of their gain in the truth tells what
+    choosing is worth (parametric bootstrap). Their mean is the plan. The other is the target's own
+    mixture at the end, which has nothing to choose: there the measurement counts as it is.
     """
     times, sizes, rest = run
     truth = receding_plan.shrunk(model.full, model.H_se, model.g_se)

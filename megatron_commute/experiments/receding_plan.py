@@ -1,11 +1,13 @@
-"""Planning on a small quadratic model: the target loss at the end under weights piece by piece, its exact gradient, and a
-descent over all schedules that keep the budgets.
+"""Planning on a small quadratic model: the target loss at the end under weights piece by piece, its
+exact gradient, and a descent over all schedules that keep the budgets.
 
-In r coordinates (orthonormal, origin at the parameters of now) domain k has the slope g_k and the Hessian H_k; training
-follows d' = -sum_k w_k (g_k + H_k d). Every array may carry the same leading batch shape "..."; M segments have the lengths
-`times` f64[..., M] (flow time: learning rate x steps) and `sizes` f64[M] (samples), the first being the coming window.
+In r coordinates (orthonormal, origin at the parameters of now) domain k has the slope g_k and the
+Hessian H_k; training follows d' = -sum_k w_k (g_k + H_k d). Every array may carry the same leading
+batch shape "..."; M segments have the lengths `times` f64[..., M] (flow time: learning rate x
+steps) and `sizes` f64[M] (samples), the first being the coming window.
 
-Method: receding-horizon control with the flow's own adjoint (Pontryagin), budgets by entropic projection (Sinkhorn).
+Method: receding-horizon control with the flow's own adjoint (Pontryagin), budgets by entropic
+projection (Sinkhorn).
 """
 
 import dataclasses
@@ -60,8 +62,9 @@ class Quadratic:
 class Path(NamedTuple):
     """A flow as `forward` leaves it for `backward`; N: substeps of all segments together.
 
-    steps f64[..., M, r + 1, r + 1]: -h G of a substep, h f64[..., M] its length; parts i64[M]: substeps of every segment;
-    order: Taylor terms; inside f64[..., N, 4, r + 1]: (d, 1) at the nodes and at the end of every substep.
+    steps f64[..., M, r + 1, r + 1]: -h G of a substep, h f64[..., M] its length; parts i64[M]:
+    substeps of every segment; order: Taylor terms; inside f64[..., N, 4, r + 1]: (d, 1) at the
+    nodes and at the end of every substep.
     """
 
     steps: np.ndarray
@@ -84,7 +87,7 @@ def weighted(w, H):
 
 
 def pieces(model, times):
-    """(substeps of every segment, Taylor order) with which the flow is accurate to 1e-8 of itself."""
+    """(substeps of every segment, Taylor order) that make the flow accurate to 1e-8 of itself."""
     longest = times.reshape(-1, times.shape[-1]).max(0) * model.top
     parts = np.maximum(np.ceil(longest / REACH), 1).astype(int)
     reach = float((longest / parts).max())
@@ -92,10 +95,12 @@ def pieces(model, times):
 
 
 def march(steps, parts, first, nodes, terms):
-    """exp(node S) x f64[..., N, nodes, r] within every substep, S f64[r, r] of steps[..., M, r, r] applied parts[m] times.
+    """exp(node S) x f64[..., N, nodes, r] within every substep, S f64[r, r] of steps[..., M, r, r]
+    applied parts[m] times.
 
-    first f64[..., r]: x at the start; nodes f64[4], the last one 1: there the next substep begins; terms: of the series.
-    Nearly all time of a plan is spent in the inner products here, so their rows are laid out once.
+    first f64[..., r]: x at the start; nodes f64[4], the last one 1: there the next substep begins;
+    terms: of the series. Nearly all time of a plan is spent in the inner products here, so their
+    rows are laid out once.
     """
     powers = nodes[:, None] ** np.arange(terms) / np.cumprod(np.maximum(np.arange(terms), 1.0))
     row = np.empty((terms, first.shape[-1]))
@@ -125,7 +130,9 @@ def forward(model, w, times):
 
 
 def backward(model, path):
-    """Gradient f64[..., M, K] of the change of the target loss, by the exact adjoint of the flow along `path`."""
+    """Gradient f64[..., M, K] of the change of the target loss, by the exact adjoint of the flow
+    along `path`.
+    """
     slope, curvature = model.of_target
     end, inside = path.inside[..., -1, -1, :-1], path.inside[..., :-1, :]
     last = np.zeros(path.inside[..., -1, -1, :].shape)
@@ -147,17 +154,21 @@ def loss_change(model, w, times):
 
 
 def loss_gradient(model, w, times):
-    """(change of the target loss f64[...], its gradient f64[..., M, K] by the exact adjoint) under w f64[..., M, K]."""
+    """(change of the target loss f64[...], its gradient f64[..., M, K] by the exact adjoint) under
+    w f64[..., M, K].
+    """
     change, path = forward(model, w, times)
     return change, backward(model, path)
 
 
 def shrunk(model, H_se, g_se):
-    """The Quadratic to expect where `model` was measured with standard errors H_se f64[K, r, r], g_se f64[K, r].
+    """The Quadratic to expect where `model` was measured with standard errors H_se f64[K, r, r],
+    g_se f64[K, r].
 
-    Eigenvalues of H_k lose what noise adds to them (Gavish & Donoho 2017, Frobenius loss: sqrt(x^2 - edge^2), none below the
-    edge of pure noise); coordinates of g_k along its eigenvectors are Wiener-filtered with a signal in proportion to the
-    squared eigenvalue, as it is where the minimum of domain k lies anywhere (g_k = H_k (theta - b_k), b_k isotropic).
+    Eigenvalues of H_k lose what noise adds to them (Gavish & Donoho 2017, Frobenius loss: sqrt(x^2
+    - edge^2), none below the edge of pure noise); coordinates of g_k along its eigenvectors are
+    Wiener-filtered with a signal in proportion to the squared eigenvalue, as it is where the
+    minimum of domain k lies anywhere (g_k = H_k (theta - b_k), b_k isotropic).
     """
     values, vectors = np.linalg.eigh(model.H)
     noisy = np.maximum((H_se > 0).any(-1).sum(-1), 1)
@@ -172,11 +183,12 @@ def shrunk(model, H_se, g_se):
 
 
 def spread(w, sizes, rest, rounds=12):
-    """w f64[..., M, K] > 0 scaled (Sinkhorn), then rounded so that every segment sums to one and domain k uses exactly
-    rest f64[..., K] samples; sizes f64[M] sum to the samples left.
+    """w f64[..., M, K] > 0 scaled (Sinkhorn), then rounded so that every segment sums to one and
+    domain k uses exactly rest f64[..., K] samples; sizes f64[M] sum to the samples left.
 
-    The rounding (Altschuler, Weed & Rigollet 2017, algorithm 2) matters: scaling alone converges slowly near pure segments,
-    and a plan that overdraws a budget by little already promises a gain that is not there.
+    The rounding (Altschuler, Weed & Rigollet 2017, algorithm 2) matters: scaling alone converges
+    slowly near pure segments, and a plan that overdraws a budget by little already promises a gain
+    that is not there.
     """
     row = np.ones(w.shape[:-1])
     for _ in range(rounds):
@@ -192,10 +204,12 @@ def spread(w, sizes, rest, rounds=12):
 
 
 def descend(model, w, times, sizes, rest, rounds, pace=None):
-    """(weights, change of the target loss, pace) after `rounds` of mirror descent from w f64[..., M, K].
+    """(weights, change of the target loss, pace) after `rounds` of mirror descent from w f64[...,
+    M, K].
 
-    A round multiplies by exp(-pace x centred gradient / its largest entry), puts the budgets right and is kept only where it
-    lowers the loss; pace f64[...] grows and shrinks with success and may be handed to the next call.
+    A round multiplies by exp(-pace x centred gradient / its largest entry), puts the budgets right
+    and is kept only where it lowers the loss; pace f64[...] grows and shrinks with success and may
+    be handed to the next call.
     """
     value, gradient = loss_gradient(model, w, times)
     pace = np.ones(value.shape) if pace is None else np.maximum(pace, 0.05)

@@ -1,7 +1,9 @@
-"""The compiled kernels as operators torch.ops.megatron_commute.*; arguments are checked in ops.py, their only caller.
+"""The compiled kernels as operators torch.ops.megatron_commute.*; arguments are checked in ops.py,
+their only caller.
 
-Each operator has a schema, a fake kernel, and an implementation that calls csrc where it was compiled for the device
-and the dtype, else the namesake in reference.py. Where the latter gives None, operators give an empty tensor.
+Each operator has a schema, a fake kernel, and an implementation that calls csrc where it was
+compiled for the device and the dtype, else the namesake in reference.py. Where the latter gives
+None, operators give an empty tensor.
 """
 
 from __future__ import annotations
@@ -68,9 +70,10 @@ def wide(x):
 class _Kernel(NamedTuple):
     """What a kernel needs besides the arguments, each a function of them.
 
-    outputs: new tensors, which the fake kernel returns as well; sizes: the 64-bit sizes; scratch: bytes of memory to
-    work in, on CUDA alone. A kernel takes the dtype's code, the tensors among the arguments, the outputs, (the scratch,)
-    the sizes, the numbers among the arguments, and the number of threads (the stream).
+    outputs: new tensors, which the fake kernel returns as well; sizes: the 64-bit sizes; scratch:
+    bytes of memory to work in, on CUDA alone. A kernel takes the dtype's code, the tensors among
+    the arguments, the outputs, (the scratch,) the sizes, the numbers among the arguments, and the
+    number of threads (the stream).
     """
 
     outputs: Callable
@@ -129,7 +132,9 @@ def _operator(name, schema, *layout):
 
 
 def _has(name, x):
-    """Whether a kernel takes these arguments: attention has none in float64, on CUDA none beyond 128 columns."""
+    """Whether a kernel takes these arguments: attention has none in float64, on CUDA none beyond
+    128 columns.
+    """
     attention = name.startswith("attention")
     if attention and (x.dtype is torch.float64 or (x.device.type == "cuda" and x.shape[-1] > 128)):
         return False
@@ -233,14 +238,15 @@ cross_entropy_backward = _operator(
 )
 attention_forward = _operator(
     "attention_forward",
-    "(Tensor q, Tensor dq, Tensor k, Tensor dk, Tensor v, Tensor dv, float scale) -> (Tensor, Tensor, Tensor)",
+    "(Tensor q, Tensor dq, Tensor k, Tensor dk, Tensor v, Tensor dv, float scale) -> (Tensor, Tensor, "
+    "Tensor)",
     _attention_forward_outputs,
     lambda q, dq, k, *_: _attention_sizes(q, k),
 )
 attention_backward = _operator(
     "attention_backward",
-    "(Tensor go, Tensor dgo, Tensor q, Tensor dq, Tensor k, Tensor dk, Tensor v, Tensor dv, Tensor o, Tensor do,"
-    " Tensor saved, float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor go, Tensor dgo, Tensor q, Tensor dq, Tensor k, Tensor dk, Tensor v, Tensor dv, Tensor o, "
+    "Tensor do, Tensor saved, float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _attention_backward_outputs,
     lambda go, dgo, q, dq, k, *_: _attention_sizes(q, k),
     lambda go, *_: 8 * go.shape[:3].numel(),

@@ -1,9 +1,12 @@
-"""Plain-torch references of every compiled kernel, with its signature: slow, short and right in every dtype.
+"""Plain-torch references of every compiled kernel, with its signature: slow, short and right in
+every dtype.
 
-"Dual" means a value and its tangent along a direction u; the prefix d stands for the tangent. gx is the gradient of the loss
-with respect to x, dgx its tangent: at a parameter p, gp is the gradient and dgp is (H u)_p (Pearlmutter, Neural Computation
-6(1), 1994, the R operator). Half precision is computed in float32 and float64 in itself; results come back in the dtype of
-x (q, logits), statistics and gradients of norms and biases in the dtype of the arithmetic. Inputs are never written to.
+"Dual" means a value and its tangent along a direction u; the prefix d stands for the tangent. gx is
+the gradient of the loss with respect to x, dgx its tangent: at a parameter p, gp is the gradient
+and dgp is (H u)_p (Pearlmutter, Neural Computation 6(1), 1994, the R operator). Half precision is
+computed in float32 and float64 in itself; results come back in the dtype of x (q, logits),
+statistics and gradients of norms and biases in the dtype of the arithmetic. Inputs are never
+written to.
 """
 
 from __future__ import annotations
@@ -15,16 +18,18 @@ import torch
 
 NORMS, ACTIVATIONS = ("layer", "rms"), ("gelu_tanh", "gelu_erf", "swiglu")
 _TANH, _CUBIC = math.sqrt(2 / math.pi), 0.044715  # of GELU's tanh form
-# Elements of all vectors together that are held in float64 at a time: about one in 64 of a vector, so that the copies
-# do not count beside the vectors themselves, within bounds that keep a CPU's cache and a GPU's kernels busy.
+# Elements of all vectors together that are held in float64 at a time: about one in 64 of a vector,
+# so that the copies do not count beside the vectors themselves, within bounds that keep a CPU's
+# cache and a GPU's kernels busy.
 _CHUNK_SHARE, _LEAST_CHUNK, _CHUNK = 64, 1 << 18, 1 << 22
 
 
 def norm_forward(x, dx, weight, dweight, bias, dbias, eps, kind):
     """y, dy [n, h] of LayerNorm ("layer") or RMSNorm ("rms") of x, dx [n, h], and saved [n, 4].
 
-    weight, dweight [h]; bias, dbias [h] or None; eps: what is added to the variance (the mean square). saved: mean, 1/std
-    and their tangents, for norm_backward. Raises ValueError for an unknown kind.
+    weight, dweight [h]; bias, dbias [h] or None; eps: what is added to the variance (the mean
+    square). saved: mean, 1/std and their tangents, for norm_backward. Raises ValueError for an
+    unknown kind.
     """
     _known(kind, NORMS)
     dtype, (x, dx, weight, dweight) = x.dtype, _wide(x, dx, weight, dweight)
@@ -41,7 +46,8 @@ def norm_forward(x, dx, weight, dweight, bias, dbias, eps, kind):
 
 
 def norm_backward(gy, dgy, x, dx, saved, weight, dweight, kind):
-    """gx, dgx [n, h], gweight, dgweight [h], gbias, dgbias [h] (None for "rms"), from gy, dgy [n, h] and the inputs.
+    """gx, dgx [n, h], gweight, dgweight [h], gbias, dgbias [h] (None for "rms"), from gy, dgy [n,
+    h] and the inputs.
 
     The last four are sums over rows in the dtype of `saved`.
     """
@@ -78,7 +84,9 @@ def activation_forward(x, dx, bias, dbias, kind):
 
 
 def activation_backward(gy, dgy, x, dx, bias, dbias, kind):
-    """gx, dgx [n, f] ([n, 2f] for swiglu) and gbias, dgbias, their sums over rows (None without a bias)."""
+    """gx, dgx [n, f] ([n, 2f] for swiglu) and gbias, dgbias, their sums over rows (None without a
+    bias).
+    """
     _known(kind, ACTIVATIONS)
     dtype, has_bias, (gy, dgy) = x.dtype, bias is not None, _wide(gy, dgy)
     x, dx = _biased(x, dx, bias, dbias)
@@ -96,11 +104,12 @@ def activation_backward(gy, dgy, x, dx, bias, dbias, kind):
 
 
 def cross_entropy_statistics(logits, dlogits, labels, first):
-    """What a shard of the vocabulary knows of each token's loss: [n, 5] in the dtype of the arithmetic.
+    """What a shard of the vocabulary knows of each token's loss: [n, 5] in the dtype of the
+    arithmetic.
 
-    logits, dlogits [n, v]: words first .. first + v of the vocabulary; labels int64 [n], any word of it. Columns: the
-    maximum m of the shard, sum exp(l - m), sum exp(l - m) dl, the label's logit and its tangent (both 0 where the label
-    lies in another shard).
+    logits, dlogits [n, v]: words first .. first + v of the vocabulary; labels int64 [n], any word
+    of it. Columns: the maximum m of the shard, sum exp(l - m), sum exp(l - m) dl, the label's logit
+    and its tangent (both 0 where the label lies in another shard).
     """
     logits, dlogits = _wide(logits, dlogits)
     top = logits.max(1, True).values
@@ -120,7 +129,8 @@ def combine_statistics(shards):
 
 
 def cross_entropy_loss(statistics, scale):
-    """loss and dloss, numbers: the sum over n tokens of scale times the cross-entropy in nats, and its tangent.
+    """loss and dloss, numbers: the sum over n tokens of scale times the cross-entropy in nats, and
+    its tangent.
 
     statistics [n, 5] of the whole vocabulary; scale: 1/number of tokens gives the mean.
     """
@@ -129,7 +139,8 @@ def cross_entropy_loss(statistics, scale):
 
 
 def cross_entropy_backward(logits, dlogits, labels, first, statistics, scale):
-    """glogits, dglogits [n, v] of cross_entropy_loss; arguments as there and in cross_entropy_statistics.
+    """glogits, dglogits [n, v] of cross_entropy_loss; arguments as there and in
+    cross_entropy_statistics.
 
     statistics: of the whole vocabulary (combine_statistics over its shards).
     """
@@ -145,8 +156,9 @@ def cross_entropy_backward(logits, dlogits, labels, first, statistics, scale):
 def attention_forward(q, dq, k, dk, v, dv, scale):
     """o, do [b, a, s, c] of causal attention softmax(scale q k') v, and saved [b, a, s, 2].
 
-    q, dq [b, a, s, c]; k, dk, v, dv [b, g, s, c], a % g == 0: query head i attends to group i // (a / g). saved: the
-    log-sum-exp of each row of scores and its tangent. Materialises the s x s scores of all heads.
+    q, dq [b, a, s, c]; k, dk, v, dv [b, g, s, c], a % g == 0: query head i attends to group i // (a
+    / g). saved: the log-sum-exp of each row of scores and its tangent. Materialises the s x s
+    scores of all heads.
     """
     shape, dtype = q.shape, q.dtype
     q, dq, k, dk, v, dv = _heads(q, dq, k, dk, v, dv)
@@ -161,7 +173,9 @@ def attention_forward(q, dq, k, dk, v, dv, scale):
 
 
 def attention_backward(go, dgo, q, dq, k, dk, v, dv, o, do, saved, scale):
-    """gq, dgq [b, a, s, c], gk, dgk, gv, dgv [b, g, s, c] from go, dgo [b, a, s, c] and the forward's inputs and results."""
+    """gq, dgq [b, a, s, c], gk, dgk, gv, dgv [b, g, s, c] from go, dgo [b, a, s, c] and the
+    forward's inputs and results.
+    """
     shapes, dtype = (q.shape, q.shape, *[k.shape] * 4), q.dtype
     go, dgo, q, dq, k, dk, v, dv, o, do = _heads(go, dgo, q, dq, k, dk, v, dv, o, do, groups=k.shape[1])
     saved = saved.reshape(*q.shape[:2], 2)
@@ -186,12 +200,14 @@ def gram(
     minus: Sequence[Sequence[torch.Tensor]] | None = None,
     eps: float | None = None,
 ) -> torch.Tensor:
-    """Inner products M[k, m] = sum_i X[k]_i D_i Y[m]_i, float64 [K, M], on the device of the vectors.
+    """Inner products M[k, m] = sum_i X[k]_i D_i Y[m]_i, float64 [K, M], on the device of the
+    vectors.
 
-    X: K vectors, Y: M vectors, each a list of tensors with the same shapes; metric: the diagonal D as such a
-    list, or None for the identity. minus: K more vectors, with which X stands for (X - minus) / (2 eps), a central
-    difference. Sums run over the tensors of this rank alone: shards of a vector are summed by the caller.
-    Raises ValueError when a list is empty, shapes differ, or one of minus and eps comes without the other.
+    X: K vectors, Y: M vectors, each a list of tensors with the same shapes; metric: the diagonal D
+    as such a list, or None for the identity. minus: K more vectors, with which X stands for (X -
+    minus) / (2 eps), a central difference. Sums run over the tensors of this rank alone: shards of
+    a vector are summed by the caller. Raises ValueError when a list is empty, shapes differ, or one
+    of minus and eps comes without the other.
     """
     if not X or not Y or not X[0]:
         raise ValueError("gram needs at least one vector on either side, each with at least one tensor")
@@ -230,11 +246,12 @@ def displace(
     metric: Sequence[torch.Tensor] | None = None,
     realised: bool = False,
 ) -> list[torch.Tensor] | tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """New tensors params + eps D v with the dtype of params; params are not touched and no graph is kept.
+    """New tensors params + eps D v with the dtype of params; params are not touched and no graph is
+    kept.
 
-    params, v, metric (the diagonal D, or None): lists of tensors with the same shapes. eps: a number. realised: also
-    return what was really added, in float32 (float64), which differs from eps D v where params are half precision.
-    Raises ValueError when shapes differ.
+    params, v, metric (the diagonal D, or None): lists of tensors with the same shapes. eps: a
+    number. realised: also return what was really added, in float32 (float64), which differs from
+    eps D v where params are half precision. Raises ValueError when shapes differ.
     """
     check_shapes(params, v, "params and v")
     if metric is not None:
@@ -254,7 +271,7 @@ def displace(
 
 
 def check_shapes(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], names: str) -> None:
-    """Raise ValueError naming the first tensor in which vectors a and b differ in number or shape."""
+    """Raise ValueError naming the first tensor in which a and b differ in number or shape."""
     if len(a) != len(b):
         raise ValueError(
             f"{names} have {len(a)} and {len(b)} tensors: give one tensor per parameter, in one order"
@@ -302,7 +319,9 @@ def _silu(x):
 
 
 def _place(labels, first, size):
-    """Column of each label in a shard [n, 1], 0 where it lies in another, and whether it lies in this one."""
+    """Column of each label in a shard [n, 1], 0 where it lies in another, and whether it lies in
+    this one.
+    """
     place = labels[:, None] - first
     here = (place >= 0) & (place < size)
     return place.where(here, torch.zeros_like(place)), here
@@ -322,5 +341,5 @@ def _scores(q, dq, k, dk, scale, s):
 
 
 def _rows(vectors: Sequence[Sequence[torch.Tensor]], i: int, begin: int, chunk: int) -> torch.Tensor:
-    """Elements begin.. of tensor i of every vector, float64 [len(vectors), <= chunk], a new tensor."""
+    """Elements begin.. of tensor i of every vector: a new float64 [len(vectors), <= chunk]."""
     return torch.stack([v[i].detach().reshape(-1)[begin : begin + chunk].double() for v in vectors])

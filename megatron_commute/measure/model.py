@@ -33,7 +33,8 @@ class Model:
     # (parameters, u, tokens) -> object with .gradient and .product (lists), for method fused
     gradient: object = None
     # (parameters, (tokens, share) pairs) -> sum of share * gradient, for models whose micro-batches
-    # must run together (pipelines) or in lock-step with other ranks; None: one by one through `loss`
+    # must run together (pipelines) or in lock-step with other ranks; None: one by one through
+    # `loss`
     together: bool = False
     # whether vectors are this rank's SHARDS of what all data-parallel ranks add up (ZeRO-3); then
     # `gradient` is collective over them and gives shards of the sum over their batches

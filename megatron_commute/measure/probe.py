@@ -1,10 +1,13 @@
-"""One measurement of the criterion: gradients -> direction -> Hessian-vector products -> brackets with error bars.
+"""One measurement of the criterion: gradients -> direction -> Hessian-vector products -> brackets
+with error bars.
 
-A probe is S independent replicates ("splits"). Each has sequences and a direction of its own, so the spread between
-replicates is the whole sampling error, that of the direction included, and no reuse of samples biases a product.
-Within a replicate g_k and H_k u of a domain share a batch, which is harmless: P never uses M[k, k], and the gradient and
-the product in M[k, j], k != j, come from different domains. Replicates are dealt to teams of data-parallel ranks; vectors
-of model size travel inside a team only (not at all while there are at least as many splits as ranks), then numbers.
+A probe is S independent replicates ("splits"). Each has sequences and a direction of its own, so
+the spread between replicates is the whole sampling error, that of the direction included, and no
+reuse of samples biases a product. Within a replicate g_k and H_k u of a domain share a batch, which
+is harmless: P never uses M[k, k], and the gradient and the product in M[k, j], k != j, come from
+different domains. Replicates are dealt to teams of data-parallel ranks; vectors of model size
+travel inside a team only (not at all while there are at least as many splits as ranks), then
+numbers.
 """
 
 import contextlib
@@ -26,7 +29,8 @@ __all__ = ["Measurement", "ProbeFailed", "choose_memory", "measure", "vectors"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """The criterion under T targets and K domains, float64, with standard errors over the S replicates.
+    """The criterion under T targets and K domains, float64, with standard errors over the S
+    replicates.
 
     With probe.memory scores M, P, P_se and replicates are not measured: NaN.
     """
@@ -46,7 +50,8 @@ class Measurement:
     h_theta: np.ndarray
     # [T, K], Hessian-vector product times decayed parameters
     score: np.ndarray
-    # [T, K], s with the terms of weight decay and learning rate, less the mixture's own: sum_k w_k score_k = 0
+    # [T, K], s with the terms of weight decay and learning rate, less the mixture's own: sum_k w_k
+    # score_k = 0
     score_se: np.ndarray
     # its standard error
     gap_se: np.ndarray
@@ -56,8 +61,9 @@ class Measurement:
     step: float | None
     # median eps of the difference of gradients, or None
     numerical: np.ndarray
-    # [T], error of that difference in P by rounding and truncation, from u.H u of one sequence a domain at eps and
-    # 2 eps (hvp.difference_error), the worst domain's; in every standard error, in quadrature. Zero for other methods
+    # [T], error of that difference in P by rounding and truncation, from u.H u of one sequence a
+    # domain at eps and 2 eps (hvp.difference_error), the worst domain's; in every standard error,
+    # in quadrature. Zero for other methods
 
 
 class ProbeFailed(RuntimeError):
@@ -67,14 +73,15 @@ class ProbeFailed(RuntimeError):
 def measure(model, groups, team, draw, settings, targets, weights, flow, time_limit=None, *, direction=None):
     """Measure the criterion on held-out sequences; collective over all ranks of `groups`.
 
-    draw: (part, domain, numbers i64[n]) -> tokens i64[n, seq_length + 1], part "direction" or "gradient", numbers counted
-    from 0 within this probe. settings: samples, splits, method, metric of the configuration. targets: f64[T, K].
-    weights: f64[K] in force. flow: (decay, (e1, e2)) of bracket.full_score. time_limit: seconds, soft, or None.
-    direction: what the brackets are contracted with, D not yet applied: None, the target's gradient at
-    the parameters of now; or a vector a target, such as its gradient at a later checkpoint; or
-    (target f64[K], split) -> vector. A vector is what this rank holds of it, a list like `parameters`.
-    Errors know of its noise only where every split has its own.
-    Raises ProbeFailed on every rank when any rank met bad data, a non-finite value, an exception or the time limit.
+    draw: (part, domain, numbers i64[n]) -> tokens i64[n, seq_length + 1], part "direction" or
+    "gradient", numbers counted from 0 within this probe. settings: samples, splits, method, metric
+    of the configuration. targets: f64[T, K]. weights: f64[K] in force. flow: (decay, (e1, e2)) of
+    bracket.full_score. time_limit: seconds, soft, or None. direction: what the brackets are
+    contracted with, D not yet applied: None, the target's gradient at the parameters of now; or a
+    vector a target, such as its gradient at a later checkpoint; or (target f64[K], split) ->
+    vector. A vector is what this rank holds of it, a list like `parameters`. Errors know of its
+    noise only where every split has its own. Raises ProbeFailed on every rank when any rank met bad
+    data, a non-finite value, an exception or the time limit.
     """
     if model.together and team.size < reduce.size(groups.data):  # its vectors are sums over all of them
         team = reduce.team(groups, settings.splits, together=True)
@@ -136,8 +143,9 @@ def _refuse(model, method):
 def _numerical(checks):
     """Error of P [T] from what _check of `replicate` has found, the worst domain's.
 
-    Errors of the parameter tensors add up where truncation rules and are independent where rounding does. What is off in
-    a gradient, relative to the largest, is off in every contraction with it. P is a difference of two contractions.
+    Errors of the parameter tensors add up where truncation rules and are independent where rounding
+    does. What is off in a gradient, relative to the largest, is off in every contraction with it. P
+    is a difference of two contractions.
     """
     product, gradient = np.moveaxis(checks[..., :3], -1, 0), np.moveaxis(checks[..., 3:], -1, 0)
     of_product, of_gradient = (np.sqrt(np.maximum(a**2, b)).max(-1) for _, a, b in (product, gradient))
@@ -147,7 +155,9 @@ def _numerical(checks):
 
 
 def _summary(table, numerical, weights, flow):
-    """Means and standard errors over replicates of the table [S, T, rows, K] that a way of `replicate_ways` fills."""
+    """Means and standard errors over replicates of the table [S, T, rows, K] that a way of
+    `replicate_ways` fills.
+    """
     K = table.shape[-1]
     measured, (u_g, u_g_decayed, h_theta, steps) = table[..., :-4, :], np.moveaxis(table[..., -4:, :], -2, 0)
     if measured.shape[-2] == K:
@@ -186,7 +196,9 @@ def _error(replicates, numerical):
 
 
 def choose_memory(model, groups, settings, domains):
-    """memory.Memory of this run's probes by probe.memory, the same on all ranks: the most frugal wish wins. Collective."""
+    """memory.Memory of this run's probes by probe.memory, the same on all ranks: the most frugal
+    wish wins. Collective.
+    """
     params = model.parameters()
     one = sum(p.numel() * p.element_size() for p in params)
     ranks = 1 if model.together else reduce.size(groups.data)  # shards are not cut again
@@ -200,7 +212,9 @@ def choose_memory(model, groups, settings, domains):
 
 
 def _free_memory(device, groups):
-    """Bytes that this rank may count on: what its GPU has free, or its share of the free memory of the host."""
+    """Bytes that this rank may count on: what its GPU has free, or its share of the free memory of
+    the host.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     import psutil
@@ -210,7 +224,9 @@ def _free_memory(device, groups):
 
 
 class _Ballot:
-    """Faults in rank-local sections are kept until all ranks vote, so that no rank waits in a collective alone."""
+    """Faults in rank-local sections are kept until all ranks vote, so that no rank waits in a
+    collective alone.
+    """
 
     def __init__(self, groups, deadline):
         self.groups, self.deadline, self.fault = groups, deadline, None

@@ -1,6 +1,7 @@
 """The work of a probe on one replicate: direction, step, gradients and products.
 
-What is held of them and contracted is the business of replicate_ways. Parameters are read, never written.
+What is held of them and contracted is the business of replicate_ways. Parameters are read, never
+written.
 """
 
 import numpy as np
@@ -11,10 +12,11 @@ from megatron_commute.settings.probe_cost import direction_samples
 
 
 class Replicate:
-    """What the ways of replicate_ways share: one replicate at a time, in memory that is allocated once per probe.
+    """What the ways of replicate_ways share: one replicate at a time, in memory that is allocated
+    once per probe.
 
-    Rows of numbers[split, target], K columns: what `_products` measures, then u.g, u.g over decayed parameters, h.theta,
-    and eps in the first column. `metric` is set before the first `run`.
+    Rows of numbers[split, target], K columns: what `_products` measures, then u.g, u.g over decayed
+    parameters, h.theta, and eps in the first column. `metric` is set before the first `run`.
     """
 
     def __init__(self, *, model, groups, team, draw, settings, params, weights, ballot, direction=None):
@@ -24,7 +26,8 @@ class Replicate:
         self.signs = (1.0, -1.0) if settings.method == "difference" else (0.0,)
         self.once = [i for i, owned in enumerate(model.owned) if owned]
         self.decaying = [i for i in self.once if model.decayed[i]]
-        # whose numbers make up those of one vector, and which ranks add vectors up: with shards the model has done so
+        # whose numbers make up those of one vector, and which ranks add vectors up: with shards the
+        # model has done so
         self.holders = groups.world if model.together else groups.model
         self.adders = None if model.together else team.group
         self.u = zeros(params)
@@ -35,8 +38,10 @@ class Replicate:
         return domains + 4
 
     def run(self, split, targets, numbers, checks):
-        """Fill numbers[split] with this rank's share, which sums over all ranks; split: None for a rank without work.
-        checks [targets, K, 6]: likewise, of `_check`, by the ranks that work on the first split."""
+        """Fill numbers[split] with this rank's share, which sums over all ranks; split: None for a
+        rank without work. checks [targets, K, 6]: likewise, of `_check`, by the ranks that work on
+        the first split.
+        """
         for t, target in enumerate(targets):
             if self.direction is None:
                 self._gradient_of_target(split, target)
@@ -74,7 +79,9 @@ class Replicate:
             reduce.sum_of_vectors(self.u, self.adders)
 
     def _displacement(self, split):
-        """Turn the gradient into u = D g; the eps of the difference (global norms, equal on all model ranks)."""
+        """Turn the gradient into u = D g; the eps of the difference (global norms, equal on all
+        model ranks).
+        """
         step, squares = None, np.zeros(2)
         with self.ballot.section("displacement"):
             if split is not None:
@@ -89,9 +96,10 @@ class Replicate:
         return step
 
     def _check(self, step, out):
-        """For every domain u.H u and u.g of one sequence from gradients at +-eps; how far either is off at +-2 eps; that
-        of each parameter tensor, squared and summed. Costs four gradients of one sequence a domain (of one on every rank
-        where vectors are shards)."""
+        """For every domain u.H u and u.g of one sequence from gradients at +-eps; how far either is
+        off at +-2 eps; that of each parameter tensor, squared and summed. Costs four gradients of
+        one sequence a domain (of one on every rank where vectors are shards).
+        """
         if self.team.rank and not self.model.together:
             return
         share = 1 / self.team.size if self.model.together else 1.0
@@ -111,7 +119,9 @@ class Replicate:
                 out[:, at : at + 3].T[:] = one.sum(1), (one - two).sum(1), ((one - two) ** 2).sum(1)
 
     def _sweep(self, split, step, take, domains):
-        """take(k, vector, to_g, to_h) for every gradient of `domains`: g_k = sum to_g vector, h_k = sum to_h vector."""
+        """take(k, vector, to_g, to_h) for every gradient of `domains`: g_k = sum to_g vector, h_k =
+        sum to_h vector.
+        """
         for sign in self.signs:
             at = self._displaced(sign, step)
             for k in domains:
@@ -123,7 +133,9 @@ class Replicate:
             return ops.displace(self.params, self.u, sign * step) if sign else None
 
     def _visit(self, k, split, step, sign, at, take):
-        """One domain's share of `_sweep`. Vectors are handed over without a name, so that two never live at once."""
+        """One domain's share of `_sweep`. Vectors are handed over without a name, so that two never
+        live at once.
+        """
         n = self.settings.samples // self.settings.splits
         if sign:
             for vector, share in self._gradients("gradient", k, split, n, at):
@@ -147,7 +159,9 @@ class Replicate:
         return hvp.gradient_and_product(self._loss(tokens), self.params, self.u, "exact", step)
 
     def _gradients(self, part, domain, split, n, at):
-        """(vector, share) of this rank's micro-batches at the tensors `at`; of all of them at once where the model asks."""
+        """(vector, share) of this rank's micro-batches at the tensors `at`; of all of them at once
+        where the model asks.
+        """
         return self._slopes(at, self._batches(part, domain, split, n))
 
     def _slopes(self, at, batches):
@@ -165,9 +179,11 @@ class Replicate:
             out[-1, 0] = step
 
     def _batches(self, part, domain, split, n):
-        """This rank's micro-batches of a replicate's n sequences, each with its share of the mean over the replicate.
+        """This rank's micro-batches of a replicate's n sequences, each with its share of the mean
+        over the replicate.
 
-        Models that run micro-batches together get as many on every rank of the team: some may be there for nothing.
+        Models that run micro-batches together get as many on every rank of the team: some may be
+        there for nothing.
         """
         numbers = np.arange(split * n, (split + 1) * n)[self.team.rank :: self.team.size]
         most = -(-n // self.team.size) if self.model.gradient is not None else len(numbers)
@@ -187,7 +203,9 @@ class Replicate:
         return lambda params: self.model.loss(params, tokens)
 
     def _agreed(self):
-        """Ranks that hold one model must leave the micro-batch loop together, or one waits in a forward pass alone."""
+        """Ranks that hold one model must leave the micro-batch loop together, or one waits in a
+        forward pass alone.
+        """
         return reduce.agreed(self.holders)
 
 
@@ -200,7 +218,9 @@ def add(into, vector, scale):
 
 
 def gram(X, Y, metric, indices):
-    """Inner products over the tensors `indices`, float64 numpy [len(X), len(Y)]; zeros where there are none."""
+    """Inner products over the tensors `indices`, float64 numpy [len(X), len(Y)]; zeros where there
+    are none.
+    """
     if not indices:
         return np.zeros((len(X), len(Y)))
     X, Y = ([[v[i] for i in indices] for v in vectors] for vectors in (X, Y))

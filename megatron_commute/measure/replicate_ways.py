@@ -1,7 +1,7 @@
 """Three ways to hold and contract the gradients and products of a replicate.
 
-They differ in what they hold (megatron_commute.settings.memory) and agree in their numbers: rows of a table that
-is summed over all ranks. Parameters are read, never written.
+They differ in what they hold (megatron_commute.settings.memory) and agree in their numbers: rows of
+a table that is summed over all ranks. Parameters are read, never written.
 """
 
 import numpy as np
@@ -37,8 +37,10 @@ class Full(Replicate):
                 add(into, vector, scale)
 
     def _contract(self, step, out):
-        """Inner products over the parameters this rank counts. g is the team's, h this rank's share, so M sums up; of
-        models whose vectors are shards both are what this rank holds of the team's."""
+        """Inner products over the parameters this rank counts. g is the team's, h this rank's
+        share, so M sums up; of models whose vectors are shards both are what this rank holds of the
+        team's.
+        """
         out[:-4] = gram(self.h, self.g, self.metric, self.once)
         out[-2] = gram([self.params], self.h, None, self.decaying)
         if self.team.rank == 0 or self.model.together:
@@ -48,7 +50,9 @@ class Full(Replicate):
 
 
 class Sharded(Replicate):
-    """The team's g_k and h_k once among its R ranks: each domain is added up whole, then every rank keeps a range of it."""
+    """The team's g_k and h_k once among its R ranks: each domain is added up whole, then every rank
+    keeps a range of it.
+    """
 
     def __init__(self, **given):
         super().__init__(**given)
@@ -96,7 +100,9 @@ class Sharded(Replicate):
         add(self.sums[0 if to_g else 1], vector, to_g or to_h)
 
     def _keep(self, k, sign, step):
-        """This rank's range of the team's sums: of g itself, and of h or, at theta +- eps u, of +-eps h."""
+        """This rank's range of the team's sums: of g itself, and of h or, at theta +- eps u, of
+        +-eps h.
+        """
         pieces = [reduce.scattered_sum(flat, self.team.group) for flat in self.flat]
         self.g[k].add_(pieces[0])
         self.h[k].add_(pieces[-1], alpha=sign / step if sign else 1.0)
@@ -118,11 +124,13 @@ class Sharded(Replicate):
 
 
 class Scores(Replicate):
-    """s_k = sum_j w_j P_kj = h_w . D g_k - h_k . D g_w with g_w = sum_j w_j g_j and h_w = sum_j w_j h_j, in two passes.
+    """s_k = sum_j w_j P_kj = h_w . D g_k - h_k . D g_w with g_w = sum_j w_j g_j and h_w = sum_j w_j
+    h_j, in two passes.
 
-    The first pass adds up g_w and h_w, the second takes every gradient again and keeps numbers alone. Both see the same
-    samples, so the terms w_k (h_k . D g_k) of the two products cancel as they do in P_kk = 0; with samples of its own
-    for the mixture their noise would stay, many times the size of s.
+    The first pass adds up g_w and h_w, the second takes every gradient again and keeps numbers
+    alone. Both see the same samples, so the terms w_k (h_k . D g_k) of the two products cancel as
+    they do in P_kk = 0; with samples of its own for the mixture their noise would stay, many times
+    the size of s.
     """
 
     def __init__(self, **given):
@@ -158,7 +166,7 @@ class Scores(Replicate):
                 add(into, vector, scale * float(self.weights[k]))
 
     def _score(self, out, k, vector, to_g, to_h):
-        """Add what one gradient or product gives to column k; g and h are the mixture's, times D."""
+        """Add what a gradient or product gives to column k; g, h are the mixture's, times D."""
         decaying = gram([vector], [self.h, self.g, self.u, self.params], None, self.decaying)[0]
         others = [i for i in self.once if i not in self.decaying]
         along_h, along_g, along_u = decaying[:3] + gram([vector], [self.h, self.g, self.u], None, others)[0]
@@ -169,5 +177,7 @@ class Scores(Replicate):
 
 
 def way(memory):
-    """The class that works in a mode of probe.memory; "auto" stands for full until somebody has chosen."""
+    """The class that works in a mode of probe.memory; "auto" stands for full until somebody has
+    chosen.
+    """
     return {"sharded": Sharded, "scores": Scores}.get(memory, Full)

@@ -1,13 +1,15 @@
-"""The R operator on a GPT stack: loss, gradient and Hessian-vector product of one batch in one pass, without autograd.
+"""The R operator on a GPT stack: loss, gradient and Hessian-vector product of one batch in one
+pass, without autograd.
 
-Pearlmutter (Neural Computation 6(1), 1994): differentiate the forward and the backward pass along u. Every layer carries
-its value and its tangent forward, its gradient and its tangent backward; the tangent of a parameter's gradient is H u there.
-In units of one matrix product of a layer a gradient costs 3, H u alone 8 (8/3 of a gradient), with the gradient of the same
-batch 9 (9/3). Exact to rounding; what it computes is the mean cross-entropy in nats of causal language modelling, without
+Pearlmutter (Neural Computation 6(1), 1994): differentiate the forward and the backward pass along
+u. Every layer carries its value and its tangent forward, its gradient and its tangent backward; the
+tangent of a parameter's gradient is H u there. In units of one matrix product of a layer a gradient
+costs 3, H u alone 8 (8/3 of a gradient), with the gradient of the same batch 9 (9/3). Exact to
+rounding; what it computes is the mean cross-entropy in nats of causal language modelling, without
 dropout. Not covered: mixtures of experts, sequence, pipeline and context parallelism.
 
-A Stack is a description alone: numbers of parameters in a list that every call brings, so that probes can pass tensors of
-their own. Parameters, u and tokens are read, never written.
+A Stack is a description alone: numbers of parameters in a list that every call brings, so that
+probes can pass tensors of their own. Parameters, u and tokens are read, never written.
 """
 
 from __future__ import annotations
@@ -37,16 +39,17 @@ from megatron_commute.measure.rop_layers import (
 
 __all__ = ["Block", "Dual", "Linear", "Norm", "Rotary", "Stack", "gradient_and_product"]
 
-# tokens of whole sequences that go through the stack at a time: enough for large matrix products, few enough for what is
-# kept between the passes not to count beside the parameters
+# tokens of whole sequences that go through the stack at a time: enough for large matrix products,
+# few enough for what is kept between the passes not to count beside the parameters
 _ROWS = {"cpu": 1024, "cuda": 1 << 14}
-# logits of a slice of tokens that exist at a time, value and tangent each: few enough for a CPU's cache, enough for a GPU
+# logits of a slice of tokens that exist at a time, value and tangent each: few enough for a CPU's
+# cache, enough for a GPU
 _LOGITS = {"cpu": 1 << 18, "cuda": 1 << 26}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stack:
-    """A GPT on this rank: words (+ positions), blocks, norm, output; parameters by their numbers."""
+    """A GPT on this rank: words (+ positions), blocks, norm, output; parameters by number."""
 
     words: int
     # [vocabulary of this rank, width]
@@ -65,7 +68,9 @@ class Stack:
 
 
 class Dual(NamedTuple):
-    """loss: mean in nats per token; slope: its derivative along u; gradient g (None unless asked for) and product H u."""
+    """loss: mean in nats per token; slope: its derivative along u; gradient g (None unless asked
+    for) and product H u.
+    """
 
     loss: float
     slope: float
@@ -77,14 +82,15 @@ class Dual(NamedTuple):
 def gradient_and_product(stack, params, u, tokens, group=None, *, gradient=True, dtype=None) -> Dual:
     """loss, g and H u of one batch.
 
-    params, u: lists of float32 (float64) tensors with the same shapes. tokens: i64[b, s + 1], of the whole vocabulary; each
-    of the s first predicts the next. group: the tensor-parallel process group, or None; parameters that its ranks share are
-    given, and come back, alike on each. gradient: False leaves g out, at 8/9 of the cost. dtype: of matrix products and
-    activations; None takes that of params, torch.bfloat16 keeps sums over tokens of norms and biases, statistics and
-    results in float32.
+    params, u: lists of float32 (float64) tensors with the same shapes. tokens: i64[b, s + 1], of
+    the whole vocabulary; each of the s first predicts the next. group: the tensor-parallel process
+    group, or None; parameters that its ranks share are given, and come back, alike on each.
+    gradient: False leaves g out, at 8/9 of the cost. dtype: of matrix products and activations;
+    None takes that of params, torch.bfloat16 keeps sums over tokens of norms and biases, statistics
+    and results in float32.
 
-    Raises ValueError for shapes that differ, tokens outside the vocabulary, or sequences longer than the positions;
-    FloatingPointError when the loss or its derivative along u is not finite.
+    Raises ValueError for shapes that differ, tokens outside the vocabulary, or sequences longer
+    than the positions; FloatingPointError when the loss or its derivative along u is not finite.
     """
     dtype = _checked(stack, params, u, tokens, group, dtype)
     weights, slopes = Weights(params=params, u=u, dtype=dtype), Slopes(params, wanted=gradient)
@@ -100,7 +106,9 @@ def gradient_and_product(stack, params, u, tokens, group=None, *, gradient=True,
 
 
 def _pass(stack, tokens, share, weights, slopes, group):
-    """share times the sums over tokens of the losses and of their derivatives along u; adds as much to `slopes`."""
+    """share times the sums over tokens of the losses and of their derivatives along u; adds as much
+    to `slopes`.
+    """
     inputs, labels, length = tokens[:, :-1].reshape(-1), tokens[:, 1:].reshape(-1), tokens.shape[1] - 1
     x, dx = _embed(stack, inputs, length, weights, group)
     kept = []
@@ -162,7 +170,9 @@ def _embed(stack, inputs, length, weights, group):
 
 
 def _own_rows(stack, inputs, params, group):
-    """Rows of this rank's words, and which tokens are none of them (None without tensor parallelism)."""
+    """Rows of this rank's words, and which tokens are none of them (None without tensor
+    parallelism).
+    """
     if reduce.size(group) == 1:
         return inputs, None
     here = params[stack.words].shape[0]
@@ -184,7 +194,9 @@ def _embed_backward(stack, gx, dgx, inputs, length, slopes, group):
 
 
 def _output(stack, x, dx, labels, scale, weights, slopes, group):
-    """loss, slope, and gx, dgx [n, width] before the last norm: the output layer there and back, some tokens at a time."""
+    """loss, slope, and gx, dgx [n, width] before the last norm: the output layer there and back,
+    some tokens at a time.
+    """
     y, dy, saved = norm(x, dx, stack.norm, weights)
     pair = weights(stack.output)
     first = reduce.rank_in(group) * pair[0].shape[0]

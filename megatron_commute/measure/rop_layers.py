@@ -1,10 +1,13 @@
-"""The parts of a GPT stack under the R operator: every function takes and returns values and tangents.
+"""The parts of a GPT stack under the R operator: every function takes and returns values and
+tangents.
 
-x, dx: a value and its tangent along the direction u, rows of tokens [n, width]. gx, dgx: the gradient of the loss with
-respect to x and its tangent. No autograd graph is built. Under tensor parallelism a column-parallel layer (qkv, up, output)
-reads whole rows and gives this rank's columns; a row-parallel one (out, down) reads columns and gives partial sums of whole
-rows. The sums over ranks stand where Megatron has them: Reduce after a row-parallel layer forward, and its adjoint Copy
-before a column-parallel layer backward (Shoeybi et al., arXiv 1909.08053, figure 3), each for value and tangent in one call.
+x, dx: a value and its tangent along the direction u, rows of tokens [n, width]. gx, dgx: the
+gradient of the loss with respect to x and its tangent. No autograd graph is built. Under tensor
+parallelism a column-parallel layer (qkv, up, output) reads whole rows and gives this rank's
+columns; a row-parallel one (out, down) reads columns and gives partial sums of whole rows. The sums
+over ranks stand where Megatron has them: Reduce after a row-parallel layer forward, and its adjoint
+Copy before a column-parallel layer backward (Shoeybi et al., arXiv 1909.08053, figure 3), each for
+value and tangent in one call.
 """
 
 from __future__ import annotations
@@ -61,8 +64,8 @@ class Block:
     groups: int
     # key-value groups of this rank
     layout: str
-    # of the outputs of qkv: "grouped", per group its queries, its key, its value (megatron-core), or "parts", all
-    # queries, all keys, all values (Megatron-DeepSpeed)
+    # of the outputs of qkv: "grouped", per group its queries, its key, its value (megatron-core),
+    # or "parts", all queries, all keys, all values (Megatron-DeepSpeed)
     scale: float
     # of the scores
     rotary: bool
@@ -95,9 +98,11 @@ class Weights:
 
 
 class Slopes:
-    """Gradient g and product H u, collected one parameter at a time; a parameter that is used twice adds up.
+    """Gradient g and product H u, collected one parameter at a time; a parameter that is used twice
+    adds up.
 
-    wanted: whether the gradient is collected too. Half-precision contributions are added up in the dtype of params.
+    wanted: whether the gradient is collected too. Half-precision contributions are added up in the
+    dtype of params.
     """
 
     def __init__(self, params, *, wanted):
@@ -200,7 +205,8 @@ def norm_backward(gy, dgy, x, dx, saved, layer, weights, slopes):
 
 
 def forward(block, x, dx, weights, length, rotary, group):
-    """x, dx [n, width] after the block, and what its backward pass needs. length: tokens of a sequence.
+    """x, dx [n, width] after the block, and what its backward pass needs. length: tokens of a
+    sequence.
 
     The outputs of norms and activation are not kept: they are computed again on the way back.
     """
@@ -274,7 +280,9 @@ def _merge(x):
 
 
 def _views(block, qkv, length):
-    """Queries [b, g, a/g, s, c], keys and values [b, g, 1, s, c] as views of the outputs of the linear layer."""
+    """Queries [b, g, a/g, s, c], keys and values [b, g, 1, s, c] as views of the outputs of the
+    linear layer.
+    """
     each = block.heads // block.groups
     size = qkv.shape[1] // (block.heads + 2 * block.groups)
     if block.layout == "grouped":
@@ -287,7 +295,9 @@ def _views(block, qkv, length):
 
 
 def _split(block, pair, length, rotary):
-    """q, dq, k, dk, v, dv [b, heads, s, c], rotated where the block says so, from qkv and its tangent."""
+    """q, dq, k, dk, v, dv [b, heads, s, c], rotated where the block says so, from qkv and its
+    tangent.
+    """
     found = []
     for views in zip(*(_views(block, t, length) for t in pair), strict=True):
         turn = rotary if block.rotary and len(found) < 4 else None
@@ -299,7 +309,9 @@ def _split(block, pair, length, rotary):
 
 
 def _join(block, found, rows, length, rotary):
-    """qkv-shaped gradient and tangent [n, outputs] from gq, dgq, gk, dgk, gv, dgv: the adjoint of _split."""
+    """qkv-shaped gradient and tangent [n, outputs] from gq, dgq, gk, dgk, gv, dgv: the adjoint of
+    _split.
+    """
     size = found[0].shape[-1]
     pair = [found[0].new_empty(rows, (block.heads + 2 * block.groups) * size) for _ in range(2)]
     for i, views in enumerate(zip(*(_views(block, t, length) for t in pair), strict=True)):
@@ -310,7 +322,9 @@ def _join(block, found, rows, length, rotary):
 
 
 def _rotate(source, target, rotary, sign):
-    """Write source, rotated by sign times the angles of its positions, to target (both [..., s, c]); None: a copy."""
+    """Write source, rotated by sign times the angles of its positions, to target (both [..., s,
+    c]); None: a copy.
+    """
     if rotary is None:
         target.copy_(source)
         return

@@ -11,7 +11,9 @@ from megatron_commute.report.markup import FIND, by_domain, named, table, text, 
 
 
 def checkpoints(run):
-    """One row for each checkpoint and target: scores, brackets beyond their error, and the check of optimality."""
+    """One row for each checkpoint and target: scores, brackets beyond their error, and the check of
+    optimality.
+    """
     if not run.probes:
         return "<p>No checkpoint was measured.</p>"
     headers = ["step", "sample", "target", "score", "P beyond its error", "order proven better", "checkpoint"]
@@ -19,10 +21,10 @@ def checkpoints(run):
         _row(run, n, t, pairs) for n, probe in enumerate(run.probes) for t, pairs in _verdicts(run, probe)
     ]
     note = (
-        f"Score and P in nats per token / (flow time)², ± one standard error; beyond its error: zero lies outside the "
-        f"{100 * run.confidence:g} % interval. Order proven better (Corollary 3.2(b)): moving weight so, for one window "
-        "against the next, lowers the target loss, outside that interval. Where none is named the weights pass as "
-        "locally optimal, or the probe was too small to tell."
+        "Score and P in nats per token / (flow time)², ± one standard error; beyond its error: zero lies "
+        f"outside the {100 * run.confidence:g} % interval. Order proven better (Corollary 3.2(b)): moving "
+        "weight so, for one window against the next, lowers the target loss, outside that interval. Where "
+        "none is named the weights pass as locally optimal, or the probe was too small to tell."
     )
     return f'{FIND}\n{table(headers, rows, "checkpoints")}\n<p class="soft">{note}</p>'
 
@@ -53,7 +55,9 @@ def _row(run, n, t, pairs):
 
 
 def _brackets(run, n, t):
-    """The brackets of probe n outside their interval, each pair with the order that ends higher first."""
+    """The brackets of probe n outside their interval, each pair with the order that ends higher
+    first.
+    """
     if run.probes[n].get("P") is None:
         return "not measured"
     _, P, error = series.measured(run, "P")  # every checkpoint is probed in one mode of memory

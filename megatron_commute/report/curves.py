@@ -1,7 +1,8 @@
-"""One line of a record as named numbers for TensorBoard and its like: the series of the report while a run goes on.
+"""One line of a record as named numbers for TensorBoard and its like: the series of the report
+while a run goes on.
 
-Names are KIND/DOMAIN; with target `each` KIND/TARGET/DOMAIN; P/FIRST/SECOND for each pair once, since P is antisymmetric.
-Words (reasons, skips) stay in the record.
+Names are KIND/DOMAIN; with target `each` KIND/TARGET/DOMAIN; P/FIRST/SECOND for each pair once,
+since P is antisymmetric. Words (reasons, skips) stay in the record.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ _PROBE = ("score", "score_se", "s", "s_se", "weights_next")
 
 
 def of(line, names, budgets):
-    """[(name, float)] of a line (a dict of plain values, as in the record); none for events that hold no series.
+    """[(name, float)] of a line (a dict of plain values, as in the record); none for events that
+    hold no series.
 
-    names, budgets: of the K domains, budgets in samples or None. Missing and non-finite numbers are left out.
+    names, budgets: of the K domains, budgets in samples or None. Missing and non-finite numbers are
+    left out.
     """
     found = {"loss": _loss, "probe": _probe}.get(line["event"], _nothing)
     pairs = found(line, names, budgets)
@@ -30,7 +33,9 @@ def of(line, names, budgets):
 
 
 def safe(listen, say=print):
-    """`listen` of lines, told of nothing more once its writer has failed: curves are not worth a training run."""
+    """`listen` of lines, told of nothing more once its writer has failed: curves are not worth a
+    training run.
+    """
     listeners = [listen]
 
     def told(line):
@@ -70,7 +75,9 @@ def _probe(line, names, budgets):
 
 
 def _by_domain(kind, values, names):
-    """(KIND/DOMAIN, number) of {name: number}, of an array [K], or of [K, K] with a target in front."""
+    """(KIND/DOMAIN, number) of {name: number}, of an array [K], or of [K, K] with a target in
+    front.
+    """
     if isinstance(values, dict):
         return [(f"{kind}/{name}", value) for name, value in values.items()]
     return _by_target(
@@ -91,7 +98,9 @@ def _by_pair(kind, values, names):
 
 
 def _by_target(kind, values, names, rank, told):
-    """told(kind, values), or that of every target where the values have an axis more than `rank`; [] of None."""
+    """told(kind, values), or that of every target where the values have an axis more than `rank`;
+    [] of None.
+    """
     if values is None:
         return []
     if np.ndim(values) == rank:

@@ -1,4 +1,6 @@
-"""The page of a schedule that was planned before a run: what it does to every domain, and how to use it."""
+"""The page of a schedule that was planned before a run: what it does to every domain, and how to
+use it.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +9,8 @@ import numpy as np
 from megatron_commute.report.markup import document, figure, listed, named, section, table, text
 
 USE = (
-    "Train with mode: fixed and controller: {law: flow} in the mixture file; or with mode: fixed and schedule: "
-    "schedule.csv, which is this schedule, whatever the learning rates of that run."
+    "Train with mode: fixed and controller: {law: flow} in the mixture file; or with mode: fixed and "
+    "schedule: schedule.csv, which is this schedule, whatever the learning rates of that run."
 )
 
 
@@ -19,7 +21,7 @@ def page(run, picture):
     notes = "".join(f"<p>Note: {text(note)}</p>\n" for note in run.start["warnings"])
     body = [
         f"<header>\n<h1>{text(title)}</h1>\n{listed(_facts(run))}\n{notes}</header>\n",
-        section("Schedule", figure(picture)),
+        section("Schedule", f'<div class="pictures">{figure(picture)}</div>'),
         section("Domains", table(headers, [[named(row[0]), *map(text, row[1:])] for row in told], "domains")),
         section("How to use it", f"<p>{text(USE)}</p>"),
     ]
@@ -36,13 +38,14 @@ def _facts(run):
         "global batch": f"{start['global_batch']:,} samples",
         "target": target,
         "memory": f"{flow['memory']:g}",
-        "steps as planned first": f"{flow['kept']:,}",
+        "first steps at shares": f"{flow['kept']:,}",
         "peak learning rate": f"{flow['scale']['peak']:g}",
     }
 
 
 def rows(names, flow, samples):
-    """Headers and rows of text: shares, bounds that the weights reach, and when half of a domain's samples are used.
+    """Headers and rows of text: shares, bounds that the weights reach, and when half of a domain's
+    samples are used.
 
     flow: of a start line; samples: of the run.
     """

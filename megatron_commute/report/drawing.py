@@ -1,7 +1,7 @@
 """The house style of pictures: colours, sizes, one sample axis, and figures as SVG elements.
 
-Colours are those of Okabe and Ito (2008), which colour-blind readers can tell apart; markers and dashes tell
-lines apart without colour.
+Colours are those of Okabe and Ito (2008), which colour-blind readers can tell apart; markers and
+dashes tell lines apart without colour.
 """
 
 from __future__ import annotations
@@ -122,8 +122,8 @@ def sample_unit(run):
 def scale(panels, *values):
     """Factor and name of the power of ten to draw in, and a note if the axis becomes logarithmic.
 
-    Brackets change by orders of magnitude over a run: then the axis is linear up to the power of ten of
-    the median size, logarithmic beyond.
+    Brackets change by orders of magnitude over a run: then the axis is linear up to the power of
+    ten of the median size, logarithmic beyond.
     """
     sizes = np.abs(np.concatenate([value[np.isfinite(value)] for value in values]))
     median = np.median(sizes) if len(sizes) else 0.0
@@ -152,13 +152,17 @@ def line(k):
 
 
 def label(name, length=18):
-    """A name for a picture: shortened, and not hidden by matplotlib before 3.10 for a leading underscore."""
+    """A name for a picture: shortened, and not hidden by matplotlib before 3.10 for a leading
+    underscore.
+    """
     short = name if len(name) <= length else name[: length - 1] + "…"
     return " " + short if short.startswith("_") else short
 
 
 def legend(figure, names, which=None):
-    """Names above the panels, in as many columns as fit. which: their domains, default the first ones."""
+    """Names above the panels, in as many columns as fit. which: their domains, default the first
+    ones.
+    """
     from matplotlib.lines import Line2D
 
     shorts = [label(name) for name in names]

@@ -1,4 +1,5 @@
-"""The parts that a report is put together from: style sheet, script, escaped text, tables, sections.
+"""The parts that a report is put together from: style sheet, script, escaped text, tables,
+sections.
 
 Every name, reason or number that comes from a record passes through `text`.
 """
@@ -145,7 +146,9 @@ def section(heading, content):
 
 
 def table(headers, rows, name=""):
-    """Rows of cells that are HTML already, "-" where there is nothing; each cell repeats its header for narrow screens."""
+    """Rows of cells that are HTML already, "-" where there is nothing; each cell repeats its header
+    for narrow screens.
+    """
     head = "".join(f'<th scope="col">{text(h)}</th>' for h in headers)
     cells = (
         "".join(
@@ -159,7 +162,9 @@ def table(headers, rows, name=""):
 
 
 def by_domain(names, values, power=""):
-    """A cell with one line for each domain, and one for the common power of ten of its values, which are text."""
+    """A cell with one line for each domain, and one for the common power of ten of its values,
+    which are text.
+    """
     common = f"<div>× {power}</div>" if power else ""
     pairs = zip(names, values, strict=True)
     return "".join(f"<div>{named(name)}\u00a0{unbroken(value)}</div>" for name, value in pairs) + common

@@ -1,4 +1,5 @@
-"""The HTML page of a run: one file, no network, readable on a phone, on paper and without JavaScript.
+"""The HTML page of a run: one file, no network, readable on a phone, on paper and without
+JavaScript.
 
 Every name, reason or number that comes from a record passes through markup.text.
 """
@@ -25,7 +26,9 @@ from megatron_commute.settings.memory import in_units
 
 
 def page(run, pictures, torn=0):
-    """The report as HTML text. run: series.Run; pictures: drawing.Picture each; torn: unreadable lines."""
+    """The report as HTML text. run: series.Run; pictures: drawing.Picture each; torn: unreadable
+    lines.
+    """
     shown = f'<div class="pictures">{"".join(map(figure, pictures))}</div>' if pictures else ""
     if run.analysis:
         tables = [section("Checkpoints", report_analysis.checkpoints(run))]
@@ -84,8 +87,8 @@ def loud(run):
     if not series.uncalibrated(run):
         return ""
     return (
-        '<p class="loud" role="note">Acting on an uncalibrated signal: the weights of this run follow a signal '
-        "that was not compared with effects at the end of a run.</p>\n"
+        '<p class="loud" role="note">Acting on an uncalibrated signal: the weights of this run follow a '
+        "signal that was not compared with effects at the end of a run.</p>\n"
     )
 
 
@@ -109,7 +112,9 @@ def missing(run, torn):
 
 
 def lacks(run, torn=0):
-    """What the record cannot show, one plain sentence each. torn: lines at the end that could not be read."""
+    """What the record cannot show, one plain sentence each. torn: lines at the end that could not
+    be read.
+    """
     notes = []
     if torn:
         notes.append("The last line is torn: the run was ended while writing it. It is left out.")
@@ -118,7 +123,8 @@ def lacks(run, torn=0):
     scores_only = sum(1 for probe in run.probes if probe.get("P") is None)
     if scores_only:
         notes.append(
-            f"{scores_only} of {len(run.probes)} probes worked with probe.memory scores, which does not measure P."
+            f"{scores_only} of {len(run.probes)} probes worked with probe.memory scores, which does not "
+            "measure P."
         )
     for key in ("P", "score"):
         _, value, error = series.measured(run, key)

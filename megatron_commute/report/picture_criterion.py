@@ -58,7 +58,7 @@ def _scores_of(run, known, t, target):
 
 
 def brackets(run):
-    """P: its course for two domains; heat maps of last probe and mean for more, a pair per target."""
+    """P: its course for two domains; heat maps of last probe and mean for more, per target."""
     sample, P, error = series.measured(run, "P")
     if not len(sample) or len(run.names) < 2:
         return []

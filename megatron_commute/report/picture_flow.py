@@ -1,4 +1,4 @@
-"""The picture of law flow: learning rate, profile and weights of the whole run on one sample axis."""
+"""The picture of law flow: learning rate, profile and weights of a run on one sample axis."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ SHOWN = 16  # at most, nearly, of the markers of one domain
 
 
 def planned(run):
-    """Rate, profile and planned weights of a run, with the weights that its steps used; None under another law."""
+    """Rate, profile and planned weights of a run, with the weights that its steps used; None under
+    another law.
+    """
     if run.flow is None:
         return None
     whole = dataclasses.replace(run, samples=run.start["samples"])
@@ -36,7 +38,8 @@ def planned(run):
     rate.set_ylabel(f"learning rate\n({power or '1'})")
     rate.set_ylim(0, None)
     profile.axhline(0, color=GREY, linewidth=0.8)
-    profile.plot(at, curves["profile"], color="black")
+    counts = np.array(curves["sample"]) >= kept  # before, p may be below 0 and moves nothing
+    profile.plot(at[counts], np.array(curves["profile"])[counts], color="black")
     profile.set_ylabel("profile p\n(0 least, 1 most)")
     profile.set_ylim(-0.06, 1.06)
     sample = np.append(run.flow["segments"]["sample"], end) / unit
@@ -52,7 +55,12 @@ def planned(run):
     for axes in (rate, profile, weights):
         axes.axvspan(0, kept / unit, color=GREY, alpha=0.15, linewidth=0)
     legend(figure, run.names)
-    return Picture("flow", "Learning rate, profile and weights of law flow", _caption(run, len(seen)), figure)
+    return Picture(
+        name="flow",
+        title="Learning rate, profile and weights of law flow",
+        caption=_caption(run, len(seen)),
+        figure=figure,
+    )
 
 
 def _seen(axes, run, k, unit):
@@ -66,9 +74,9 @@ def _seen(axes, run, k, unit):
 
 def _caption(run, seen):
     told = (
-        f"Profile: how much a sample counts by the rate it is trained at and what later training leaves of it "
-        f"(memory {run.flow['memory']:g}). Lines below: planned weights, which follow the profile within budgets and "
-        f"bounds."
+        "Profile: how much a sample counts by the rate it is trained at and what later training leaves of "
+        f"it (memory {run.flow['memory']:g}). Lines below: planned weights, which follow the profile within "
+        "budgets and bounds."
     )
     if run.flow["kept"]:
         told += f" Grey: the first {run.flow['kept']:,} steps stay at the planned mixture."

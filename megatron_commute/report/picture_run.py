@@ -1,4 +1,6 @@
-"""Pictures of what a run did: its weights, losses, budgets, what its probes cost, and a replay beside it."""
+"""Pictures of what a run did: its weights, losses, budgets, what its probes cost, and a replay
+beside it.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +82,9 @@ def losses(run):
 
 
 def budgets(run):
-    """What is left of each budget, and how far that is from the straight line of a constant mixture."""
+    """What is left of each budget, and how far that is from the straight line of a constant
+    mixture.
+    """
     sample, used = series.served(run)
     limited = [k for k, budget in enumerate(run.budgets) if budget]
     if not limited or len(sample) < 2:

@@ -1,4 +1,5 @@
-"""Pictures of a run from its decision log alone: `report` for one HTML file, `export` for PNG, SVG and CSV.
+"""Pictures of a run from its decision log alone: `report` for one HTML file, `export` for PNG, SVG
+and CSV.
 
 The same record gives the same bytes.
 """
@@ -21,8 +22,9 @@ __all__ = ["export", "pictures", "planned", "replayed", "report", "summary_rows"
 def report(run, out=None):
     """Write the report of a run as one self-contained HTML file and return its path.
 
-    run: a record, or the folder that holds one. out: the file to write, by default report.html beside the
-    record. Raises FileNotFoundError where there is no record, ValueError where it is damaged or has no start.
+    run: a record, or the folder that holds one. out: the file to write, by default report.html
+    beside the record. Raises FileNotFoundError where there is no record, ValueError where it is
+    damaged or has no start.
     """
     file = record.find(run)
     out = pathlib.Path(out) if out else file.with_name("report.html")
@@ -35,7 +37,8 @@ def report(run, out=None):
 
 
 def export(run, out_dir):
-    """Write every picture as PNG and SVG and every series as CSV into out_dir; return the paths written.
+    """Write every picture as PNG and SVG and every series as CSV into out_dir; return the paths
+    written.
 
     run: a record, or the folder that holds one; errors as in `report`.
     """
@@ -55,8 +58,9 @@ def export(run, out_dir):
 
 
 def planned(start, out_dir, with_page=False):
-    """Draw law flow's plan in the fields of a start line as flow.png in `out_dir`, with_page: report.html beside it, too;
-    return the paths written."""
+    """Draw law flow's plan in the fields of a start line as flow.png in `out_dir`, with_page:
+    report.html beside it, too; return the paths written.
+    """
     run = series.by_event([record.line("start", {**start, "sample": 0})])
     folder = pathlib.Path(out_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -80,7 +84,9 @@ def pictures(run):
 
 
 def replayed(run, found, out):
-    """Draw a replay.Told beside what happened and write it to `out` (.png or .svg). run: a record or its folder."""
+    """Draw a replay.Told beside what happened and write it to `out` (.png or .svg). run: a record
+    or its folder.
+    """
     events, out = series.by_event(record.read(run), run), pathlib.Path(out)
     if out.suffix not in (".png", ".svg"):
         raise ValueError(f"--out {out}: write a name that ends in .png or .svg")

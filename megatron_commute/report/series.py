@@ -1,8 +1,8 @@
-"""Series of numbers out of the lines of a decision log, of a run or of an analysis of checkpoints: what report, tables and
-CSV files are made of.
+"""Series of numbers out of the lines of a decision log, of a run or of an analysis of checkpoints:
+what report, tables and CSV files are made of.
 
-Shapes: K domains, T targets (1, or K where the target is `each`), n samples at which something was recorded.
-What a line lacks is NaN. Nothing here draws, reads a file or knows HTML.
+Shapes: K domains, T targets (1, or K where the target is `each`), n samples at which something was
+recorded. What a line lacks is NaN. Nothing here draws, reads a file or knows HTML.
 """
 
 from __future__ import annotations
@@ -39,12 +39,14 @@ class Run:
 
     @property
     def analysis(self):
-        """Whether checkpoints were analysed: its probes decided nothing, and there are no losses of training."""
+        """Whether checkpoints were analysed: its probes decided nothing, and there are no losses of
+        training.
+        """
         return self.start.get("analysis") is not None
 
     @property
     def span(self):
-        """Last sample of the sample axis: of the whole run where checkpoints of it were analysed."""
+        """Last sample of the axis: of the whole run where its checkpoints were analysed."""
         return max(1, self.samples, (self.start.get("samples") or 0) if self.analysis else 0)
 
     @property
@@ -72,7 +74,9 @@ class Run:
 
     @property
     def targets(self):
-        """Name of each of the T targets: the domains where the target is `each`, else the one mixture."""
+        """Name of each of the T targets: the domains where the target is `each`, else the one
+        mixture.
+        """
         if self.probes and np.ndim(self.probes[-1]["s"]) == 2:
             return self.names
         return ("the mixture",)
@@ -136,8 +140,9 @@ def served(run):
 def weights(run):
     """Samples i64[n] at which weights f64[n, K] came into force or were seen in force, in order.
 
-    Planned changes (of law flow, and `effective_sample` of the probes that were reached) fix where a step lies; loss lines
-    add what the mixture made of them when a budget ran short. Of an analysis: what the checkpoints hold.
+    Planned changes (of law flow, and `effective_sample` of the probes that were reached) fix where
+    a step lies; loss lines add what the mixture made of them when a budget ran short. Of an
+    analysis: what the checkpoints hold.
     """
     knots = {0: run.start["weights"]}
     if run.analysis:
@@ -166,7 +171,9 @@ def planned(run):
 
 
 def in_force(run):
-    """Samples i64[n] of the loss lines and the weights f64[n, K] that the step before each of them used."""
+    """Samples i64[n] of the loss lines and the weights f64[n, K] that the step before each of them
+    used.
+    """
     # once every budget is used up no weights are in force
     return _by_domain(
         run, [line for line in run.losses if any((line.get("weights") or {}).values())], "weights"
@@ -179,7 +186,9 @@ def moves(run):
 
 
 def measured(run, key):
-    """Samples i64[n], value and standard error f64[n, T, ...] of P, s or score; n = 0 where there is none."""
+    """Samples i64[n], value and standard error f64[n, T, ...] of P, s or score; n = 0 where there
+    is none.
+    """
     lines = [probe for probe in run.probes if probe.get(key) is not None]
     rank = 2 if key == "P" else 1
     pair = [_numbers([probe.get(name) or np.full(np.shape(probe[key]), np.nan) for probe in lines])
@@ -190,7 +199,9 @@ def measured(run, key):
 
 
 def mean_with_error(value, error):
-    """Mean over axis 0 and its standard error, the probes taken as independent. NaN entries stay out."""
+    """Mean over axis 0 and its standard error, the probes taken as independent. NaN entries stay
+    out.
+    """
     known = np.isfinite(value)
     count = np.where(known.any(0), known.sum(0), np.nan)
     mean = np.where(known, value, 0.0).sum(0) / count
@@ -198,12 +209,16 @@ def mean_with_error(value, error):
 
 
 def certain(run, value, error, probes=1):
-    """Where zero lies outside the interval of a value (mean over `probes`), by the rule of the decisions."""
+    """Where zero lies outside the interval of a value (mean over `probes`), by the rule of the
+    decisions.
+    """
     return significant(value, error, max(1, probes * (run.splits - 1)), run.confidence)
 
 
 def power_of_ten(*arrays):
-    """Factor 10^n that brings the largest finite number to 1..10, and its name for a header, '10⁻³'."""
+    """Factor 10^n that brings the largest finite number to 1..10, and its name for a header,
+    '10⁻³'.
+    """
     largest = max([0.0, *(np.abs(a[np.isfinite(a)]).max(initial=0.0) for a in arrays)])
     power = int(np.floor(np.log10(largest))) if largest else 0
     return 10.0**power, "10" + str(power).translate(SUPERSCRIPTS) if power else ""
@@ -220,9 +235,10 @@ def with_error(value, error):
 def summary_rows(records):
     """Closing table of a run: (headers, rows), one row of strings per domain.
 
-    Losses in nats per token at the first and last reading, weights at start and end, samples used of the
-    budget, and of the last probe the score, the bracket sum s, and the largest |P| with its partner, each ±
-    standard error. With target `each` a domain's row shows the numbers for itself as the target.
+    Losses in nats per token at the first and last reading, weights at start and end, samples used
+    of the budget, and of the last probe the score, the bracket sum s, and the largest |P| with its
+    partner, each ± standard error. With target `each` a domain's row shows the numbers for itself
+    as the target.
     """
     run = records if isinstance(records, Run) else by_event(records)
     train, valid = (_first_last(losses(run, kind)[1], "{:.3f}") for kind in ("train", "valid"))
@@ -253,12 +269,14 @@ def _first_last(values, form):
 
 
 def own(array, k):
-    """The [K, ...] block of array[T, K, ...] for the mixture, or for domain k where each is a target."""
+    """The [K, ...] block of array[T, K, ...] for the mixture, or for domain k where each is a
+    target.
+    """
     return array[k if len(array) > 1 else 0]
 
 
 def _last_probe(run, key):
-    """Power of ten, and for each domain its number at the last probe; for P the largest of its row."""
+    """Power of ten, and each domain's number at the last probe; for P the largest of its row."""
     _, value, error = measured(run, key)
     K = len(run.names)
     if not len(value) or (key == "P" and K < 2):
@@ -277,20 +295,26 @@ def _last_probe(run, key):
 
 
 def overhead(run):
-    """Samples i64[n], probe time as a fraction of training time f64[n], seconds of each probe f64[n]."""
+    """Samples i64[n], probe time as a fraction of training time f64[n], seconds of each probe
+    f64[n].
+    """
     lines = [probe for probe in run.probes if (probe.get("timing") or {}).get("overhead") is not None]
     pairs = [[probe["timing"]["overhead"], probe["timing"].get("probe_seconds")] for probe in lines]
     return _samples_of(lines), *_numbers(pairs).reshape(len(lines), 2).T
 
 
 def uncalibrated(run):
-    """Whether the weights of the run follow a measured signal: no signal here was ever compared with effects at the end."""
+    """Whether the weights of the run follow a measured signal: no signal here was ever compared
+    with effects at the end.
+    """
     law = (run.start.get("controller") or {}).get("law")
     return run.start.get("mode") == "act" and law in LAWS and LAWS[law].measured and not run.analysis
 
 
 def improvable(run):
-    """Corollary 3.2(b) at the checkpoints of an analysis: (probe, target t, pairs [[earlier, later], ...]) each."""
+    """Corollary 3.2(b) at the checkpoints of an analysis: (probe, target t, pairs [[earlier,
+    later], ...]) each.
+    """
     return [
         (probe, t, pairs)
         for probe in run.probes

@@ -10,7 +10,8 @@ CUT = {  # keys that no version since then reads -> what to write instead
     "controller.end": "write the end of the run into a schedule: FILE, mode: fixed, and remove the key here",
     "controller.gate": "remove the key, no law that is left predicts its gain",
     "controller.harm": "write it to the command, design --harm, and remove the key here",
-    "probe.direction": "remove the key, probes of a run are local; code that measures offline hands a direction over",
+    "probe.direction": "remove the key, probes of a run are local; "
+    "code that measures offline hands a direction over",
 }
 CUT_LAWS = {  # laws that no version since then knows -> why
     "receding": "it plans on a model that no running job keeps",

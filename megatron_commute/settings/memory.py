@@ -1,7 +1,7 @@
 """Memory of a probe: vectors of model size that each way of working holds, and which way fits.
 
-full     every g_k and h_k on every rank: all of M and P, without traffic while splits >= data-parallel ranks
-sharded  every g_k and h_k once among the R data-parallel ranks, which share each replicate: the same numbers
+full     every g_k and h_k on every rank: M and P, no traffic while splits >= data-parallel ranks
+sharded  every g_k and h_k once among the R data-parallel ranks, which share each replicate
 scores   two vectors whatever K, twice the gradients: s and the full score, but neither M nor P
 """
 
@@ -12,7 +12,9 @@ VERIFYING = 12  # vectors that the first probe of method exact holds while it ve
 
 
 class Memory(NamedTuple):
-    """How a run's probes work: mode, one of MODES; bytes: of vectors on a rank; words: their number as a formula."""
+    """How a run's probes work: mode, one of MODES; bytes: of vectors on a rank; words: their number
+    as a formula.
+    """
 
     mode: str
     bytes: int
@@ -21,16 +23,18 @@ class Memory(NamedTuple):
     @property
     def sentence(self):
         return (
-            f"probe memory: {self.mode}, {self.words} vectors, {in_units(self.bytes)} per rank beside the activations "
-            "of one micro-batch"
+            f"probe memory: {self.mode}, {self.words} vectors, {in_units(self.bytes)} per rank beside the "
+            "activations of one micro-batch"
         )
 
 
 def vectors(memory, domains, method, metric, ranks, low_precision):
-    """Vectors of model size that a probe holds on a rank at its peak, beside parameters and activations; a float.
+    """Vectors of model size that a probe holds on a rank at its peak, beside parameters and
+    activations; a float.
 
-    memory: of MODES; domains: K; ranks: data-parallel ranks; low_precision: whether the model's parameters are bf16 or
-    fp16, which a probe reads as float32 copies. Targets add none: each has its direction in turn.
+    memory: of MODES; domains: K; ranks: data-parallel ranks; low_precision: whether the model's
+    parameters are bf16 or fp16, which a probe reads as float32 copies. Targets add none: each has
+    its direction in turn.
     """
     growing, constant = _parts(memory, domains, method, metric, ranks, low_precision)
     return max(growing + constant, VERIFYING + bool(low_precision) if method == "exact" else 0)
@@ -58,9 +62,11 @@ def _parts(memory, domains, method, metric, ranks, low_precision):
 
 
 def choose(wish, bytes_of, free, ranks):
-    """The mode of MODES that this rank would take: `wish` itself, or for "auto" the first that fits in half of `free`.
+    """The mode of MODES that this rank would take: `wish` itself, or for "auto" the first that fits
+    in half of `free`.
 
-    bytes_of: bytes of each mode; free: bytes; ranks: data-parallel ranks. With one rank there is nothing to share.
+    bytes_of: bytes of each mode; free: bytes; ranks: data-parallel ranks. With one rank there is
+    nothing to share.
     """
     if wish != "auto":
         return "full" if wish == "sharded" and ranks == 1 else wish

@@ -3,16 +3,19 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from megatron_commute.settings.mixture_file import Config, Probe
 from megatron_commute.settings.shares import Run
+from megatron_commute.settings.values import Config, Probe
 
-# Gradients that one sequence costs in a probe: counted for `difference`, the most in tests/bench/hvp.csv for `exact`.
+# Gradients that one sequence costs in a probe: counted for `difference`, the most in
+# tests/bench/hvp.csv for `exact`.
 GRADIENTS_PER_SAMPLE = {"difference": 2.0, "exact": 3.1, "fused": 3.0}
 CHECK_GRADIENTS = 4  # of one sequence a domain and target: the estimate of what a difference errs by
 
 
 class HoldoutParts(NamedTuple):
-    """Disjoint positions in a holdout: gradients get half, direction and the targets of a design a quarter each."""
+    """Disjoint positions in a holdout: gradients get half, direction and the targets of a design a
+    quarter each.
+    """
 
     gradients: range
     direction: range
@@ -32,12 +35,16 @@ def sequences_drawn(probe: Probe) -> dict[str, int]:
 
 
 def direction_samples(samples: int, splits: int) -> int:
-    """Sequences per domain for the direction of one split: half of what its gradients take, at least one."""
+    """Sequences per domain for the direction of one split: half of what its gradients take, at
+    least one.
+    """
     return max(1, samples // splits // 2)
 
 
 def probe_steps(every: int, train_iters: int) -> range:
-    """Numbers of finished steps after which a probe runs: none before the first step or after the last."""
+    """Numbers of finished steps after which a probe runs: none before the first step or after the
+    last.
+    """
     return range(every, train_iters, every)
 
 
@@ -53,9 +60,11 @@ class ProbeCost(NamedTuple):
 
 
 def probe_cost(config: Config, run: Run) -> ProbeCost:
-    """Counted, not timed: training costs one gradient per sequence, a probe those of method and direction.
+    """Counted, not timed: training costs one gradient per sequence, a probe those of method and
+    direction.
 
-    probe.memory auto counts as full or sharded: only the running job knows whether it must fall back to scores.
+    probe.memory auto counts as full or sharded: only the running job knows whether it must fall
+    back to scores.
     """
     domains = len(config.domains)
     targets = domains if config.target == "each" else 1

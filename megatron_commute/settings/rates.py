@@ -16,7 +16,9 @@ WSD_STYLES = ("exponential", "linear", "cosine", "minus_sqrt")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RateSchedule:
-    """Megatron's flags of the learning rate; ValueError with its cure for those that make no schedule."""
+    """Megatron's flags of the learning rate; ValueError with its cure for those that make no
+    schedule.
+    """
 
     lr: float
     # peak rate
@@ -72,8 +74,8 @@ class RateSchedule:
             raise ValueError(f"{problem}; shorten the warm-up or train longer")
         if self.warmup >= self.train_iters:
             raise ValueError(
-                f"a warm-up of {self.warmup:g} steps in a run of --train-iters {self.train_iters}: it never reaches "
-                "--lr; shorten the warm-up or train longer"
+                f"a warm-up of {self.warmup:g} steps in a run of --train-iters {self.train_iters}: it never "
+                "reaches --lr; shorten the warm-up or train longer"
             )
         if self.lr_decay_style == "WSD" and self.lr_wsd_decay_iters is None:
             raise ValueError(
@@ -81,8 +83,8 @@ class RateSchedule:
             )
         if self.lr_decay_style == "WSD" and self.lr_wsd_decay_iters > self.decay:
             raise ValueError(
-                f"--lr-wsd-decay-iters {self.lr_wsd_decay_iters:g}: longer than all of the {self.decay:g} decay steps; "
-                "shorten it"
+                f"--lr-wsd-decay-iters {self.lr_wsd_decay_iters:g}: longer than all of the {self.decay:g} "
+                "decay steps; shorten it"
             )
 
     @property
@@ -99,7 +101,9 @@ class RateSchedule:
 
 
 class Flag(NamedTuple):
-    """A flag of a command line: `name` with dashes, the type of its value, its choices or (), one line of help."""
+    """A flag of a command line: `name` with dashes, the type of its value, its choices or (), one
+    line of help.
+    """
 
     name: str
     kind: type
@@ -131,7 +135,9 @@ FLAGS = (
 
 
 def from_flags(values) -> RateSchedule:
-    """The schedule of parsed flags, a mapping by RateSchedule's field names; None stands for the default."""
+    """The schedule of parsed flags, a mapping by RateSchedule's field names; None stands for the
+    default.
+    """
     names = [field.name for field in dataclasses.fields(RateSchedule)]
     given = {name: values[name] for name in names if values.get(name) is not None}
     for name in ("lr", "train_iters"):
@@ -169,19 +175,23 @@ def after(schedule: RateSchedule, samples) -> np.ndarray:
 
 
 def window_steps(step, every, train_iters):
-    """Steps of each of the two windows that a decision after `step` steps weighs against each other."""
+    """Steps of each of the two windows that a decision after `step` steps weighs against each
+    other.
+    """
     return max(1, min(every, (train_iters - step) // 2))
 
 
 def flow_times(rate, step, every, train_iters):
-    """Flow times (learning rate x steps) of those two windows; rate: step (0-based) -> learning rate."""
+    """Flow times (learning rate x steps) of those two windows; rate: step (0-based) -> learning
+    rate.
+    """
     length = window_steps(step, every, train_iters)
     coming = [rate(step + i) for i in range(2 * length)]
     return max(sum(coming[:length]), 1e-30), max(sum(coming[length:]), 1e-30)
 
 
 def _decayed(schedule, n, warmup, decay):
-    """Rates f64[...] after n samples as if the warm-up were over; beyond `decay` they mean nothing."""
+    """Rates f64[...] after n samples as if the warm-up were over; meaningless past `decay`."""
     peak, last, style = schedule.lr, schedule.min_lr, schedule.lr_decay_style
     if style == "constant":
         return np.full_like(n, peak)

@@ -7,9 +7,9 @@ A CSV file with one row for each point and one column of weights for each domain
     50%,cosine,0.5,0.3,0.2
     3.1Mtok,hold,0.2,0.2,0.6
 
-`at`: a sample (12000), tokens (3.1Mtok) or a part of the run (50%). `then`: hold (default), linear or cosine,
-the way to the next point; the last point holds to the end. A column named `sample` does for `at`. Before the
-first point the run's own weights hold.
+`at`: a sample (12000), tokens (3.1Mtok) or a part of the run (50%). `then`: hold (default), linear
+or cosine, the way to the next point; the last point holds to the end. A column named `sample` does
+for `at`. Before the first point the run's own weights hold.
 """
 
 import csv
@@ -30,7 +30,9 @@ BUDGET_TOLERANCE = 0.01
 
 
 class Point(NamedTuple):
-    """From `sample` on: `weights` f64[K], then hold them or move on to the next point's, linear or cosine."""
+    """From `sample` on: `weights` f64[K], then hold them or move on to the next point's, linear or
+    cosine.
+    """
 
     sample: int
     weights: np.ndarray
@@ -40,7 +42,8 @@ class Point(NamedTuple):
 def read(path, names, samples: int, seq_length: int) -> tuple[Point, ...]:
     """The points of a CSV file for a run of `samples` sequences of `seq_length` tokens.
 
-    ValueError naming file, line and cure for what cannot be read or is no schedule of the domains `names`.
+    ValueError naming file, line and cure for what cannot be read or is no schedule of the domains
+    `names`.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -98,8 +101,8 @@ def _sample(at: str, samples: int, seq_length: int) -> int:
 def changes(points, global_batch: int, stairs: int = 100) -> tuple[tuple[int, np.ndarray], ...]:
     """The schedule as changes (sample, weights f64[K]) at global batches, for Mixture.schedule.
 
-    A point takes effect at the next whole global batch. A ramp becomes at most `stairs` equal steps, each
-    with the ramp's own mean over it, so a domain gets the samples of the ramp.
+    A point takes effect at the next whole global batch. A ramp becomes at most `stairs` equal
+    steps, each with the ramp's own mean over it, so a domain gets the samples of the ramp.
     """
     found: dict[int, np.ndarray] = {}
     for point, after in zip(points, [*points[1:], None], strict=True):
@@ -118,23 +121,24 @@ def changes(points, global_batch: int, stairs: int = 100) -> tuple[tuple[int, np
 
 
 def _mean(way: str, start: float, end: float) -> float:
-    """Mean over [start, end] of the way from 0 to 1: u for linear, (1 - cos(pi u)) / 2 for cosine."""
+    """Mean over [start, end] of the way from 0 to 1: u if linear, (1 - cos(pi u)) / 2 if cosine."""
     if way == "linear":
         return (start + end) / 2
     return 0.5 - (math.sin(math.pi * end) - math.sin(math.pi * start)) / (2 * math.pi * (end - start))
 
 
 def planned_counts(initial, planned, samples: int) -> np.ndarray:
-    """Samples f64[K] that `planned` changes ask of each domain in a run that begins with `initial` weights
-    f64[K]."""
+    """Samples f64[K] that `planned` changes ask of each domain in a run that begins with `initial`
+    weights f64[K].
+    """
     steps = [(0, np.asarray(initial, dtype=np.float64)), *((at, w) for at, w in planned if at < samples)]
     ends = [at for at, _ in steps[1:]] + [samples]
     return np.sum([weights * (end - at) for (at, weights), end in zip(steps, ends, strict=True)], axis=0)
 
 
 def refuse_impossible(initial, planned, names, budgets, samples, minimum, maximum) -> None:
-    """ValueError when the schedule passes a bound, or misses a budget by over 1 % (less is the mixture's to
-    mend).
+    """ValueError when the schedule passes a bound, or misses a budget by over 1 % (less is the
+    mixture's to mend).
 
     initial, minimum, maximum f64[K]; planned: of `changes`; budgets: samples or None.
     """
@@ -161,7 +165,8 @@ def written(names, planned) -> str:
 
 
 def drawing(names, initial, planned, samples: int, width: int = 60, rates=None) -> list[str]:
-    """One line of text for each domain: its weight along the run in `width` bars, and its planned samples.
+    """One line of text for each domain: its weight along the run in `width` bars, and its planned
+    samples.
 
     rates: learning rate f64[T] of every step, which adds a line in parts of its peak.
     """

@@ -9,7 +9,8 @@ import numpy as np
 
 from megatron_commute.feasible import owed_shares
 from megatron_commute.settings import schedule
-from megatron_commute.settings.mixture_file import SHARE_TOLERANCE, Config
+from megatron_commute.settings.mixture_file import SHARE_TOLERANCE
+from megatron_commute.settings.values import Config
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,9 @@ class Run:
 
 
 def exact_budgets(config: Config, run: Run) -> list[int | None]:
-    """Sequences of every budget, None where there is none; what the run cannot meet exactly is refused."""
+    """Sequences of every budget, None where there is none; what the run cannot meet exactly is
+    refused.
+    """
     budgets = [domain.budget and domain.budget.sequences(run.seq_length) for domain in config.domains]
     given = [budget for budget in budgets if budget is not None]
     for domain, budget in zip(config.domains, budgets, strict=True):
@@ -63,7 +66,8 @@ def exact_budgets(config: Config, run: Run) -> list[int | None]:
 
 
 def initial_weights(config: Config, run: Run, budgets: list[int | None], changes=()) -> np.ndarray:
-    """Given weights stay; the omitted ones share what is left by budget (so all omitted: budget shares).
+    """Given weights stay; the omitted ones share what is left by budget (so all omitted: budget
+    shares).
 
     A schedule that begins at sample 0 gives them where the file gives none.
     """
@@ -102,7 +106,9 @@ def initial_weights(config: Config, run: Run, budgets: list[int | None], changes
 
 
 def planned_shares(run: Run, budgets: list[int | None], weights: np.ndarray) -> np.ndarray:
-    """Share of the run's samples of each domain: its budget, and for endless domains the rest by weight."""
+    """Share of the run's samples of each domain: its budget, and for endless domains the rest by
+    weight.
+    """
     owed = np.array([np.nan if budget is None else budget for budget in budgets], dtype=np.float64)
     return owed_shares(owed, run.samples, weights)
 

@@ -20,7 +20,9 @@ class ConfigError(ValueError):
 
 
 class Refused(Exception):
-    """A check turns a value down. The text is the cure; the reader adds file, line, key and the value."""
+    """A check turns a value down. The text is the cure; the reader adds file, line, key and the
+    value.
+    """
 
 
 def complaint(file: str, lines: Mapping[str, int], key: str, problem: str, cure: str) -> ConfigError:
@@ -39,7 +41,9 @@ def did_you_mean(written: Any, known: Iterable[str]) -> str:
 
 
 class Document:
-    """A YAML mapping with the line of every key; what is no mapping or repeats a key is a ConfigError."""
+    """A YAML mapping with the line of every key; what is no mapping or repeats a key is a
+    ConfigError.
+    """
 
     def __init__(self, file: str):
         self.file = file
@@ -89,7 +93,9 @@ class Document:
         return complaint(self.file, self.lines, key, problem, cure)
 
     def section(self, key: str, value: Any, checks: Mapping[str, Check]) -> dict[str, Any]:
-        """The checked values of one mapping (None: an empty one); a key outside `checks` is refused."""
+        """The checked values of one mapping (None: an empty one); a key outside `checks` is
+        refused.
+        """
         if value is None:
             return {}
         if not isinstance(value, Mapping):

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from megatron_commute import hvp, reduce
 from megatron_commute.adapters import torch_loop
 from megatron_commute.config import ConfigError, Run, holdout_parts
+from megatron_commute.data import blend
 from megatron_commute.record import log as record
 
 
@@ -324,25 +325,17 @@ def test_shadow_mode_wants_the_blend_that_the_host_trains_on(data):
         "not negative": ["-3", f"{data}/en", "4", f"{data}/ru"],
         "3 x y": ["3", "x", "y"],
     }
-    for told, blend in wrong.items():
+    for told, flags in wrong.items():
         with pytest.raises(ConfigError, match=told):
-            torch_loop.Plugin(file, run, blend)
-
-
-def test_shadow_mode_refuses_a_domain_of_two_files(data):
+            torch_loop.Plugin(file, run, flags)
+    assert torch_loop.Plugin(mixture_file(data), run, ["any", "thing", "goes"]).feeds, "it is replaced"
     (data / "two.yaml").write_text(
-        "domains:\n  both: {path: [en, ru], weight: 1, holdout: 64}\nprobe: {samples: 8}\n"
+        "domains: {both: {path: [en, ru], weight: 1, holdout: 64}}\nprobe: {samples: 8}\n"
     )
     with pytest.raises(ConfigError, match="several files"):
-        torch_loop.Plugin(
-            str(data / "two.yaml"), Run(LENGTH, 4, 2, 1, 24), ["1", f"{data}/en", "1", f"{data}/ru"]
-        )
-
-
-def test_a_blend_that_the_plug_in_replaces_is_not_looked_at(data):
-    assert torch_loop.Plugin(mixture_file(data), Run(LENGTH, 4, 2, 1, 24), ["any", "thing", "goes"]).feeds
+        torch_loop.Plugin(str(data / "two.yaml"), run, ["1", f"{data}/en", "1", f"{data}/ru"])
 
 
 def test_one_prefix_is_a_blend():
-    assert torch_loop.blend_of(["x"]) == (["x"], [1.0])
-    assert torch_loop.blend_of(["2", "x", "6", "y"]) == (["x", "y"], [2.0, 6.0])
+    assert blend.read(["x"]) == (["x"], [1.0])
+    assert blend.read(["2", "x", "6", "y"]) == (["x", "y"], [2.0, 6.0])

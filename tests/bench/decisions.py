@@ -3,11 +3,12 @@
     python tests/bench/decisions.py --jobs 2   # base cells and one axis at a time
     python tests/bench/decisions.py --quick    # two seeds, two flow times, two noise levels, for CI
 
-Writes decisions.csv, a line for each cell and law. 32 decisions a run, all through
-controller.decide, without floors, caps, rate limit and cool-down. share: part of the attainable gain (decisions_optima.csv)
-in percent, median and worst over seeds; harm: worst increase of the final loss over the constant mixture, percent of the
-loss. noise: relative, on every gradient and product, isotropic, each the mean of two independent halves whose difference is
-the only thing a law is told about it. products: Hessian-vector products a decision, mean over the run.
+Writes decisions.csv, a line for each cell and law. 32 decisions a run, all through controller.decide, without floors, caps,
+rate limit and cool-down. share: part of the attainable gain in percent, median and worst over seeds; the best schedules,
+decisions_optima.csv, were searched on 2026-11-22 by decisions_optima.py, last in commit 6a863e7. harm: worst increase of the
+final loss over the constant mixture, percent of the loss. noise: relative, on every gradient and product, isotropic, each
+the mean of two independent halves whose difference is the only thing a law is told about it. products: Hessian-vector
+products a decision, mean over the run.
 """
 
 import argparse
@@ -21,34 +22,62 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from decisions_optima import AXES, BUDGETS, SEEDS, TIMES, WINDOWS, cached, problem, shares
-
 from megatron_commute import bracket
 from megatron_commute.decide.controller import decide
 from megatron_commute.decide.situation import Situation
+from megatron_commute.experiments.quadratic_domains import sample
 from megatron_commute.experiments.receding import Recycled
 from megatron_commute.experiments.receding_law import receding
 from megatron_commute.feasible import nearest
 
 HERE = Path(__file__).resolve().parent
+CACHE = HERE / "decisions_optima.csv"
+WINDOWS, SEEDS = 32, 10
+TIMES, BUDGETS = (1.0, 4.0, 16.0, 64.0), ("equal", "skewed")
+AXES = {  # name: domains, dimensions, spectrum, shared eigenbasis
+    "base": (3, 40, "0.8^j", False),
+    "K2": (2, 40, "0.8^j", False),
+    "K8": (8, 40, "0.8^j", False),
+    "n100": (3, 100, "0.8^j", False),
+    "0.7^j": (3, 40, "0.7^j", False),
+    "1/j": (3, 40, "1/j", False),
+    "shared": (3, 40, "0.8^j", True),
+}
 LAWS = ("proportional", "tau-tail", "tilt", "odm", "receding")
 NOISE = (0.0, 0.1, 0.3, 1.0)
 START = 24  # directions at the first decision; then one at every second, so at most K + 1 products a decision on average
 GRAIN = 1000  # samples a window
-FIELDS = (
-    "axis",
-    "time",
-    "budgets",
-    "noise",
-    "law",
-    "seeds",
-    "share_median",
-    "share_worst",
-    "harm_worst_percent",
-    "products",
-)
+FIELDS = ("axis", "time", "budgets", "noise", "law", "seeds")
+FIELDS += ("share_median", "share_worst", "harm_worst_percent", "products")
+
+
+def problem(axis, seed):
+    """(Quadratic, theta0 f64[n]) of one axis and seed."""
+    domains, n, spectrum, shared = AXES[axis]
+    j = np.arange(n)
+    rates = {"0.8^j": 0.8**j, "0.7^j": 0.7**j, "1/j": 1 / (1 + j)}[spectrum]
+    return sample(seed, n=n, domains=domains, spectrum=rates, shared=shared)
+
+
+def shares(axis, budgets):
+    """Budgets f64[K] as fractions of the run."""
+    K = AXES[axis][0]
+    if budgets == "equal":
+        return np.full(K, 1 / K)
+    part = {2: np.array([0.75, 0.25]), 3: np.array([0.6, 0.3, 0.1])}.get(K, 0.7 ** np.arange(K))
+    return part / part.sum()
+
+
+def cached(axes):
+    """{(axis, time, budgets, seed): line with floats} of the committed file."""
+    with open(CACHE, newline="") as file:
+        lines = [line for line in csv.DictReader(file) if line["axis"] in axes]
+    for line in lines:
+        line.update(
+            {name: float(line[name]) for name in ("time", "constant", "tau_tail", "optimum")},
+            seed=int(line["seed"]),
+        )
+    return {(line["axis"], line["time"], line["budgets"], line["seed"]): line for line in lines}
 
 
 class Run:

@@ -81,22 +81,20 @@ def costs():
         case = hvp_methods.Case(*size)
         functions = hvp_methods.methods(case)
 
-        def gradient(tiled=False, case=case):
-            return hvp.gradient(lambda p: case.loss(p, tiled), case.params)
+        def gradient(case=case):
+            return hvp.gradient(case.loss, case.params)
 
         truth = functions["double backward"]()
         memory = hvp_methods.peak(gradient)
         share = matmul_share(gradient)
-        timed = {"gradient, attention in tiles": lambda gradient=gradient: gradient(True), **functions}
-        for method, cost in ratios(timed, gradient, rounds).items():
+        for method, cost in ratios(functions, gradient, rounds).items():
             row = {"table": "cost", "model": name, "parameters": case.parameters, "length": case.length}
             row |= {"method": method, "cost": f"{cost:.2f}", "matmul": f"{share:.2f}"}
             if method.startswith("R operator"):
                 row["floor"] = f"{case.floors()[0 if 'alone' in method else 1]:.2f}"
-            if not method.startswith("gradient"):
-                row["memory"] = f"{hvp_methods.peak(functions[method]) / memory:.2f}"
-                away = [a.detach() - b for a, b in zip(functions[method](), truth, strict=True)]
-                row["error"] = f"{length(away) / length(truth):.1e}"
+            row["memory"] = f"{hvp_methods.peak(functions[method]) / memory:.2f}"
+            away = [a.detach() - b for a, b in zip(functions[method](), truth, strict=True)]
+            row["error"] = f"{length(away) / length(truth):.1e}"
             yield row
 
 

@@ -25,7 +25,7 @@ class Case:
     """A GPT-2 of the given size with random weights, a batch, and a direction.
 
     Its loss is written with torch's fused functions, as one would write it for speed; attention is materialised as in
-    Megatron's local layers, or goes through scaled_dot_product_attention with tiled=True.
+    Megatron's local layers.
     """
 
     def __init__(self, vocabulary, width, heads, blocks, length, samples):
@@ -48,7 +48,7 @@ class Case:
         attention = 2 * self.length * self.size["blocks"]
         return (8 * linear + 9 * attention) / (3 * (linear + attention)), 3.0
 
-    def logits(self, p, tiled=False):
+    def logits(self, p):
         """[b * s, vocabulary] from a list of parameters."""
         b, s = self.inputs.shape
         mask = torch.ones(s, s, dtype=torch.bool).triu(1)
@@ -63,17 +63,14 @@ class Case:
         for block in self.stack.blocks:
             qkv = linear(block.qkv, norm(block.norm1, x)).view(b, s, self.heads, 3, -1)
             q, k, v = qkv.permute(3, 0, 2, 1, 4)
-            if tiled:
-                o = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            else:
-                o = ((q @ k.mT) * block.scale).masked_fill(mask, -math.inf).softmax(-1) @ v
+            o = ((q @ k.mT) * block.scale).masked_fill(mask, -math.inf).softmax(-1) @ v
             x = x + linear(block.out, o.transpose(1, 2).reshape(b, s, -1))
             y = F.gelu(linear(block.up, norm(block.norm2, x)), approximate="tanh")
             x = x + linear(block.down, y)
         return F.linear(norm(self.stack.norm, x), p[self.stack.output]).flatten(0, 1)
 
-    def loss(self, p, tiled=False):
-        return F.cross_entropy(self.logits(p, tiled), self.labels.flatten())
+    def loss(self, p):
+        return F.cross_entropy(self.logits(p), self.labels.flatten())
 
 
 class Module(torch.nn.Module):

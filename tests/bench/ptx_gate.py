@@ -59,18 +59,8 @@ def counts(name, size, variant):
 
 def compile_for(arch, folder):
     """(text of ptxas, PTX) of csrc/launch.cu for one architecture."""
-    command = [
-        "nvcc",
-        "-std=c++17",
-        "-O3",
-        f"-arch=sm_{arch}",
-        "-cubin",
-        "-Xptxas",
-        "-v",
-        "--keep",
-        "--keep-dir",
-        folder,
-    ]
+    command = ["nvcc", "-std=c++17", "-O3", f"-arch=sm_{arch}", "-cubin", "-Xptxas", "-v", "--keep"]
+    command += ["--keep-dir", folder]
     done = subprocess.run(
         [*command, "-o", f"{folder}/launch.cubin", str(SOURCE)], capture_output=True, text=True, timeout=600
     )

@@ -224,6 +224,16 @@ def test_a_changed_run_is_planned_from_what_it_has_served():
     assert sizes_of(found, given["batches"]) @ found.weights == pytest.approx([790, 260, 450], abs=1e-9)
 
 
+def test_a_bound_that_whole_samples_miss_by_less_than_one_does_not_end_a_changed_run():
+    given = run(low=np.array([0, 0, 0.3]), high=np.array([1, 1, 0.3]), begin=30)
+    found = flow.planned(**given, used=[179, 30, 91])  # 90 would have been the share of the third
+    assert found.weights[:, 2] == pytest.approx(509 / 1700, abs=1e-12) and np.ptp(found.weights[:, 1]) > 0.05
+    with pytest.raises(
+        ValueError, match="domain 2: 480 of the 1700 samples left is outside the weight bounds"
+    ):
+        flow.planned(**given, used=[150, 30, 120])
+
+
 def test_ranges_follow_the_target_over_the_share_up_to_their_limit():
     assert flow.ranges([0, 1, 0], SHARES) == pytest.approx([-0.35, 3.15, -0.35])
     assert flow.ranges([0, 1, 0], [0.6, 0.01, 0.39]) == pytest.approx([-0.35, 3.15, -0.35])  # not above RANGE

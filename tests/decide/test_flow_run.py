@@ -131,7 +131,7 @@ def test_a_resumed_run_makes_the_same_weights_and_samples(folder, stop):
     ("change", "told"),
     [
         ({"rates": lambda step: cosine(step, lr=2e-3)}, r"other learning rates \(peak 0.001, now 0.002\); put it back"),
-        ({"rates": lambda step: cosine(step, steps=90)}, r"other learning rates \(total "),
+        ({"rates": lambda step: cosine(step, steps=90)}, r"other learning rates \(their sum "),
         ({"text": MIXTURE.replace("{ru: 1}", "{code: 1}")}, "the target of flow was 0 1 0, it is 0 0 1; put it back"),
         ({"text": MIXTURE.replace("flow}", "flow, strength: 0.5}")}, "the strength of flow was 1, it is 0.5"),
         ({"text": MIXTURE.replace("flow}", "hold}")}, "the law was flow, it is hold"),
@@ -163,6 +163,17 @@ def test_another_run_than_the_planned_one_is_refused_and_planned_anew_by_consent
     after = attached(folder, state=json.dumps(parted.hook.state_dict()), place="parted", **change)[0]
     for (at, weights), (when, other) in zip(after.plan.schedule, again.plan.schedule, strict=True):
         assert at == when and np.abs(weights - other).max() < 1e-9
+
+
+def test_a_schedule_file_takes_the_place_of_the_plan_by_consent(folder):
+    plugin = attached(folder)[0]
+    trained(plugin, end=30)
+    (folder / "late.csv").write_text("at,en,ru,code\n540,0.6,0.1,0.3\n")
+    text = MIXTURE.replace("mode: fixed", "mode: fixed\nschedule: late.csv").replace("flow}", "schedule}")
+    again = attached(folder, text, state=json.dumps(plugin.hook.state_dict()), accept=True)[0]
+    trained(again, begin=30, end=36)
+    lines = [line["weights"] for line in record.read(folder / "run") if line["event"] == "loss"]
+    assert len(lines) == 6 and all(list(weights.values()) == pytest.approx(SHARES) for weights in lines)
 
 
 def test_a_run_under_another_law_takes_flow_up_by_consent(folder):

@@ -129,7 +129,7 @@ def test_every_schedule_spends_its_budgets(settings, tmp_path, monkeypatch):
 
 def test_too_little_text_names_the_cure(data):
     with pytest.raises(ValueError, match="valid-share"):
-        Text(Settings(data, **{**SMALL, "held": 1000}))
+        Text(Settings(data=data, **{**SMALL, "held": 1000}))
 
 
 def test_settings_and_sizes_by_name():

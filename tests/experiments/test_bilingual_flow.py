@@ -17,7 +17,7 @@ from megatron_commute.experiments.bilingual_trainer import Settings, Text, Train
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
-    return Settings(markov_text.write(tmp_path_factory.mktemp("text")), **{**SMALL, "heads": 2})
+    return Settings(data=markov_text.write(tmp_path_factory.mktemp("text")), **{**SMALL, "heads": 2})
 
 
 def size(*parts):

@@ -29,12 +29,7 @@ def test_without_noise_plans_take_most_of_what_can_be_gained(rows):
     """Two seeds a cell: the worst of them stays above the worst that is allowed, the median above a lower bar."""
     mine = {(r["time"], r["budgets"]): r for r in rows if r["law"] == "receding" and r["noise"] == 0}
     assert len(mine) == 4
-    for key, least in {
-        (1, "equal"): 90,
-        (1, "skewed"): 90,
-        (16, "equal"): 80,
-        (16, "skewed"): 97,
-    }.items():
+    for key, least in {(1, "equal"): 90, (1, "skewed"): 90, (16, "equal"): 80, (16, "skewed"): 97}.items():
         assert mine[key]["share_median"] >= least and mine[key]["share_worst"] >= 50, mine[key]
         assert mine[key]["products"] <= 4, mine[key]
 

@@ -59,18 +59,6 @@ def test_on_its_basis_a_model_has_the_true_curvature_and_it_is_never_negative_th
     assert np.linalg.eigvalsh(model.full.H).min() > -1e-9
 
 
-@pytest.mark.parametrize("noise", [0.1, 1.0])
-def test_the_noise_of_products_is_read_off_their_asymmetry(noise):
-    """Entries of a product of length l carry noise l / sqrt(n) each, the length that of the noisy product; median over
-    seeds, within a third: lengths of directions differ, and so does their noise."""
-    n, found = 40, []
-    for seed in range(12):
-        _, _, recycled, _ = learned(12, seed, n=n, noise=noise)
-        found.append(recycled.noise())
-    assert np.median(found) * np.sqrt(n) == pytest.approx(noise / np.sqrt(1 + noise**2), rel=1 / 3)
-    assert learned(12, n=n)[2].noise().max() < 1e-12
-
-
 def test_a_plan_gains_what_it_expects_when_the_model_is_the_problem():
     problem, theta, recycled, gradients = learned(40)
     found = even(recycled.model(gradients, TARGET, [0.0, 4.0]))

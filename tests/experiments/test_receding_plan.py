@@ -29,22 +29,6 @@ def test_the_change_of_the_loss_is_that_of_matrix_exponentials(time):
     assert receding_plan.loss_change(model, w, times) == pytest.approx(expected, rel=1e-7, abs=1e-12)
 
 
-def test_the_gradient_is_that_of_differences_also_in_a_batch():
-    models = [small(seed)[2] for seed in range(2)]
-    batch = receding_plan.Quadratic(
-        **{name: np.stack([getattr(m, name) for m in models]) for name in ("H", "g", "target")}
-    )
-    w = np.random.default_rng(2).dirichlet(np.ones(3), (2, 4))
-    times = np.array([[0.3, 2.0, 1.0, 0.1], [1.0, 1.0, 5.0, 0.5]])
-    change, gradient = receding_plan.loss_gradient(batch, w, times)
-    np.testing.assert_allclose(change, receding_plan.loss_change(batch, w, times), rtol=1e-12)
-    for index in np.ndindex(2, 4, 3):
-        step = np.zeros_like(w)
-        step[index] = 1e-5
-        ends = [receding_plan.loss_change(batch, w + sign * step, times)[index[0]] for sign in (1, -1)]
-        assert gradient[index] == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=2e-4, abs=1e-6)
-
-
 @pytest.mark.parametrize("sharp", [1.0, 0.05])
 def test_every_plan_keeps_every_budget_to_the_last_digit(sharp):
     """Also plans of nearly pure windows, where scaling alone leaves budgets overdrawn by a fifth of a window."""

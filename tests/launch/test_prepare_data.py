@@ -342,12 +342,15 @@ def test_the_mixture_file_fits_domains_and_run(tmp_path, capsys, names, iteratio
     assert [domain.path for domain in config.domains] == [
         (str(tmp_path / f"data/{name}_train"),) for name in config.names
     ]
-    assert config.every == (100 if iterations == 500 else 1) and config.mode == "act"
+    assert config.every == (100 if iterations == 500 else 1) and config.mode == "fixed"
+    assert config.controller.law == "flow" and config.target == {
+        min(config.domains, key=lambda d: d.weight).name: 1
+    }
 
 
 def test_a_mixture_file_that_is_there_stays(tmp_path, capsys):
     mixture(tmp_path, ["english", "russian", "code"], 500, capsys)
-    text = (tmp_path / "mixture.yaml").read_text(encoding="utf-8").replace("rate: 0.1", "rate: 0.2")
+    text = (tmp_path / "mixture.yaml").read_text(encoding="utf-8").replace("splits: 8", "splits: 4")
     put(tmp_path / "mixture.yaml", text)
     assert mixture(tmp_path, ["english", "russian", "code"], 40, capsys)[0][0] == "english"
     assert (tmp_path / "mixture.yaml").read_text(encoding="utf-8") == text
@@ -356,7 +359,9 @@ def test_a_mixture_file_that_is_there_stays(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "settings", "says"),
     [
-        (["--foo"], {}, "only --text NAME=PATH"),
+        (["--foo"], {}, "only --text NAME=PATH and --compare"),
+        ([], {"QUICKSTART_DECAY": "step"}, "QUICKSTART_DECAY=step: write cosine, linear, constant or WSD"),
+        ([], {"QUICKSTART_SEED": "x"}, "QUICKSTART_SEED=x: write a whole number"),
         ([], {"QUICKSTART_ITERS": "0"}, "positive number of training steps"),
     ],
 )

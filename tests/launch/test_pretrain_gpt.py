@@ -25,20 +25,17 @@ def data(tmp_path, monkeypatch):
     return tmp_path
 
 
-DOMAINS = {"en": "{path: en, weight: 0.6, budget: 96}", "ru": "{path: ru, weight: 0.1, budget: 16}",
-           "code": "{path: code, weight: 0.3, budget: 48}"}  # fmt: skip
+DOMAINS = {
+    "en": "{path: en, weight: 0.6, holdout: 64, budget: 96}",
+    "ru": "{path: ru, weight: 0.1, holdout: 64, budget: 16}",
+    "code": "{path: code, weight: 0.3, holdout: 64, budget: 48}",
+}
 
 
 def mixture(folder, more="", mode="act", **domains):
-    rows = "\n".join(f"  {name}: {text}" for name, text in {**DOMAINS, **domains}.items() if text)
-    path = folder / "mixture.yaml"
-    path.write_text(
-        f"domains:\n{rows}\nmode: {mode}\nprobe: {{samples: 8}}\nevery: 4\nmeasure_budget: 1\n{more}\n".replace(
-            "budget: 96}", "budget: 96, holdout: 64}"
-        )
-        .replace("16}", "16, holdout: 64}")
-        .replace("48}", "48, holdout: 64}")
-    )
+    rows = "\n".join(f"  {name}: {text}" for name, text in {**DOMAINS, **domains}.items())
+    path, rest = folder / "mixture.yaml", "probe: {samples: 8}\nevery: 4\nmeasure_budget: 1"
+    path.write_text(f"domains:\n{rows}\nmode: {mode}\n{rest}\n{more}\n")
     return str(path)
 
 
@@ -109,7 +106,7 @@ def test_bad_flags(trainer, data, capsys, more, told):
 
 @pytest.mark.parametrize("file", [None, "shadow"])
 def test_nothing_to_train_on(trainer, data, capsys, file):
-    plain = {name: text.split(", budget")[0] + ", holdout: 64}" for name, text in DOMAINS.items()}
+    plain = {name: text.split(", budget")[0] + "}" for name, text in DOMAINS.items()}
     told = refusal(trainer, data, capsys, flags(file and mixture(data, mode="shadow", **plain)))
     assert told.startswith("error: --train-data-path: missing")
 

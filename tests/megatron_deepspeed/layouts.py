@@ -54,7 +54,7 @@ LAYOUTS = {
 }
 
 
-MATRIX = (
+MATRIX = [
     "zero0",
     "zero1",
     "zero2",
@@ -65,7 +65,7 @@ MATRIX = (
     "bf16-zero1",
     "checkpointing",
     "workers2",
-)
+]
 
 
 def flags(name, data, save, *more, iters=ITERS):

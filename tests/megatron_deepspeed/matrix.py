@@ -63,12 +63,8 @@ def prepare(folder):
 
 def plan(name, folder, stock, hooked, data):
     """The runs of one layout, in order: {name of the run: job of driver.py}."""
-    still = (
-        "--hidden-dropout",
-        "0",
-        "--attention-dropout",
-        "0",
-    )  # on CPU a loader made on resume draws from torch's state
+    # on CPU a loader made on resume draws from torch's state
+    still = ("--hidden-dropout", "0", "--attention-dropout", "0")
     runs = {
         "stock": (stock, ()),
         "off": (hooked, ()),

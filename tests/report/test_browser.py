@@ -101,7 +101,7 @@ def test_nothing_is_too_wide_covered_cut_too_small_or_fetched(pages, name, tmp_p
         assert one["least"] >= 5  # pixels, of the narrowest digit
 
 
-@pytest.mark.parametrize("name, word", [("quickstart", "cool-down BUDGETS"), ("analysis", "global_step100")])
+@pytest.mark.parametrize("name, word", [("quickstart", "400 TOUCHED"), ("analysis", "global_step100")])
 def test_typing_filters_the_table(pages, name, word, tmp_path):
     script = f"""const input = document.querySelector("input"), seen = document.querySelector("output");
     const rows = [...document.querySelectorAll("#decisions tbody tr, #checkpoints tbody tr")];

@@ -41,7 +41,12 @@ def test_the_picture_has_rate_profile_and_weights_on_one_axis(tmp_path):
     assert {axes.get_xlim() for axes in (rate, profile, weights)} == {rate.get_xlim()}
     assert weights.get_xlabel() == "samples (thousands)" and rate.get_xlabel() == ""
     assert rate.lines[0].get_ydata().max() == 1.0 and rate.get_ylabel() == "learning rate\n(10⁻³)"
-    assert np.array_equal(profile.lines[1].get_ydata(), lines[0]["flow"]["curves"]["profile"])
+    told = [
+        p
+        for n, p in zip(*map(lines[0]["flow"]["curves"].get, ("sample", "profile")), strict=True)
+        if n >= 40 * 64
+    ]
+    assert profile.lines[1].get_ydata().tolist() == told
     planned = np.array(lines[0]["flow"]["segments"]["weights"])
     for k in range(3):
         x, y = weights.lines[k].get_data()

@@ -94,24 +94,6 @@ def test_a_missing_file_is_named(tmp_path):
         schedule.read(tmp_path / "nowhere.csv", NAMES, 10, 1)
 
 
-def test_impossible_plans_are_refused_and_small_misses_are_not(written):
-    planned = schedule.changes(written("at,en,de\n0,0.5,0.5\n50%,0.1,0.9\n"), 10)
-
-    def refuse(budgets, low=(0, 0), high=(1, 1)):
-        schedule.refuse_impossible([1, 0], planned, NAMES, budgets, 1000, np.array(low), np.array(high))
-
-    refuse([300, 700])
-    refuse([302, None])
-    with pytest.raises(
-        ValueError, match=r"asks for 300 samples of en, its budget is 400; .* budget: 300, or budget: null"
-    ):
-        refuse([400, None])
-    with pytest.raises(ValueError, match=r"sample 500: weight 0.1 of en is outside min 0.2, max 1"):
-        refuse([300, 700], low=(0.2, 0))
-    with pytest.raises(ValueError, match=r"sample 500: weight 0.9 of de is outside min 0, max 0.8"):
-        refuse([300, 700], high=(1, 0.8))
-
-
 def test_the_drawing_shows_every_domain_and_its_samples(written):
     planned = schedule.changes(written("at,en,de\n0,0.5,0.5\n50%,0,1\n"), 10)
     assert schedule.drawing(NAMES, [1, 0], planned, 1000, width=4) == [

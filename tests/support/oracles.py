@@ -51,12 +51,8 @@ class GPT(nn.Module):
         self.words = nn.Parameter(spread * torch.randn(vocabulary, width))
         self.positions = nn.Parameter(spread * torch.randn(length, width))
         self.blocks = nn.ModuleList()
-        shapes = {
-            "qkv": (3 * width, width),
-            "out": (width, width),
-            "up": (4 * width, width),
-            "down": (width, 4 * width),
-        }
+        shapes = {"qkv": (3 * width, width), "out": (width, width), "up": (4 * width, width)}
+        shapes["down"] = width, 4 * width
         for _ in range(layers):
             block = nn.ParameterDict()
             for name, shape in shapes.items():
@@ -94,12 +90,8 @@ class Llama(nn.Module):
         self.head = nn.Parameter(spread * torch.randn(vocabulary, width))
         self.norm = nn.Parameter(torch.ones(width))
         shapes = {"q": (heads * size, width), "k": (groups * size, width), "v": (groups * size, width)}
-        shapes |= {
-            "out": (width, heads * size),
-            "gate": (inner, width),
-            "up": (inner, width),
-            "down": (width, inner),
-        }
+        shapes |= {"out": (width, heads * size), "gate": (inner, width), "up": (inner, width)}
+        shapes["down"] = width, inner
         self.blocks = nn.ModuleList()
         for _ in range(layers):
             block = nn.ParameterDict({n: nn.Parameter(spread * torch.randn(s)) for n, s in shapes.items()})
@@ -198,15 +190,8 @@ _MEGATRON = {
     "self_attention.query_key_value": "qkv", "self_attention.dense": "out",
     "mlp.linear_fc1": "up", "mlp.linear_fc2": "down", "mlp.dense_h_to_4h": "up", "mlp.dense_4h_to_h": "down",
 }  # fmt: skip
-_SPLIT = {
-    "qkv_weight": 0,
-    "qkv_bias": 0,
-    "out_weight": 1,
-    "up_weight": 0,
-    "up_bias": 0,
-    "down_weight": 1,
-    "words": 0,
-}
+_SPLIT = dict.fromkeys(("qkv_weight", "qkv_bias", "up_weight", "up_bias", "words"), 0)
+_SPLIT |= {"out_weight": 1, "down_weight": 1}
 
 
 def plain_name(name):

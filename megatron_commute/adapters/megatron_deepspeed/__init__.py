@@ -1,7 +1,9 @@
-"""Megatron-DeepSpeed with one line changed: `pretrain` below in place of megatron.training.pretrain.
+"""Megatron-DeepSpeed with one line changed: `pretrain` below in place of
+megatron.training.pretrain.
 
-Without --commute the host's own pretrain runs and nothing else happens. With it, functions that megatron.training looks up
-in its own module are wrapped for the time of the run; nothing of the host is edited, and a probe never writes to its model.
+Without --commute the host's own pretrain runs and nothing else happens. With it, functions that
+megatron.training looks up in its own module are wrapped for the time of the run; nothing of the
+host is edited, and a probe never writes to its model.
 """
 
 import contextlib
@@ -23,8 +25,9 @@ def pretrain(
 ):
     """megatron.training.pretrain with the flags of `add_arguments`: same arguments, same result.
 
-    A mixture file, data or flags that do not fit end the run with one line and exit status 2 before the model is built. A
-    run with --commute that loses a rank or node ends with a RuntimeError that says so and where the restart resumes.
+    A mixture file, data or flags that do not fit end the run with one line and exit status 2 before
+    the model is built. A run with --commute that loses a rank or node ends with a RuntimeError that
+    says so and where the restart resumes.
     """
     from megatron import training
 
@@ -64,7 +67,9 @@ def pretrain(
 
 
 def add_arguments(parser):
-    """The plug-in's flags, with the names of launch/arguments.py; returns the parser, as Megatron wants it."""
+    """The plug-in's flags, with the names of launch/arguments.py; returns the parser, as Megatron
+    wants it.
+    """
     group = parser.add_argument_group("commute", "when each domain is used (megatron_commute)")
     group.add_argument(
         "--commute", metavar="FILE", default=None, help="mixture file; without it the plug-in does nothing"

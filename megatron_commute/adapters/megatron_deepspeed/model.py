@@ -10,8 +10,9 @@ from megatron_commute.adapters import megatron_core
 def probe_model(engine, micro_batch, method):
     """The Model of the model under `engine`: a GPTModel under ZeRO stage 0 to 3, or a GPTModelPipe.
 
-    micro_batch: sequences of one forward pass; method: of the configuration. Activation checkpointing is off while a probe
-    runs. Raises ValueError where method, model and engine do not go together.
+    micro_batch: sequences of one forward pass; method: of the configuration. Activation
+    checkpointing is off while a probe runs. Raises ValueError where method, model and engine do not
+    go together.
     """
     from deepspeed.runtime.pipe.engine import PipelineEngine
 
@@ -58,8 +59,10 @@ def probe_model(engine, micro_batch, method):
 
 @contextlib.contextmanager
 def own_rotation():
-    """Rotary tables of the probe's own. Megatron keeps them in globals, in the dtype of whoever comes first: a probe before
-    the first step of a resumed bf16 run would leave it float32 tables, and training float32 activations."""
+    """Rotary tables of the probe's own. Megatron keeps them in globals, in the dtype of whoever
+    comes first: a probe before the first step of a resumed bf16 run would leave it float32 tables,
+    and training float32 activations.
+    """
     tables = sys.modules.get("megatron.model.rotary_pos_embedding")
     if tables is None:
         yield
@@ -73,7 +76,9 @@ def own_rotation():
 
 
 def _counted_here(params):
-    """Per parameter, False where another tensor-parallel rank holds the same values and counts them."""
+    """Per parameter, False where another tensor-parallel rank holds the same values and counts
+    them.
+    """
     from megatron.core import parallel_state as mpu
 
     first = mpu.get_tensor_model_parallel_rank() == 0
@@ -81,8 +86,9 @@ def _counted_here(params):
 
 
 def _masked(tokens):
-    """(inputs, labels, attention mask, which tokens count, positions) of tokens i64[b, s + 1], as pretrain_gpt.py makes
-    them, without its broadcast: every rank draws the same tokens itself."""
+    """(inputs, labels, attention mask, which tokens count, positions) of tokens i64[b, s + 1], as
+    pretrain_gpt.py makes them, without its broadcast: every rank draws the same tokens itself.
+    """
     from megatron import get_args, get_tokenizer
     from megatron.utils import get_ltor_masks_and_position_ids
 
@@ -100,13 +106,17 @@ def _masked(tokens):
 
 
 def pipeline_batch(tokens):
-    """What get_batch_pipe of pretrain_gpt.py makes of tokens i64[b, s + 1]: first inputs, last labels."""
+    """What get_batch_pipe of pretrain_gpt.py makes of tokens i64[b, s + 1]: first inputs, last
+    labels.
+    """
     inputs, labels, attention, counted, positions = _masked(tokens)
     return (inputs, positions, attention), (labels, counted)
 
 
 def mean_loss(module, tokens):
-    """Mean loss in nats per token that counts, as pretrain_gpt.py takes it; tokens: i64[b, s + 1] on any device."""
+    """Mean loss in nats per token that counts, as pretrain_gpt.py takes it; tokens: i64[b, s + 1]
+    on any device.
+    """
     inputs, labels, attention, counted, positions = _masked(tokens.to(next(module.parameters()).device))
     found = module(inputs, positions, attention, labels=labels)
     losses = found[0] if isinstance(found, tuple) else found
@@ -115,7 +125,8 @@ def mean_loss(module, tokens):
 
 
 def decoupled_decay(engine, weight_decay):
-    """The decay that acts beside the gradient's flow: weight_decay of AdamW and its kin, 0 where it enters the gradient.
+    """The decay that acts beside the gradient's flow: weight_decay of AdamW and its kin, 0 where it
+    enters the gradient.
 
     torch.optim.Adam, which Megatron takes without CUDA, and SGD add it to the gradient.
     """

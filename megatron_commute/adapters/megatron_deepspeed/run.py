@@ -14,7 +14,7 @@ from megatron_commute.adapters.megatron_deepspeed import model as models
 from megatron_commute.adapters.megatron_deepspeed.refusals import refuse
 from megatron_commute.adapters.megatron_deepspeed.sight import Sight, harmless
 from megatron_commute.config import ConfigError, Run
-from megatron_commute.data import takeover
+from megatron_commute.data import blend, takeover
 from megatron_commute.data.indexed import DataError
 
 KEY = "commute"  # of the state in a checkpoint's client_state
@@ -47,7 +47,7 @@ class _Plugin(torch_loop.Plugin):
         stream = super().mixture()
         if self.feeds or len(self.host_blend) < 2:
             return stream
-        return type(stream)(takeover.stock_weights(torch_loop.blend_of(self.host_blend)[1]))
+        return type(stream)(takeover.stock_weights(blend.read(self.host_blend)[1]))
 
 
 class _Texts(torch.utils.data.Dataset):

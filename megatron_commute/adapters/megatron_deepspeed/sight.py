@@ -1,7 +1,9 @@
-"""What one rank sees of a step of Megatron-DeepSpeed: the sequences that its loader brings, the losses that its model gives.
+"""What one rank sees of a step of Megatron-DeepSpeed: the sequences that its loader brings, the
+losses that its model gives.
 
-Loaders exist on tensor-parallel rank 0 of every pipeline stage, and only the first and the last stage read them; losses
-exist on the last stage. So each number is told by one rank of a replica, and the account sums over all ranks.
+Loaders exist on tensor-parallel rank 0 of every pipeline stage, and only the first and the last
+stage read them; losses exist on the last stage. So each number is told by one rank of a replica,
+and the account sums over all ranks.
 """
 
 import contextlib
@@ -12,7 +14,9 @@ import torch
 
 @contextlib.contextmanager
 def harmless(what):
-    """A part of ours that no other rank waits for: a fault in it is told, and training goes on without what it gives."""
+    """A part of ours that no other rank waits for: a fault in it is told, and training goes on
+    without what it gives.
+    """
     try:
         yield
     except Exception as fault:
@@ -22,8 +26,8 @@ def harmless(what):
 class Sight:
     """Follows micro-batches of one step at a time; training computes what it would without.
 
-    first, last: whether this rank is the one of its replica that tells sequences, and the one that tells losses. What has
-    failed once is not tried again: this rank then tells nothing of it.
+    first, last: whether this rank is the one of its replica that tells sequences, and the one that
+    tells losses. What has failed once is not tried again: this rank then tells nothing of it.
     """
 
     def __init__(self, first, last):
@@ -38,7 +42,7 @@ class Sight:
         return None if batches is None else _Followed(batches, self.batches)
 
     def forward_step(self, forward_step):
-        """Megatron's forward_step, its losses per token [b, s] followed. Pipelines do not call it."""
+        """Megatron's forward_step, losses per token [b, s] followed. Pipelines do not call it."""
 
         def followed(batches, model, *rest):
             output, loss_function = forward_step(batches, model, *rest)
@@ -84,7 +88,9 @@ class Sight:
             module.loss_fn = reduced
 
     def _keep(self, losses, mask):
-        """Mean loss f64[b] of every sequence over the tokens that count; mask: () -> tensor or None."""
+        """Mean loss f64[b] of every sequence over the tokens that count; mask: () -> tensor or
+        None.
+        """
         if not self.last or not torch.is_tensor(losses) or losses.dim() != 2:
             return
         tells, self.last = self.last, False
@@ -98,7 +104,9 @@ class Sight:
             self.last = tells
 
     def sequence_losses(self, count):
-        """f64[count] of this step in the order trained, None where another rank tells them or they could not be seen."""
+        """f64[count] of this step in the order trained, None where another rank tells them or they
+        could not be seen.
+        """
         if not self.last or not self.losses:
             return None
         losses = torch.cat(self.losses).cpu().numpy()
@@ -115,7 +123,9 @@ class Sight:
         return tokens if len(tokens) == count else None
 
     def delivered(self):
-        """(domain i64[n], position i64[n] or None) of what the loader of this rank brought; None without loader or blend."""
+        """(domain i64[n], position i64[n] or None) of what the loader of this rank brought; None
+        without loader or blend.
+        """
         for domain, position in (("domain", "position"), ("dataset_idx", None)):
             if self.batches and domain in self.batches[0]:
                 found = [

@@ -23,6 +23,7 @@ AXES = {
     "size": "parameters",
 }
 TICKS = {"base": {"rate": "1e-3", "domains": "K = 3", "size": "0.08M"}}
+LINEAR = 5.0  # percent, beyond which the main picture is logarithmic
 LOGARITHMIC = ("memory", "kept", "length")
 
 
@@ -154,7 +155,11 @@ def draw_main(figure, all_rows):
                 place = np.arange(len(names)) + 0.1 * (i - (len(schedules) - 1) / 2)
                 _points(panel, place, [here[name] for name in names], i, schedule, "")
         panel.axhline(0, color=figures.GREY, lw=0.8)
-        figures.signed_log(panel, "y", 1.0)
+        if max(abs(row["percent"]) for row in all_rows) > LINEAR:
+            panel.set_yscale("symlog", linthresh=LINEAR)
+            panel.set_yticks([-LINEAR, 0, LINEAR, 4 * LINEAR, 16 * LINEAR])
+            panel.yaxis.set_major_formatter(lambda y, _: f"{y:g}".replace("-", "−"))
+            panel.minorticks_off()
         panel.set_title(f"learning rate: {style}")
     figure.supylabel("change of the final loss against the constant mixture (%)", fontsize=9.5)
     panels[-1].set_xticks(range(len(names)), [name.replace("_", "\n") for name in names])

@@ -52,10 +52,6 @@ class Stream:
         mixture.skip(max(0, sample - mixture.index))
         return mixture
 
-    def next_batch(self, sample):
-        """The first sample at or after `sample` at which a global batch begins."""
-        return -(-sample // self.global_batch) * self.global_batch
-
     def schedule(self, weights, sample):
         """Let weights f64[K] hold from `sample` on; False, and nothing changed, where a loader
         of any rank is past it.

@@ -15,6 +15,7 @@ from megatron_commute import reduce
 from megatron_commute.decide import control_file, controller
 from megatron_commute.decide.situation import facts, situation
 from megatron_commute.record import lines
+from megatron_commute.settings.schedule import next_batch
 
 NEVER = 2**31  # decisions since a change that never was
 
@@ -43,7 +44,7 @@ class Steering:
 
     def effective(self):
         """The first sample, on a global batch, at which a decision of now can take effect."""
-        return self.stream.next_batch(self.stream.index + self.plan.lead)
+        return next_batch(self.stream.index + self.plan.lead, self.stream.global_batch)
 
     def decide(self, measured):
         """The Outcome of a probe.Measurement: the controller's decision on rank 0, sent bit for
@@ -123,7 +124,7 @@ class Steering:
     def _followed(self, control, version):
         """Take over a version of the control file; as `look`."""
         self.watch.digest, self.control, effective = version, control, None
-        at = max(self.effective(), self.stream.next_batch(control.at))
+        at = max(self.effective(), next_batch(control.at, self.stream.global_batch))
         if control.weights is not None and at < self.plan.samples and self.schedule(control.weights, at):
             effective, self.since_change, self.coming = at, 0, (at, list(control.weights))
         fields = {"freeze": control.freeze, "weights": control.weights, "caps": control.caps}

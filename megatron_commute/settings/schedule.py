@@ -98,6 +98,13 @@ def _sample(at: str, samples: int, seq_length: int) -> int:
     return math.ceil(exact)
 
 
+def next_batch(sample: int, global_batch: int) -> int:
+    """The first sample at or after `sample` at which a global batch begins: where weights may
+    change.
+    """
+    return -(-sample // global_batch) * global_batch
+
+
 def changes(points, global_batch: int, stairs: int = 100) -> tuple[tuple[int, np.ndarray], ...]:
     """The schedule as changes (sample, weights f64[K]) at global batches, for Mixture.schedule.
 
@@ -106,7 +113,7 @@ def changes(points, global_batch: int, stairs: int = 100) -> tuple[tuple[int, np
     """
     found: dict[int, np.ndarray] = {}
     for point, after in zip(points, [*points[1:], None], strict=True):
-        found[-(-point.sample // global_batch) * global_batch] = point.weights
+        found[next_batch(point.sample, global_batch)] = point.weights
         if after is None or point.then == "hold":
             continue
         length = after.sample - point.sample

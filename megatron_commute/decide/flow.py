@@ -12,7 +12,7 @@ import math
 
 import numpy as np
 
-from megatron_commute.feasible import nearest_schedule
+from megatron_commute.feasible import nearest_schedule, owed_shares
 
 # Measured on a small GPT at 6 to 93 tokens a parameter, targets with a domain of share 0.1, fresh
 # paired seeds.
@@ -240,7 +240,7 @@ def _shares(budgets, weights, samples):
     given = np.where(endless, np.asarray(weights, dtype=np.float64), 0.0)
     if rest > 0 and not given.sum() > 0:
         raise ValueError("no domain without a budget has a weight above 0: give one, or give budgets to all")
-    return (need + (rest * given / given.sum() if rest > 0 else 0.0)) / samples
+    return owed_shares(np.where(endless, np.nan, need), samples, given)
 
 
 def _edges(steps, kept):

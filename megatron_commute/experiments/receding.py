@@ -69,12 +69,11 @@ def rows_combine(coefficients, X):
 class Recycled:
     """The basis, its products and their Gram matrix. K = domains.
 
-    dots(X, Y) -> f64[len(X), len(Y)] and combine(c f64[m], X) -> vector act on lists of vectors;
-    under a metric D pass vectors in its geometry (D^1/2 g, D^1/2 H D^1/2 v).
+    Under a metric D pass vectors in its geometry (D^1/2 g, D^1/2 H D^1/2 v).
     """
 
-    def __init__(self, domains, *, dots=rows_dots, combine=rows_combine, width=WIDTH, completed=COMPLETED):
-        self.K, self.dots, self.combine, self.width, self.completed = domains, dots, combine, width, completed
+    def __init__(self, domains, *, width=WIDTH, completed=COMPLETED):
+        self.K, self.width, self.completed = domains, width, completed
         self.basis, self.products, self._gram = [], [], np.zeros((0, 0))
 
     def direction(self, gradients, shares):
@@ -83,24 +82,24 @@ class Recycled:
 
         gradients: K vectors; shares f64[K].
         """
-        recent = [self.combine(shares, products) for products in self.products[-self.K :]]
+        recent = [rows_combine(shares, products) for products in self.products[-self.K :]]
         candidates = [*gradients, *recent]
-        size = self.dots(candidates, candidates)
-        inside = self.dots(self.basis, candidates) if self.basis else np.zeros((0, len(candidates)))
+        size = rows_dots(candidates, candidates)
+        inside = rows_dots(self.basis, candidates) if self.basis else np.zeros((0, len(candidates)))
         outside = size - inside.T @ inside
         scale = np.sqrt(np.maximum(np.diag(size), 1e-300))
         values, vectors = np.linalg.eigh(outside)
         if values[-1] <= 1e-12 * scale.max() ** 2:
             return None
-        found = self.combine(vectors[:, -1], candidates)
+        found = rows_combine(vectors[:, -1], candidates)
         return self._orthonormal(found)
 
     def _orthonormal(self, vector):
         for _ in range(2):
             if self.basis:
-                along = self.dots(self.basis, [vector])[:, 0]
-                vector = self.combine([1.0, *-along], [vector, *self.basis])
-            vector = self.combine([float(self.dots([vector], [vector])[0, 0]) ** -0.5], [vector])
+                along = rows_dots(self.basis, [vector])[:, 0]
+                vector = rows_combine([1.0, *-along], [vector, *self.basis])
+            vector = rows_combine([float(rows_dots([vector], [vector])[0, 0]) ** -0.5], [vector])
         return vector
 
     def add(self, direction, products):
@@ -110,8 +109,8 @@ class Recycled:
         """
         new = [direction, *products]
         old = [vector for v, y in zip(self.basis, self.products, strict=True) for vector in (v, *y)]
-        corner = self.dots(new, new)
-        side = self.dots(old, new) if old else np.zeros((0, len(new)))
+        corner = rows_dots(new, new)
+        side = rows_dots(old, new) if old else np.zeros((0, len(new)))
         self._gram = np.block([[self._gram, side], [side.T, corner]])
         self.basis.append(direction)
         self.products.append(list(products))
@@ -131,9 +130,9 @@ class Recycled:
         columns = [self.basis, *([y[k] for y in self.products] for k in range(K))]
         turned = []
         for column in columns:
-            along = self.combine(axis, column)
+            along = rows_combine(axis, column)
             turned.append(
-                [self.combine([1.0, -2 * a], [x, along]) for a, x in zip(axis[:-1], column, strict=False)]
+                [rows_combine([1.0, -2 * a], [x, along]) for a, x in zip(axis[:-1], column, strict=False)]
             )
         self.basis, self.products = turned[0], [list(y) for y in zip(*turned[1:], strict=True)]
         Q = (np.eye(r) - 2 * np.outer(axis, axis))[:, :-1]
@@ -145,18 +144,18 @@ class Recycled:
         vectors (exactly on quadratics). Costs no product; for gradients without noise only, since
         it divides by what is new of the step.
         """
-        along = self.dots(self.basis, [step])[:, 0] if self.basis else np.zeros(0)
-        length = float(self.dots([step], [step])[0, 0]) ** 0.5
-        outside = self.combine([1.0, *-along], [step, *self.basis])
-        size = float(self.dots([outside], [outside])[0, 0]) ** 0.5
+        along = rows_dots(self.basis, [step])[:, 0] if self.basis else np.zeros(0)
+        length = float(rows_dots([step], [step])[0, 0]) ** 0.5
+        outside = rows_combine([1.0, *-along], [step, *self.basis])
+        size = float(rows_dots([outside], [outside])[0, 0]) ** 0.5
         if size <= SMALL_STEP * length:
             return
         known = zip(*self.products, strict=True) if self.products else ([] for _ in range(self.K))
         products = [
-            self.combine([1 / size, *-along / size], [change, *old])
+            rows_combine([1 / size, *-along / size], [change, *old])
             for change, old in zip(changes, known, strict=True)
         ]
-        self.add(self.combine([1 / size], [outside]), products)
+        self.add(rows_combine([1 / size], [outside]), products)
 
     def blocks(self, without=0):
         """(a f64[K, r, r] with a[k, i, j] = v_i . H_k v_j, products' Gram f64[K, r, K, r]);
@@ -190,7 +189,7 @@ class Recycled:
             raise ValueError("no product yet: add one direction with its K products first")
         target, r, K = np.asarray(target, dtype=np.float64), len(self.basis), self.K
         every = [vector for v, y in zip(self.basis, self.products, strict=True) for vector in (v, *y)]
-        dots = self.dots(every, gradients).reshape(r, K + 1, K)
+        dots = rows_dots(every, gradients).reshape(r, K + 1, K)
         full, error = self._completed(dots, target, r)
         lean, _ = self._completed(dots, target, max(r - LEFT_OUT, 1))
         H_se = np.zeros_like(full.H)

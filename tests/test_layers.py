@@ -23,7 +23,18 @@ LAYERS = [
     ["checkpoints", "experiments"],
     ["patch", "cli", "doctor", "__main__"],
 ]
-WITH_TORCH = ["reduce", "ops", "hvp", "measure", "hook", "adapters", "checkpoints", "experiments", "kernels"]
+WITH_TORCH = [
+    "reduce",
+    "ops",
+    "hvp",
+    "measure",
+    "design",
+    "hook",
+    "adapters",
+    "checkpoints",
+    "experiments",
+    "kernels",
+]
 WITH_TORCH += ["data.indexed", "data.stream", "record.tally", "decide.steering"]
 HEAVY = [
     "matplotlib",

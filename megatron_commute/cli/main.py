@@ -6,7 +6,8 @@ from pathlib import Path
 import click
 
 from megatron_commute import __version__
-from megatron_commute.cli.plan import design, plan
+from megatron_commute.cli.design import design
+from megatron_commute.cli.plan import plan
 from megatron_commute.cli.words import Refusal, as_json, print_json, table
 
 

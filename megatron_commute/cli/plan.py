@@ -1,10 +1,7 @@
-"""Before a run: `plan` checks a mixture file and shows what would happen, `design` writes a
-schedule.
-"""
+"""Before a run: `plan` checks a mixture file and shows what would happen."""
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
@@ -132,7 +129,7 @@ def plan(file: str, parameters: int | None, out: str | None, as_json: bool, **fl
     cost = probe_cost(config, run)
     held = probe_memory(config, run, parameters and parameters / flags["tensor_model_parallel_size"])
     rows = plan_rows(planned)
-    files = _drawn(asked, out) if out else []
+    files = drawn(asked, out) if out else []
     if as_json:
         print_json(
             {
@@ -154,48 +151,8 @@ def plan(file: str, parameters: int | None, out: str | None, as_json: bool, **fl
     click.echo("".join(f"{path}\n" for path in files), nl=False)
 
 
-@click.command()
-@click.argument("file", type=click.Path())
-@click.option(
-    "--law",
-    type=click.Choice(["flow"]),
-    default="flow",
-    show_default=True,
-    help="The law that plans, whatever the file's own.",
-)
-@of_a_run
-@click.option(
-    "--harm",
-    type=float,
-    help="Part of its loss that a domain outside the target may lose, such as 0.002; sets the strength.",
-)
-@click.option("--out", type=click.Path(file_okay=False), required=True, help="Folder for what is written.")
-@as_json
-def design(file: str, law: str, harm: float | None, out: str, as_json: bool, **flags: Any) -> None:
-    """Plan the weights of a run and write schedule.csv, flow.png and report.html."""
-    from megatron_commute.decide import flow
-    from megatron_commute.report import design as page
-
-    try:
-        limit = {} if harm is None else {"strength": flow.strength_within(harm)}
-    except ValueError as error:
-        raise Refusal(f"--harm: {error}") from error
-    asked = checked(file, flags, law=law, **limit)
-    Path(out).mkdir(parents=True, exist_ok=True)
-    path = Path(out) / "schedule.csv"
-    path.write_text(schedule.written(asked.plan.names, asked.plan.schedule), encoding="utf-8")
-    files = [str(path), *_drawn(asked, out, with_page=True)]
-    if as_json:
-        print_json({"files": files, "flow": asked.flow, "warnings": list(asked.plan.warnings)})
-        return
-    headers, rows = page.rows(asked.plan.names, asked.flow, asked.plan.samples)
-    click.echo(f"{table(rows, headers)}\n\nstrength {asked.flow['strength']:g}")
-    for warning in asked.plan.warnings:
-        click.echo(f"warning: {warning}")
-    click.echo("\n".join(files))
-
-
-def _drawn(asked: Asked, out: str, with_page: bool = False) -> list[str]:
+def drawn(asked: Asked, out: str, with_page: bool = False) -> list[str]:
+    """Draw law flow's plan into the folder `out`; the files written."""
     from megatron_commute.record import lines
     from megatron_commute.report import plots
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from megatron_commute import reduce
-from megatron_commute.experiments import bilingual_cells as cells
+from megatron_commute.design import cells
 from megatron_commute.experiments import bilingual_cost as cost
 from megatron_commute.experiments import bilingual_end_to_end as end_to_end
 from megatron_commute.experiments import bilingual_figures as figures

@@ -1,18 +1,10 @@
-"""Units of work of the language-model studies: each trains or measures something from a saved state
-and returns numbers.
+"""Cells of the language-model studies: each trains or measures something from a saved state and
+returns numbers.
 
-A cell is a dict of JSON values whose "key" names it; `fill` computes the missing ones of a study,
-several processes at a time, and appends them to a file, so that a study killed at any moment goes
-on where it stopped. In a job of several ranks all of them work on every cell together, and the
-first rank alone writes.
+In a job of several ranks all of them work on every cell together, and the first rank alone writes.
 """
 
-import concurrent.futures
-import contextlib
-import json
-import multiprocessing
 import os
-import time
 from pathlib import Path
 
 import numpy as np
@@ -20,87 +12,12 @@ import torch
 
 from megatron_commute import reduce
 from megatron_commute.adapters import torch_loop
+from megatron_commute.design.cells import CELLS
 from megatron_commute.experiments.bilingual_trainer import Text, Trainer, mean_loss, team
 from megatron_commute.measure import probe
 from megatron_commute.settings.values import Probe
 
-CELLS = "cells.jsonl"
 SPLITS = 4  # replicates of a measurement of P
-
-
-def read(folder):
-    """Cells of a study by key; a torn last line, of a run that was killed while it wrote, is left
-    out.
-    """
-    path, found = Path(folder) / CELLS, {}
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                cell = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            found[cell["key"]] = cell
-    return found
-
-
-def fill(folder, settings, jobs, processes, say):
-    """Compute the cells of `jobs` [(key, function, arguments)] that `folder` lacks and append each
-    as it is ready.
-
-    Jobs run in the order given; with several processes a job must not need one that is still
-    running. Returns all cells. Collective over all ranks, which work on one job at a time:
-    processes is 1 there. Only the first rank has read the cells that `folder` held before.
-    """
-    path, first = Path(folder) / CELLS, reduce.rank() == 0
-    if first:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _end_torn_line(path)
-    done = read(folder) if first else {}
-    missing = _missing(jobs, done)
-    context = multiprocessing.get_context("spawn")
-    with path.open("a", encoding="utf-8") if first else contextlib.nullcontext() as file:
-        if processes == 1 or len(missing) < 2:
-            for job in missing:
-                _keep(file, _one(settings, folder, job), done, say)
-            return done
-        with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
-            waiting = [pool.submit(_one, settings, folder, job) for job in missing]
-            for ready in concurrent.futures.as_completed(waiting):
-                _keep(file, ready.result(), done, say)
-    return done
-
-
-def _missing(jobs, done):
-    """Jobs without a cell as the first rank sees it, so that all ranks take up the same ones."""
-    world = reduce.everyone()
-    flags = reduce.broadcast_numbers(
-        np.array([float(key not in done) for key, _, _ in jobs]), reduce.Groups(world=world)
-    )
-    return [job for job, flag in zip(jobs, flags, strict=True) if flag]
-
-
-def _one(settings, folder, job):
-    key, function, arguments = job
-    torch.set_num_threads(1)
-    started = time.monotonic()
-    found = function(settings, folder, **arguments)
-    return {"key": key, **arguments, **found, "timing": {"seconds": time.monotonic() - started}}
-
-
-def _end_torn_line(path):
-    """A line that was cut off gets its end, so that the next cell begins a line of its own."""
-    if path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
-        with path.open("a", encoding="utf-8") as file:
-            file.write("\n")
-
-
-def _keep(file, cell, done, say):
-    """file: None on all ranks but the first."""
-    if file is not None:
-        file.write(json.dumps(cell, allow_nan=False) + "\n")
-        file.flush()
-    done[cell["key"]] = cell
-    say(cell)
 
 
 def state_path(folder, name, step):

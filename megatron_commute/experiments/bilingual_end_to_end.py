@@ -13,7 +13,7 @@ import math
 import numpy as np
 
 from megatron_commute import intervals
-from megatron_commute.experiments import bilingual_cells as cells
+from megatron_commute.design import cells
 from megatron_commute.experiments import bilingual_figures as figures
 from megatron_commute.experiments import bilingual_tables as tables
 from megatron_commute.experiments.bilingual_schedules import Decider

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from megatron_commute.decide import flow
-from megatron_commute.experiments import bilingual_cells as cells
+from megatron_commute.design import cells
 from megatron_commute.experiments import bilingual_flow_tables as tables
 from megatron_commute.experiments.bilingual_flow_variants import VARIANTS
 from megatron_commute.experiments.bilingual_schedules import Decider, Pace, changes

@@ -10,13 +10,20 @@ import csv
 import pathlib
 
 from megatron_commute.record import log as record
-from megatron_commute.report import design, picture_criterion, picture_flow, picture_run, series
+from megatron_commute.report import (
+    design,
+    picture_criterion,
+    picture_design,
+    picture_flow,
+    picture_run,
+    series,
+)
 from megatron_commute.report.drawing import house_style
 from megatron_commute.report.page import page
 from megatron_commute.report.series import summary_rows
 from megatron_commute.report.tables import tables
 
-__all__ = ["export", "pictures", "planned", "replayed", "report", "summary_rows"]
+__all__ = ["designed", "export", "pictures", "planned", "replayed", "report", "summary_rows"]
 
 
 def report(run, out=None):
@@ -72,6 +79,18 @@ def planned(start, out_dir, with_page=False):
         paths[-1].write_text(design.page(run, picture), encoding="utf-8")
     picture.save_png(paths[0])
     return paths
+
+
+def designed(path):
+    """Draw the record of a design, PATH/design.jsonl, as report.html beside it; return its path."""
+    events = {}
+    for each in record.read(pathlib.Path(path) / "design.jsonl"):
+        events.setdefault(each["event"], []).append(each)
+    with house_style():
+        drawn = picture_design.pictures(events)
+    out = pathlib.Path(path) / "report.html"
+    record.replace(out, design.proven(events, drawn).encode())
+    return out
 
 
 def pictures(run):

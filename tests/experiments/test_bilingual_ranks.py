@@ -15,6 +15,7 @@ import pytest
 import ranks
 import torch
 
+from megatron_commute.design import cells
 from megatron_commute.experiments import bilingual, bilingual_cells, bilingual_cost, bilingual_paper
 from megatron_commute.experiments.bilingual_trainer import Settings, Text, Trainer, team
 
@@ -68,7 +69,7 @@ def alone(data, tmp_path_factory):
 def cells_of(out):
     """Cells by key, and how many lines hold them."""
     lines = (out / "paper" / "cells.jsonl").read_text().splitlines()
-    return bilingual_cells.read(out / "paper"), len(lines)
+    return cells.read(out / "paper"), len(lines)
 
 
 def numbers(value):

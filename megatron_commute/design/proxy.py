@@ -13,6 +13,7 @@ from megatron_commute.design.model import Model, Shape
 from megatron_commute.design.text import Text
 from megatron_commute.mixture import Mixture
 
+BETWEEN = 5  # steps between parameters that are averaged
 CLIP_EPSILON = 1e-6  # added to the norm, as Megatron and torch do
 
 
@@ -160,8 +161,9 @@ class Run:
                 tape.append((before, state.first.clone(), state.second.clone(), gradient))
         return state
 
-    def sampled(self, changes):
-        """Final State of a run whose batches the product's own Mixture serves, budgets exact.
+    def sampled(self, changes, averaged=0.0):
+        """(final State of a run whose batches the product's own Mixture serves, budgets exact, mean
+        parameters [P] of its last part `averaged`, None for 0).
 
         changes: [(sample, weights f64[K])].
         """
@@ -170,6 +172,7 @@ class Run:
         for sample, weights in changes:
             mixture.schedule(weights, sample)
         taken = np.zeros(len(proxy.shares), dtype=np.int64)
+        first, mean, count = round((1 - averaged) * proxy.steps), None, 0
         scale = torch.full((proxy.batch,), 1 / proxy.batch, dtype=self.model.dtype, device=self.model.device)
         for step in range(proxy.steps):
             counts = np.bincount(mixture.take(proxy.batch)[0], minlength=len(taken))
@@ -177,8 +180,11 @@ class Run:
             taken += counts
             gradient, _ = self.model.gradient(state.theta, torch.cat(tokens).to(self.model.device), scale)
             self.update(state, gradient, step)
+            if step >= first and (proxy.steps - 1 - step) % BETWEEN == 0:
+                count += 1
+                mean = state.theta.clone() if mean is None else mean.lerp_(state.theta, 1 / count)
         assert taken.tolist() == proxy.budgets
-        return state
+        return state, mean
 
 
 def rates_of(run_rates, steps, peak):

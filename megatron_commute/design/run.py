@@ -82,11 +82,12 @@ def tried(design, folder, seed, edges, weights):
     text = text_of(design.source, design.proxy)
     run = Run(proxy=design.proxy, seed=seed, text=text)
     state = run.advance(run.start(), plan.by_step(edges, weights, design.proxy.steps), 0, design.proxy.steps)
-    return {"losses": _losses(run, state, _held(design, text, False))}
+    return {"losses": _losses(run, state.theta, _held(design, text, False))}
 
 
-def judged(design, folder, seed, edges, weights, more=1.0, longer=1.0):
-    """Cell: final losses, on what judges, of a run whose batches Mixture serves.
+def judged(design, folder, seed, edges, weights, more=1.0, longer=1.0, averaged=0.0):
+    """Cell: final losses, on what judges, of a run whose batches Mixture serves, and those of the
+    mean parameters of its last part `averaged`.
 
     weights: of segments, or None for the constant mixture. more: times the samples of the target's
     domains; longer: times the steps.
@@ -106,13 +107,13 @@ def judged(design, folder, seed, edges, weights, more=1.0, longer=1.0):
     changes = []
     if weights is not None:
         changes = plan.by_sample(edges, weights, proxy.steps * proxy.batch, proxy.batch)
-    return {"losses": _losses(run, run.sampled(changes), _held(design, text, True))}
+    state, mean = run.sampled(changes, averaged)
+    found = {"losses": _losses(run, state.theta, _held(design, text, True))}
+    return found if mean is None else {**found, "averaged": _losses(run, mean, _held(design, text, True))}
 
 
-def _losses(run, state, held):
-    return {
-        name: run.model.mean_loss(state.theta, tokens.to(run.model.device)) for name, tokens in held.items()
-    }
+def _losses(run, theta, held):
+    return {name: run.model.mean_loss(theta, tokens.to(run.model.device)) for name, tokens in held.items()}
 
 
 def measured_step(design):

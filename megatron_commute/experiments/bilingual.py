@@ -2,10 +2,10 @@
 
 Studies: `paper` (sections 4.2 and 4.3 of Rukhovich et al., arXiv 2501.15556, with every effect
 judged again after a common tail), `end-to-end` (whole runs with equal budgets under several
-schedules) and `flow` (the same for schedules that follow the learning rate). Every number comes
-from cells.jsonl in the study's folder: killed at any moment, a study goes on where it stopped;
-complete, it redraws its tables and figures in seconds. Started by torchrun or deepspeed, all ranks
-work on every cell of study `paper` together.
+schedules), `flow` (the same for schedules that follow the learning rate) and `design` (for those
+designed on proxies). Every number comes from cells.jsonl in the study's folder: killed at any
+moment, a study goes on where it stopped; complete, it redraws its tables and figures in seconds.
+Started by torchrun or deepspeed, all ranks work on every cell of study `paper` together.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ import torch
 from megatron_commute import reduce
 from megatron_commute.design import cells
 from megatron_commute.experiments import bilingual_cost as cost
+from megatron_commute.experiments import bilingual_design as design
 from megatron_commute.experiments import bilingual_end_to_end as end_to_end
 from megatron_commute.experiments import bilingual_figures as figures
 from megatron_commute.experiments import bilingual_flow as flow
@@ -26,8 +27,8 @@ from megatron_commute.experiments import bilingual_paper as paper
 from megatron_commute.experiments import bilingual_tables as tables
 from megatron_commute.experiments.bilingual_trainer import Settings
 
-MODULES = {"paper": paper, "end-to-end": end_to_end, "flow": flow}
-ALONE = ("end-to-end", "flow")  # studies of one process, without an estimate
+MODULES = {"paper": paper, "end-to-end": end_to_end, "flow": flow, "design": design}
+ALONE = ("end-to-end", "flow", "design")  # studies of one process, without an estimate
 
 
 @reduce.joined()
@@ -49,7 +50,7 @@ def study(name, settings, out_dir, quick=False, processes=None, say=print, size=
         folder, {"study": name, "quick": quick, **dataclasses.asdict(settings), **_changed(name, quick, size)}
     )
     processes = processes or (1 if torch.cuda.is_available() else len(os.sched_getaffinity(0)))
-    work = {"paper": _paper, "end-to-end": _end_to_end, "flow": flow.study}[name]
+    work = {"paper": _paper, "end-to-end": _end_to_end, "flow": flow.study, "design": design.study}[name]
     found = work(settings, folder, size, processes, say)
     if found is None:
         return None

@@ -16,7 +16,7 @@ import torch
 from megatron_commute.decide import flow
 from megatron_commute.design import cells
 from megatron_commute.experiments import bilingual_flow_tables as tables
-from megatron_commute.experiments.bilingual_flow_variants import VARIANTS
+from megatron_commute.experiments.bilingual_flow_variants import UNTRAINED_TEXT, VARIANTS
 from megatron_commute.experiments.bilingual_schedules import Decider, Pace, changes
 from megatron_commute.experiments.bilingual_trainer import Text, Trainer
 from megatron_commute.mixture import Mixture
@@ -25,7 +25,6 @@ from megatron_commute.settings.rates import RateSchedule, rates
 BATCH, JUDGED = 30, 768  # sequences of a step; of every domain at most, on which a reported run is judged
 STYLES = ("WSD", "cosine", "constant", "linear")
 TWO, THREE = STYLES[:2], STYLES[:3]
-UNTRAINED = ("handbook_english", "handbook_russian")
 LAWS = ("late", "tau-tail", "tilt", "odm")
 MEMORIES, STRENGTHS = (1.0, 2.5, 5.0, 10.0), (0.25, 0.5, 1.0)
 WINDOWS = ((0.6, 0.9, 3.0), (0.7, 1.0, 3.3), (0.3, 0.7, 2.0))  # begin, end, times its share
@@ -138,7 +137,7 @@ def run(settings, folder, variant, style, steps, kind, options, seed):
     """One run: {"losses": final by domain, "served", "told": [[step, share of the least one]]}."""
     chosen = VARIANTS[variant]
     domains, shares = tuple(chosen.shares), np.array(list(chosen.shares.values()))
-    others = tuple(name for name in UNTRAINED if name not in domains)
+    others = tuple(name for name in UNTRAINED_TEXT if name not in domains)
     own = {"domains": domains, "others": others, "batch": BATCH, "optimizer": "adamw", "weight_decay": 0.1}
     own = dataclasses.replace(settings, **own, **chosen.changes, lr=settings.lr * chosen.rate, steps=steps)
     budgets = [round(steps * BATCH * share) for share in shares]

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+UNTRAINED_TEXT = ("handbook_english", "handbook_russian")
 BASE = {"english": 0.6, "russian": 0.1, "code": 0.3}
 
 

@@ -19,15 +19,15 @@ SMALL = {
 }
 
 
-def write(folder) -> str:
-    """Train and valid files of every domain under `folder`."""
+def write(folder, train=40, valid=12) -> str:
+    """Train and valid files of every domain under `folder`, of so many documents."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # megatron-core's own, on import
         from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
         for d, name in enumerate(NAMES):
             follows = np.random.default_rng(d).permutation(VOCABULARY)
-            for part, count in (("train", 40), ("valid", 12)):
+            for part, count in (("train", train), ("valid", valid)):
                 rng = np.random.default_rng([d, count])
                 builder = IndexedDatasetBuilder(f"{folder}/{name}_{part}.bin", dtype=np.uint16)
                 for _ in range(count):

@@ -1,0 +1,329 @@
+"""Study `design`: schedules designed on proxies beside law flow as it is, and where they carry
+over.
+
+Roads are planned on one seed by the influences of a recorded run; every reported seed is fresh,
+paired with the constant mixture, served by the product's own Mixture at equal budgets, and judged
+on text that planned nothing.
+"""
+
+import dataclasses
+import json
+
+import numpy as np
+
+from megatron_commute.config import Run, load, resolve
+from megatron_commute.data.indexed import inspect_data
+from megatron_commute.decide import flow
+from megatron_commute.design import cells, options, plan, verify
+from megatron_commute.design import run as work
+from megatron_commute.experiments import bilingual_design_tables as tables
+from megatron_commute.experiments.bilingual_flow import BATCH, rate_of
+from megatron_commute.experiments.bilingual_flow_variants import BASE, UNTRAINED_TEXT
+from megatron_commute.settings.rates import rates
+
+STYLES = ("WSD", "cosine", "constant")
+TWO = STYLES[:2]
+PEAKS = (1e-3, 2e-3, 4e-3)  # tried for each rate schedule before averaging is judged
+AVERAGED = 0.1  # last part of a run
+CHOOSING = (101, 102)  # seeds of these peaks
+HALVES = ("english:1/2", "english:2/2")  # two domains that are one text: nothing is to gain
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """How much of the study is run."""
+
+    parts: tuple = ("main", "length", "size", "rate", "memory", "averaging", "folding")
+    # of the study, in their order
+    steps: int = 500
+    # of a proxy that plans
+    seeds: int = 6
+    # pairs that report
+    few: int = 3
+    # pairs of longer and larger runs
+    lengths: tuple = (250, 500, 1000, 2000)
+    # steps of runs whose memory is fitted
+    hidden: int = 48
+    # width of the proxy that plans
+
+
+QUICK = Size(steps=20, seeds=2, few=2, lengths=(20, 40), hidden=16)
+
+
+def designed(settings, folder, size, style, **changes):
+    """The Design of the study's three domains; changes: of options.Options."""
+    own = options.Options(
+        vocabulary=settings.vocabulary + 1, steps=size.steps, hidden=size.hidden, batch=BATCH
+    )
+    own = dataclasses.replace(own, sequence=settings.sequence, **changes)
+    samples = own.steps * BATCH
+    budgets = {name: round(share * samples) for name, share in BASE.items()}
+    budgets["english"] += samples - sum(budgets.values())
+    domains = {
+        name: {
+            "path": f"{settings.data}/{name}_train",
+            "holdout": f"{settings.data}/{name}_valid",
+            "budget": budget,
+        }
+        for name, budget in budgets.items()
+    }
+    path = folder / f"{style}-{own.steps}.yaml"
+    told = {
+        "domains": domains,
+        "target": {"russian": 1},
+        "mode": "fixed",
+        "probe": {"samples": 8, "splits": 2},
+    }
+    path.write_text(json.dumps(told), encoding="utf-8")  # JSON is YAML
+    config = load(str(path))
+    a_run = Run(
+        seq_length=settings.sequence,
+        global_batch=BATCH,
+        micro_batch=BATCH,
+        data_parallel=1,
+        train_iters=own.steps,
+        prefetched=0,
+    )
+    about = {"config": config, "plan": resolve(config, a_run, *inspect_data(config, settings.sequence))}
+    about |= {"run": a_run, "rates": rates(rate_of(style, own.steps, own.lr)), "options": own}
+    texts = [(name, f"{settings.data}/{name}_valid") for name in UNTRAINED_TEXT]
+    return options.design(**about, untrained=texts, harm=flow.HARM)
+
+
+def study(settings, folder, size, processes, say):
+    """Run what is missing of the parts and write their tables and pictures; (text, files)."""
+    parts = {"main": _main, "length": _length, "size": _size, "rate": _rate, "memory": _memory}
+    parts |= {"averaging": _averaging, "folding": _folding}
+    unknown = sorted(set(size.parts) - set(parts))
+    if unknown:
+        raise ValueError(f"--set parts={','.join(unknown)}: write some of {','.join(parts)}")
+    tell = lambda cell: say(f"{cell['key']}: {cell['timing']['seconds']:.0f} s")  # noqa: E731
+    text, files = [], []
+    for part in size.parts:
+        rows = parts[part](settings, folder, size, processes, tell)
+        shown, written = tables.written(folder, part, rows)
+        text.append(shown)
+        files += written
+    return "\n\n".join(text), files
+
+
+def roads(settings, folder, size, style, processes, tell):
+    """{name: (edges, weights)} of the schedules compared under a style: law flow as it is, and the
+    roads at the strengths that a design chooses.
+    """
+    design = designed(settings, folder, size, style)
+    found = work.planned(design, folder / style, processes, tell)
+    shares, low, high = (np.array(x) for x in (design.proxy.shares, design.low, design.high))
+    own = flow.planned(
+        rates=np.array(design.proxy.recipe.rates),
+        batches=np.full(size.steps, BATCH),
+        budgets=design.proxy.budgets,
+        weights=shares,
+        target=np.array(design.target),
+        low=low,
+        high=high,
+    )
+    result = {"flow": (own.edges / size.steps, own.weights)}
+    for entry in found["roads"]:
+        name = "fitted flow" if entry["road"].name == "flow" else "free"
+        result[name] = (
+            entry["road"].edges,
+            plan.weights(entry["road"], entry["strength"], shares, low, high),
+        )
+    best = found["chosen"]
+    if best is not None:
+        result["design"] = result["fitted flow" if found["roads"][best]["road"].name == "flow" else "free"]
+    return result
+
+
+def _judged(design, folder, schedules, seeds, about, processes, tell):
+    """Rows of the change of every loss under each of the schedules {name: (edges, weights)}."""
+    jobs = {}
+    for seed in seeds:
+        jobs["constant", seed] = (f"constant/{seed}", {"seed": seed, "edges": None, "weights": None})
+        for name, (edges, weights) in schedules.items():
+            told = {
+                "seed": seed,
+                "edges": np.asarray(edges).tolist(),
+                "weights": np.asarray(weights).tolist(),
+            }
+            jobs[name, seed] = (f"{name}/{seed}", told)
+    distinct = {key: (key, work.judged, told) for (name, _), (key, told) in jobs.items() if name != "design"}
+    found = cells.fill(folder, design, list(distinct.values()), processes, tell)
+    same = {name: next(n for n in schedules if schedules[n] is schedules[name]) for name in schedules}
+    rows = []
+    for name in schedules:
+        pairs = [[found[jobs[who, seed][0]]["losses"] for seed in seeds] for who in (same[name], "constant")]
+        rows += [{**about, "schedule": name, **row} for row in _changes(design, pairs)]
+    return rows
+
+
+def _changes(design, pairs):
+    """Rows of verify.Change with plain 95 % intervals, for the target, every domain and mixture."""
+    names, K = design.source.names, len(design.names)
+    both = [np.array([[one[name] for name in names] for one in half]) for half in pairs]
+    reads = {"target": np.array(design.target), "mixture": np.array(design.proxy.shares)}
+    read = {name: [half[:, :K] @ w for half in both] for name, w in reads.items()}
+    read |= {name: [half[:, j] for half in both] for j, name in enumerate(names)}
+    found = [verify.change(name, *both, looks=(1,)) for name, both in read.items()]
+    return [
+        {**dataclasses.asdict(c), "percent": c.percent, "percent_interval": c.percent_interval} for c in found
+    ]
+
+
+def _seeds(count):
+    return tuple(range(1, count + 1))
+
+
+def _main(settings, folder, size, processes, tell):
+    rows = []
+    for style in STYLES:
+        schedules = roads(settings, folder, size, style, processes, tell)
+        design, about = designed(settings, folder, size, style), {"x": "main", "style": style}
+        rows += _judged(design, folder / style, schedules, _seeds(size.seeds), about, processes, tell)
+    return rows
+
+
+def _carried(settings, folder, size, processes, tell, variants):
+    """Schedules found at size.steps in other runs. variants: {x: changes of Options}."""
+    rows = []
+    for style in TWO:
+        schedules = roads(settings, folder, size, style, processes, tell)
+        for x, changes in variants.items():
+            design = designed(settings, folder, size, style, **changes)
+            if "steps" in changes:  # law flow as it is knows how long its run is
+                own = designed_flow(design)
+                schedules = {**schedules, "flow": own}
+            about = {"x": x, "style": style}
+            place = folder / f"{style}-{x}"
+            rows += _judged(design, place, schedules, _seeds(size.few), about, processes, tell)
+    return rows
+
+
+def designed_flow(design):
+    """(edges, weights) of law flow as it is, for a proxy."""
+    steps = design.proxy.steps
+    found = flow.planned(
+        rates=np.array(design.proxy.recipe.rates),
+        batches=np.full(steps, design.proxy.batch),
+        budgets=design.proxy.budgets,
+        weights=np.array(design.proxy.shares),
+        target=np.array(design.target),
+        low=np.array(design.low),
+        high=np.array(design.high),
+    )
+    return found.edges / steps, found.weights
+
+
+def _length(settings, folder, size, processes, tell):
+    return _carried(settings, folder, size, processes, tell, {"4 x steps": {"steps": 4 * size.steps}})
+
+
+def _size(settings, folder, size, processes, tell):
+    larger = {"layers": 4, "hidden": 2 * size.hidden}
+    return _carried(settings, folder, size, processes, tell, {"larger": larger})
+
+
+def _rate(settings, folder, size, processes, tell):
+    return _carried(settings, folder, size, processes, tell, {"a third of the rate": {"lr": 1e-3 / 3}})
+
+
+def _memory(settings, folder, size, processes, tell):
+    """What memory the influences of runs of other lengths, rates and sizes have."""
+    asked = {f"{steps} steps": {"steps": steps} for steps in size.lengths}
+    asked |= {"a third of the rate": {"lr": 1e-3 / 3}, "larger": {"layers": 4, "hidden": 2 * size.hidden}}
+    rows = []
+    for style in STYLES:
+        for x, changes in asked.items():
+            design = designed(settings, folder, size, style, **changes)
+            place, jobs = folder / f"{style}-{x}", []
+            for seed in CHOOSING:
+                jobs.append((f"recorded/{seed}", work.recorded, {"seed": seed}))
+            found = cells.fill(place, design, jobs, processes, tell)
+            for key, _, about in jobs:
+                rows.append({"x": x, "style": style, "seed": about["seed"], **_fitted(design, found[key])})
+    return rows
+
+
+def _fitted(design, cell):
+    shares = np.array(design.proxy.shares)
+    values = np.tensordot(np.array(design.target), np.array(cell["influences"])[: len(shares)], 1)
+    road = plan.of_flow(values, shares, np.array(design.proxy.recipe.rates), design.kept)
+    return {"memory": road.memory, "explained": road.explained, "reached": cell["reached"]}
+
+
+def _averaging(settings, folder, size, processes, tell):
+    """Rate schedules at their own best peak, last weights and the mean of the last tenth, constant
+    mixture and law flow; against WSD with the constant mixture and its last weights.
+    """
+    found, best = {}, {}
+    for style in STYLES:
+        tried = {}
+        for peak in PEAKS:
+            design = designed(settings, folder, size, style, lr=peak)
+            cell = _averaged(design, folder / f"{style}-{peak:g}", CHOOSING, ("constant",), processes, tell)
+            losses = [
+                min(_mixture(design, one[read]) for read in ("losses", "averaged")) for one in cell.values()
+            ]
+            tried[peak] = float(np.mean(losses))
+        best[style] = min(tried, key=tried.get)
+        design = designed(settings, folder, size, style, lr=best[style])
+        place = folder / f"{style}-{best[style]:g}"
+        names = ("constant", "flow")
+        found[style] = design, _averaged(design, place, _seeds(size.seeds), names, processes, tell)
+    base = [found["WSD"][1]["constant", seed]["losses"] for seed in _seeds(size.seeds)]
+    rows = []
+    for style, (design, cell) in found.items():
+        for name in ("constant", "flow"):
+            for read in ("losses", "averaged"):
+                ours = [cell[name, seed][read] for seed in _seeds(size.seeds)]
+                about = {
+                    "x": {"losses": "last", "averaged": "mean"}[read],
+                    "style": style,
+                    "peak": best[style],
+                }
+                rows += [{**about, "schedule": name, **row} for row in _changes(design, [ours, base])]
+    return rows
+
+
+def _mixture(design, losses):
+    return float(np.dot(design.proxy.shares, [losses[name] for name in design.names]))
+
+
+def _averaged(design, folder, seeds, names, processes, tell):
+    jobs = {}
+    edges, weights = designed_flow(design)
+    for seed in seeds:
+        for name in names:
+            own = {"edges": None, "weights": None}
+            if name == "flow":
+                own = {"edges": edges.tolist(), "weights": weights.tolist()}
+            jobs[name, seed] = (
+                f"averaged/{name}/{seed}",
+                work.judged,
+                {"seed": seed, **own, "averaged": AVERAGED},
+            )
+    found = cells.fill(folder, design, list(jobs.values()), processes, tell)
+    return {place: found[job[0]] for place, job in jobs.items()}
+
+
+def _folding(settings, folder, size, processes, tell):
+    """How much influences change when rare tokens are one."""
+    rows = []
+    for style in TWO:
+        values = {}
+        for known in (settings.vocabulary + 1, settings.vocabulary // 2, settings.vocabulary // 8):
+            design = designed(settings, folder, size, style, vocabulary=known)
+            place = folder / f"{style}-vocabulary {known}"
+            found = cells.fill(
+                place, design, [("recorded/101", work.recorded, {"seed": 101})], processes, tell
+            )
+            cell, kept = found["recorded/101"], design.kept
+            own = np.array(cell["influences"])[1]  # of Russian
+            edges = plan.edges_of(size.steps, kept, plan.SEGMENTS)
+            values[known] = plan.wish(own, np.array(design.proxy.shares), size.steps, edges, kept)
+            whole = values[settings.vocabulary + 1]
+            alike = float(np.corrcoef(whole[:, 1], values[known][:, 1])[0, 1])
+            fit = _fitted(design, cell)
+            rows.append({"x": known, "style": style, "correlation": alike, **fit})
+    return rows

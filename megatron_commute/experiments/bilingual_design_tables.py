@@ -1,0 +1,78 @@
+"""Tables and pictures of study `design`."""
+
+import numpy as np
+from tabulate import tabulate
+
+from megatron_commute.experiments import bilingual_figures as figures
+from megatron_commute.experiments import bilingual_tables as tables
+
+SHOWN = ("target", "english", "code", "mixture")
+
+
+def written(folder, part, rows):
+    """Write the table and the picture of a part; (text, files)."""
+    path = folder / f"{part}.csv"
+    tables.write_csv(path, rows)
+    files, text = [str(path)], tabulate(short(rows), headers="keys", floatfmt=".3g")
+    if part == "memory":
+        files.append(figures.save(folder / "memory.png", (6.4, 3.2), lambda f: draw_memory(f, rows)))
+    elif part != "folding":
+        files.append(figures.save(folder / f"{part}.png", (7.4, 3.6), lambda f: draw_changes(f, rows)))
+    return text, files
+
+
+def short(rows):
+    """A line for each schedule, changes in percent; rows without changes as they are."""
+    if not rows or "percent" not in rows[0]:
+        return rows
+    lines = {}
+    for row in rows:
+        line = lines.setdefault((row["x"], row["style"], row["schedule"]), {})
+        line |= {key: row[key] for key in ("x", "style", "schedule", "peak") if key in row}
+        line[row["name"]] = f"{row['percent']:+.2f} ± {row['percent_interval']:.2f}"
+    return list(lines.values())
+
+
+def draw_changes(figure, rows):
+    """Change of the target and of what else is trained, a panel for each rate schedule."""
+    styles = list(dict.fromkeys(row["style"] for row in rows))
+    panels = figure.subplots(1, len(styles), sharey=True, squeeze=False)[0]
+    for panel, style in zip(panels, styles, strict=True):
+        here = [row for row in rows if row["style"] == style]
+        places = list(dict.fromkeys((row["x"], row["schedule"]) for row in here))
+        for i, name in enumerate(SHOWN):
+            own = {(row["x"], row["schedule"]): row for row in here if row["name"] == name}
+            at = np.arange(len(places)) + 0.12 * (i - 1.5)
+            values = [own[place]["percent"] for place in places]
+            errors = [own[place]["percent_interval"] for place in places]
+            about = {
+                "color": figures.COLOURS[i],
+                "marker": figures.MARKERS[i],
+                "ms": 4,
+                "ls": "",
+                "capsize": 2,
+            }
+            panel.errorbar(at, values, errors, label="Russian" if name == "target" else name, **about)
+        several = len({x for x, _ in places}) > 1
+        words = [f"{x}\n{schedule}" if several else schedule for x, schedule in places]
+        panel.set_xticks(range(len(places)), words, rotation=30, ha="right", fontsize=7.5)
+        panel.axhline(0, color=figures.GREY, lw=0.8)
+        panel.set_title(f"learning rate: {style}")
+    panels[0].set_ylabel("change of the final loss (%)")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7.5)
+
+
+def draw_memory(figure, rows):
+    """Memory that fits the influences best, both seeds of every setting."""
+    places = list(dict.fromkeys(row["x"] for row in rows))
+    styles = list(dict.fromkeys(row["style"] for row in rows))
+    panel = figure.subplots()
+    for i, style in enumerate(styles):
+        here = [row for row in rows if row["style"] == style]
+        at = [places.index(row["x"]) + 0.12 * (i - 1) for row in here]
+        about = {"color": figures.COLOURS[i], "marker": figures.MARKERS[i], "ms": 4, "ls": ""}
+        panel.plot(at, [row["memory"] for row in here], label=style, **about)
+    panel.axhline(2.5, color=figures.GREY, lw=0.8, ls="--")
+    panel.set_xticks(range(len(places)), places, rotation=20, ha="right", fontsize=7.5)
+    panel.set_ylabel("fitted memory c")
+    figure.legend(loc="outside lower center", ncols=3, fontsize=7.5)

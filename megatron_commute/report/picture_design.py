@@ -42,8 +42,11 @@ def _influences(asked, found, roads):
     values, names = np.array(found["values"]), asked["names"]
     steps = asked["proxy"]["steps"]
     of_target = np.tensordot(np.array(asked["target"]), values[: len(names)], 1)
-    shown = [("the target", of_target)]
-    shown += [(loss, own) for loss, own in zip(asked["losses"], values, strict=True)][: SHOWN - 1]
+    shown, alone = [("the target", of_target)], asked["target"].count(0) == len(names) - 1
+    for j, (loss, own) in enumerate(zip(asked["losses"], values, strict=True)):
+        if not (alone and j < len(names) and asked["target"][j]):  # that is the target itself
+            shown.append((loss, own))
+    shown = shown[:SHOWN]
     figure, panels = _figure(len(shown) + 1, 1.5)
     at = (np.arange(values.shape[1]) + 0.5) / values.shape[1]
     for axes, (loss, own) in zip(panels, shown, strict=False):

@@ -16,6 +16,7 @@ from megatron_commute.data.indexed import inspect_data
 from megatron_commute.decide import flow
 from megatron_commute.design import cells, options, plan, verify
 from megatron_commute.design import run as work
+from megatron_commute.experiments import bilingual_criterion as criterion
 from megatron_commute.experiments import bilingual_design_tables as tables
 from megatron_commute.experiments.bilingual_flow import BATCH, rate_of
 from megatron_commute.experiments.bilingual_flow_variants import BASE, UNTRAINED_TEXT
@@ -33,7 +34,7 @@ HALVES = ("english:1/2", "english:2/2")  # two domains that are one text: nothin
 class Size:
     """How much of the study is run."""
 
-    parts: tuple = ("main", "length", "size", "rate", "memory", "averaging", "folding")
+    parts: tuple = ("main", "length", "size", "rate", "memory", "averaging", "folding", "criterion")
     # of the study, in their order
     steps: int = 500
     # of a proxy that plans
@@ -93,7 +94,7 @@ def designed(settings, folder, size, style, **changes):
 def study(settings, folder, size, processes, say):
     """Run what is missing of the parts and write their tables and pictures; (text, files)."""
     parts = {"main": _main, "length": _length, "size": _size, "rate": _rate, "memory": _memory}
-    parts |= {"averaging": _averaging, "folding": _folding}
+    parts |= {"averaging": _averaging, "folding": _folding, "criterion": _criterion}
     unknown = sorted(set(size.parts) - set(parts))
     if unknown:
         raise ValueError(f"--set parts={','.join(unknown)}: write some of {','.join(parts)}")
@@ -246,10 +247,26 @@ def _memory(settings, folder, size, processes, tell):
 
 
 def _fitted(design, cell):
-    shares = np.array(design.proxy.shares)
-    values = np.tensordot(np.array(design.target), np.array(cell["influences"])[: len(shares)], 1)
-    road = plan.of_flow(values, shares, np.array(design.proxy.recipe.rates), design.kept)
-    return {"memory": road.memory, "explained": road.explained, "reached": cell["reached"]}
+    memory, explained = criterion.fitted_memory(design, cell)
+    return {"memory": memory, "explained": explained, "reached": cell["reached"]}
+
+
+def _criterion(settings, folder, size, processes, tell):
+    """What a probe sees along a run, its scores and its curvature, beside the influences."""
+    rows, curvatures = [], []
+    for style in STYLES:
+        for x, changes in {"main": {}, "a third of the rate": {"lr": 1e-3 / 3}}.items():
+            design = designed(settings, folder, size, style, **changes)
+            place = folder / (style if x == "main" else f"{style}-{x}")
+            found = cells.fill(place, design, criterion.recorded_jobs(CHOOSING), processes, tell)
+            for seed in CHOOSING:
+                about = {"x": x, "style": style, "seed": seed}
+                recorded, measured = found[f"recorded/{seed}"], found[f"measured/{seed}"]
+                rows += criterion.criterion_rows(design, measured, recorded, about)
+                memory = criterion.fitted_memory(design, recorded)[0]
+                curvatures += criterion.curvature_rows(design, measured, about, memory)
+    tables.written(folder, "curvature", curvatures)
+    return rows
 
 
 def _averaging(settings, folder, size, processes, tell):

@@ -14,9 +14,11 @@ def written(folder, part, rows):
     path = folder / f"{part}.csv"
     tables.write_csv(path, rows)
     files, text = [str(path)], tabulate(short(rows), headers="keys", floatfmt=".3g")
-    if part == "memory":
+    if part == "curvature":
+        files.append(figures.save(folder / "curvature.png", (6.4, 3.2), lambda f: draw_curvature(f, rows)))
+    elif part == "memory":
         files.append(figures.save(folder / "memory.png", (6.4, 3.2), lambda f: draw_memory(f, rows)))
-    elif part != "folding":
+    elif part not in ("folding", "criterion"):
         files.append(figures.save(folder / f"{part}.png", (7.4, 3.6), lambda f: draw_changes(f, rows)))
     return text, files
 
@@ -76,3 +78,21 @@ def draw_memory(figure, rows):
     panel.set_xticks(range(len(places)), places, rotation=20, ha="right", fontsize=7.5)
     panel.set_ylabel("fitted memory c")
     figure.legend(loc="outside lower center", ncols=3, fontsize=7.5)
+
+
+def draw_curvature(figure, rows):
+    """Memory that the curvature along each gradient tells, against the fitted one."""
+    panel = figure.subplots()
+    names = list(dict.fromkeys(row["along"] for row in rows))
+    for i, name in enumerate(names):
+        here = [row for row in rows if row["along"] == name]
+        at = [row["fitted"] * (1 + 0.03 * i) for row in here]
+        middle = [row["measured"] for row in here]
+        bars = [[m - row["least"] for m, row in zip(middle, here, strict=True)]]
+        bars.append([row["greatest"] - m for m, row in zip(middle, here, strict=True)])
+        about = {"color": figures.COLOURS[i], "marker": figures.MARKERS[i], "ms": 4, "ls": "", "capsize": 2}
+        panel.errorbar(at, middle, bars, label=f"along {name}", **about)
+    panel.set_yscale("symlog", linthresh=1.0)
+    panel.set_xlabel("memory that fits the influences")
+    panel.set_ylabel("memory by curvature\n(median and range over the run)")
+    figure.legend(loc="outside lower center", ncols=4, fontsize=7.5)

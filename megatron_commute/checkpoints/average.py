@@ -12,8 +12,6 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from megatron_commute.checkpoints import files as checkpoint_files
 from megatron_commute.checkpoints import zero
 from megatron_commute.checkpoints.files import (
@@ -24,13 +22,10 @@ from megatron_commute.checkpoints.files import (
     read_json,
     series,
 )
+from megatron_commute.checkpoints.mean_files import make_fresh, mean_file
 from megatron_commute.checkpoints.rewriting import save
 
 NAME = "average.json"
-# float32 copies of the weights in optimiser states of DeepSpeed: ZeRO 0 to 2 and bf16, ZeRO 3, fp16
-_MASTERS = ("single_partition_of_fp32_groups", "fp32_flat_groups", "fp32_groups_flat", "fp32_groups")
-# states of optimisers that begin as zeros
-_FROM_ZERO = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 # files of a Hugging Face folder that go along as they are; other weights would be the last one's
 _COPIED = (".json", ".txt", ".model", ".py", ".md", ".jinja")
 _COPIED_NAMES = ("training_args.bin", "scheduler.pt", "scaler.pt", "latest")
@@ -103,7 +98,7 @@ def average(found, out, say=print):
         for key, part in parts[-1].items():
             target = place / part.path.relative_to(folders[-1])
             target.parent.mkdir(exist_ok=True)
-            tensors += _mean_file(part.kind, [own[key].path for own in parts], target)
+            tensors += mean_file(part.kind, [own[key].path for own in parts], target)
             say(f"{target.relative_to(written)}: the mean of {len(parts)}")
         if not tensors:
             raise CheckpointError(f"{folders[-1]}: holds no floating weights; it is no checkpoint of a model")
@@ -117,9 +112,6 @@ def average(found, out, say=print):
     finally:
         shutil.rmtree(written, ignore_errors=True)
     return {"checkpoint": str(out / place.relative_to(written)), **told}
-
-
-# --- which files ------------------------------------------------------------------------------------------
 
 
 def _parts(folder):
@@ -195,11 +187,12 @@ def _beside(last, place, parts, out):
     files = checkpoint_files.files(last)
     host = "Megatron-DeepSpeed" if _megatron(parts) else "launch/pretrain_gpt.py"
     ranks = zero.layout(files, len({*files.model} or {model for _, model in files.shards}))
-    how = f"--load {out} goes on at the last one's iteration with fresh optimiser state"
+    how = f"--load {out} goes on at the iteration of the last, with fresh optimiser state"
     if host == "Megatron-DeepSpeed":
         number = place.name.rpartition("global_step")[2]
         (place.parent / "latest_checkpointed_iteration.txt").write_text(number, encoding="utf-8")
-        how += "; add --finetune to begin at iteration 0"
+        # under ZeRO 3 the host cannot take its own checkpoints that way either
+        how += "" if files.shards else "; add --finetune to begin at iteration 0"
     return {"layout": f"{host}, {ranks}", "load": how, "left_out": []}
 
 
@@ -215,7 +208,7 @@ def _beside_hugging_face(last, place, parts, out):
             shutil.copyfile(path, place / path.name)
         elif path.name == "optimizer.pt":
             content = load(path)
-            _fresh(content, path)
+            make_fresh(content, path)
             save(content, place / path.name)
         else:
             left_out.append(path.name)
@@ -223,150 +216,3 @@ def _beside_hugging_face(last, place, parts, out):
     if (last / "trainer_state.json").is_file():
         how += ", or Trainer's resume_from_checkpoint, with fresh optimiser state where there is some"
     return {"layout": "Hugging Face", "load": how, "left_out": left_out}
-
-
-# --- one file ---------------------------------------------------------------------------------------------
-
-
-def _mean_file(kind, paths, target):
-    """Write the mean of files of one kind; the number of tensors that are means."""
-    if kind == "safetensors":
-        return _mean_safetensors(paths, target)
-    contents = [load(path) for path in paths]
-    places = [_averaged(kind, content, path) for content, path in zip(contents, paths, strict=True)]
-    for path, own in zip(paths, places, strict=True):
-        _refuse_other_tensors(path, _shapes(own), paths[-1], _shapes(places[-1]))
-    done, means = 0, {}
-    for name, (holder, key) in places[-1].items():
-        tensors = [own[name][0][own[name][1]] for own in places]
-        own = tensors[-1]
-        if not own.is_floating_point() or not own.numel():
-            continue
-        # tied weights stay one storage
-        same = own.untyped_storage().data_ptr(), own.storage_offset(), own.shape, own.stride()
-        if same not in means:
-            means[same] = own, _mean(tensors, name, paths)  # `own` is kept, or its address could come again
-        holder[key], done = means[same][1], done + 1
-    optimizer = _optimizer(kind, contents[-1])
-    if optimizer is not None:
-        _fresh(optimizer, paths[-1])
-    save(contents[-1], target)
-    return done
-
-
-def _mean_safetensors(paths, target):
-    try:
-        from safetensors import SafetensorError, safe_open
-        from safetensors.torch import save_file
-    except ImportError:
-        raise CheckpointError(
-            f"{paths[-1]}: is read with a package that is not installed: pip install safetensors"
-        ) from None
-    try:
-        opened = [safe_open(path, "pt") for path in paths]
-        told = [_told(file) for file in opened]
-        for path, own in zip(paths, told, strict=True):
-            _refuse_other_tensors(path, own, paths[-1], told[-1])
-        found, done = {}, 0
-        for name in told[-1]:
-            own = opened[-1].get_tensor(name)
-            if own.is_floating_point():
-                own, done = _mean([file.get_tensor(name) for file in opened], name, paths), done + 1
-            found[name] = own
-        save_file(found, target, metadata=opened[-1].metadata())
-    except (SafetensorError, OSError) as fault:
-        raise CheckpointError(f"{paths[-1]} and those before it: {fault}; copy them again") from None
-    return done
-
-
-def _told(file):
-    slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
-    return {name: (tuple(own.get_shape()), own.get_dtype()) for name, own in slices.items()}
-
-
-def _mean(tensors, name, paths):
-    """The mean of tensors of one shape and type; CheckpointError where one is not finite."""
-    total = torch.zeros(tensors[-1].shape, dtype=torch.float64)
-    for tensor in tensors:
-        total += tensor.to(torch.float64)
-    if not torch.isfinite(total).all():
-        for path, tensor in zip(paths, tensors, strict=True):
-            if not torch.isfinite(tensor.to(torch.float64)).all():
-                raise CheckpointError(f"{path}: {name} is not finite; the run had diverged, leave it out")
-    return (total / len(tensors)).to(tensors[-1].dtype)
-
-
-def _shapes(places):
-    tensors = {name: holder[key] for name, (holder, key) in places.items()}
-    return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-
-
-def _refuse_other_tensors(path, own, last, of_last):
-    """own, of_last: {name: (shape, type)}."""
-    for name in sorted(own.keys() | of_last.keys()):
-        if own.get(name) != of_last.get(name):
-            one, other = (str(told.get(name, "none")) for told in (own, of_last))
-            raise CheckpointError(
-                f"{path}: {name} is {one}, in {last} {other}; average checkpoints of one model and precision"
-            )
-
-
-# --- what is in it ----------------------------------------------------------------------------------------
-
-
-def _optimizer(kind, content):
-    """The optimiser's part of a file, or None."""
-    if kind == "optimizer":
-        return content.get("optimizer_state_dict")
-    return content.get("optimizer") if kind == "model" else None
-
-
-def _averaged(kind, content, path):
-    """{name: (its container, key there)} of the tensors of a file whose mean is taken."""
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: holds no tensors by name; it is no checkpoint, or it is damaged")
-    weights = {"model": content.get("module"), "optimizer": None}.get(kind, content)
-    copies = {name: place for name, place in _tensors(_optimizer(kind, content), path) if _is_master(name)}
-    return dict(_tensors(weights, path)) | copies
-
-
-def _is_master(name):
-    return not {*_MASTERS}.isdisjoint(name.split("/"))
-
-
-def _tensors(node, path, within=""):
-    """(name, (container, key)) of every tensor below a dict or list."""
-    pairs = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
-    for key, value in pairs:
-        name = f"{within}/{key}" if within else str(key)
-        if torch.is_tensor(value):
-            yield name, (node, key)
-        elif isinstance(value, tuple) and any(torch.is_tensor(part) for part in value):
-            raise CheckpointError(
-                f"{path}: {name} is a tuple of tensors, which is not known here; leave it out"
-            )
-        else:
-            yield from _tensors(value, path, name)
-
-
-def _fresh(optimizer, path):
-    """Set an optimiser's states, but not its copies of the weights, to what they are before the
-    first step.
-    """
-    for name, (holder, key) in _tensors(optimizer, path):
-        if key in _FROM_ZERO:
-            holder[key] = torch.zeros_like(holder[key])
-        elif holder[key].numel() > 1 and not _is_master(name):
-            raise CheckpointError(
-                f"{path}: holds {name} of an optimiser whose beginning is not known here (Adam's and momentum "
-                "are); average checkpoints without optimiser states"
-            )
-    _zero_counters(optimizer)
-
-
-def _zero_counters(node):
-    """Steps that are plain numbers, in states and in groups."""
-    for value in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
-        _zero_counters(value)
-    if isinstance(node, dict) and isinstance(node.get("step"), int | float):
-        node["step"] = 0

@@ -9,7 +9,7 @@ import torch
 
 from megatron_commute.checkpoints import files
 
-_OWN_NAMES = {stand_in: name for stand_in, name in files._STAND_INS}
+_OWN_NAMES = dict(files._STAND_INS)
 
 
 class _Pickler(pickle._Pickler):  # the one in C cannot name a class that is not imported

@@ -1,7 +1,5 @@
 """After a run: `average` writes the mean of its checkpoints."""
 
-import contextlib
-
 import click
 
 from megatron_commute.cli.words import Refusal, as_json, print_json, table
@@ -27,8 +25,8 @@ from megatron_commute.cli.words import Refusal, as_json, print_json, table
 @click.option("--arguments", type=click.Path(), help="JSON flags for checkpoints that keep none.")
 @as_json
 def average(checkpoints, out, last, data, as_json, **asked) -> None:
-    """Write the mean of checkpoints (global_stepN, checkpoint-N, or a folder of many) as a new one of
-    the same layout.
+    """Write the mean of checkpoints (global_stepN, checkpoint-N, or a folder of many) as a new one
+    of the same layout.
     """
     from megatron_commute.checkpoints import average as means
     from megatron_commute.checkpoints.setting import Asked
@@ -45,8 +43,7 @@ def average(checkpoints, out, last, data, as_json, **asked) -> None:
             from megatron_commute.checkpoints.held_out import HeldOut
 
             held_out = HeldOut(checkpoint=newest, data=data, wanted=Asked(**asked))
-        with contextlib.redirect_stdout(None):
-            told = means.average(found, out)
+        told = means.average(found, out, lambda line: click.echo(line, err=True))
         if held_out is not None:
             rows = held_out.rows(held_out.losses(told["checkpoint"]), held_out.losses(newest))
     except ValueError as error:
@@ -61,9 +58,8 @@ def average(checkpoints, out, last, data, as_json, **asked) -> None:
 
 def _sentences(told: dict) -> list[str]:
     steps = ", ".join(map(str, told["steps"]))
-    lines = [
-        f"the mean of {len(told['steps'])} checkpoints (steps {steps}), {told['tensors']} tensors: {told['layout']}"
-    ]
+    means = f"{told['tensors']} tensors; {told['layout']}"
+    lines = [f"the mean of {len(told['steps'])} checkpoints (steps {steps}), {means}"]
     if told["left_out"]:
         lines.append(f"left out, as only the last one's: {', '.join(told['left_out'])}")
     return [*lines, told["load"], told["checkpoint"]]

@@ -104,7 +104,9 @@ def average(found, out, say=print):
             raise CheckpointError(f"{folders[-1]}: holds no floating weights; it is no checkpoint of a model")
         told = {"steps": [step for step, _ in found], "checkpoints": [str(folder) for folder in folders]}
         told |= {"tensors": tensors, **_beside(folders[-1], place, parts[-1], out)}
-        here = {**told, "checkpoints": [folder.name for folder in folders]}
+        # the record in it names no place of one machine
+        here = {name: told[name] for name in ("steps", "tensors", "layout")}
+        here["checkpoints"] = [folder.name for folder in folders]
         (written / NAME).write_text(json.dumps(here, indent=2) + "\n", encoding="utf-8")
         if out.exists():
             raise CheckpointError(f"--out {out}: came meanwhile and is not written to; name a new folder")

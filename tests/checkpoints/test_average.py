@@ -247,6 +247,25 @@ def test_trainer_goes_on_with_a_fresh_optimiser_and_the_schedule_of_the_last(tmp
     assert again.lr_scheduler.last_epoch == 5
 
 
+def test_shards_of_trainer_under_deepspeed(tmp_path):
+    places = [tmp_path / "run" / f"checkpoint-{step}" for step in (1, 2)]
+    for step, place in enumerate(places, 1):
+        made = tmp_path / str(step) / "checkpoint-1"
+        ranks.run(jobs.under_deepspeed, 1, model_of(LLAMA, step), 3, made, timeout=120)
+        place.parent.mkdir(exist_ok=True)
+        made.rename(place)
+        (place / "global_step1").rename(place / f"global_step{step}")
+    assert invoke("average", tmp_path / "run", "--out", tmp_path / "mean").exit_code == 0
+    (tmp_path / "mean" / "trainer_state.json").write_text('{"global_step": 2}')
+    assert judge(
+        tmp_path / "mean" / "global_step2", [place / f"global_step{place.name[-1]}" for place in places]
+    )
+    mean, *given = (read(place, SEQUENCE).parameters for place in (tmp_path / "mean", *places))
+    for name, tensor in mean.items():
+        expected = np.mean([float64(one[name]) for one in given], axis=0)
+        np.testing.assert_allclose(float64(tensor), expected, rtol=1e-6, atol=1e-8)
+
+
 # --- held-out losses --------------------------------------------------------------------------------------
 
 

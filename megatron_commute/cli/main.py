@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from megatron_commute import __version__
+from megatron_commute.cli.average import average
 from megatron_commute.cli.design import design
 from megatron_commute.cli.plan import plan
 from megatron_commute.cli.words import Refusal, as_json, print_json, table
@@ -19,6 +20,7 @@ def main() -> None:
 
 main.add_command(plan)
 main.add_command(design)
+main.add_command(average)
 
 
 @main.command()

@@ -1,7 +1,6 @@
 """Tables and pictures of study `design`."""
 
 import numpy as np
-from tabulate import tabulate
 
 from megatron_commute.experiments import bilingual_figures as figures
 from megatron_commute.experiments import bilingual_tables as tables
@@ -11,6 +10,8 @@ SHOWN = ("target", "english", "code", "mixture")
 
 def written(folder, part, rows):
     """Write the table and the picture of a part; (text, files)."""
+    from tabulate import tabulate
+
     path = folder / f"{part}.csv"
     tables.write_csv(path, rows)
     files, text = [str(path)], tabulate(short(rows), headers="keys", floatfmt=".3g")

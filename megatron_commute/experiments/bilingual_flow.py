@@ -255,6 +255,7 @@ def _main(size, found):
     for style in STYLES:
         case = Case("main", 0, style, "", tuple(range(1, size.seeds + 1)), size.steps)
         result += [flowing(case, "flow, low-resource"), flowing(case._replace(target="even"), "flow, even")]
+        result.append(flowing(case, "flow, harm 0.002", strength=flow.strength_within(0.002)))
         best = [row for row in tried if (row["style"], row["loss"]) == (style, "target")]
         if best:
             window = WINDOWS[min(best, key=lambda row: row["percent"])["x"]]

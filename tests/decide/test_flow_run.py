@@ -223,14 +223,14 @@ def untold(step):
     ("change", "told"),
     [
         ({"rates": lambda step: None}, "controller.law: flow needs the learning rate of every step, the host does not tell"),
-        ({"rates": untold}, "that of step 0: RuntimeError: no scheduler; let it tell every step's from the start"),
-        ({"rates": lambda step: float("nan") if step == 7 else 1.0}, "does not tell that of step 7; let it"),
+        ({"rates": untold}, "that of step 0: RuntimeError: no scheduler; give it --lr and --lr-"),
+        ({"rates": lambda step: float("nan") if step == 7 else 1.0}, "does not tell that of step 7; give it --lr"),
         ({"rates": lambda step: 1e-3 * (step + 1)}, "still rises at the last of 60 steps: the run is shorter than its warm"),
         ({"rates": lambda step: 0.0}, "all learning rates are 0, so no step counts; set --lr, or choose law hold"),
         ({"text": MIXTURE.replace("{law: flow}", "{law: flow, strength: 11}")}, "strength 11.0; write a number above 0"),
         ({"text": MIXTURE.replace("{law: flow}", "{law: flow, caps: {ru: 0.05}}")}, "controller.caps: 0.05 leaves out"),
         ({"text": MIXTURE.replace("{ru: 1}", "each")}, "target: law flow plans for one target; write shares"),
-        ({"text": MIXTURE.replace("mode: fixed", "mode: act")}, "controller.law: flow works in mode fixed only; write mode"),
+        ({"text": MIXTURE.replace("mode: fixed", "mode: shadow")}, "controller.law: flow plans weights, which"),
         ({"text": MIXTURE.replace("mode: fixed", "mode: fixed\nschedule: s.csv")}, "schedule: law flow plans the weights;"),
         ({"text": MIXTURE.replace("law: flow", "law: hold, compare: [flow]")}, "controller.compare: flow is planned before"),
         ({"text": MIXTURE.replace("budget: 60", "weight: 0").replace("budget: 360", "weight: 0.7")

@@ -16,12 +16,11 @@ version is told once and ignored: nothing that stands in this file ends a run or
 
 import dataclasses
 import os
-import stat
 from pathlib import Path
 
 from megatron_commute.decide import control_text
 from megatron_commute.decide.flow import STRONGEST
-from megatron_commute.settings import schedule
+from megatron_commute.settings import schedule, text_files
 from megatron_commute.settings.mixture_file import (
     SHARE_TOLERANCE,
     by_domain,
@@ -131,7 +130,10 @@ def read(path, limits: Limits):
 
     Raises ConfigError naming file, line, key and cure.
     """
-    content = plain_text(path)
+    try:
+        content = text_files.read(path, control_text.LARGEST, "a text file")
+    except text_files.TextFileError as error:
+        raise ConfigError(str(error)) from error
     control_text.check(content, str(path))
     document = Document(str(path), content)
     values = document.section("", document.tree, CONTROL_KEYS)
@@ -203,34 +205,19 @@ def _changes(document, file, limits):
         return None
     path = Path(document.file).absolute().parent / Path(file).expanduser()
     try:
-        points = schedule.of_text(plain_text(path), path, limits.names, limits.samples, limits.seq_length)
+        points = schedule.of_text(
+            text_files.read(path, control_text.LARGEST, "a CSV file"),
+            path,
+            limits.names,
+            limits.samples,
+            limits.seq_length,
+        )
     except ValueError as error:
         raise document.error("schedule", *str(error).rsplit("; ", 1)) from error
     found = schedule.changes(points, limits.global_batch) if len(points) <= MOST_CHANGES else ()
     if not 0 < len(found) <= MOST_CHANGES:
         raise document.error("schedule", "it has too many points", f"write {MOST_CHANGES} changes at most")
     return tuple((int(at), tuple(map(float, weights))) for at, weights in found)
-
-
-def plain_text(path) -> str:
-    """The text of a regular file of at most control_text.LARGEST bytes, without waiting for
-    anybody. ConfigError for anything else.
-    """
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a device may do something
-            raise ConfigError(f"{path}: is no regular file; write a text file in its place")
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise ConfigError(f"{path}: is no regular file; write a text file in its place")
-            content = file.read(control_text.LARGEST + 1)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}; name a file that can") from error
-    if len(content) > control_text.LARGEST:
-        raise ConfigError(f"{path}: is larger than {control_text.LARGEST // 1024} KiB; write a shorter one")
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: is not UTF-8 text ({error.reason}); save it as UTF-8") from error
 
 
 class Watch:

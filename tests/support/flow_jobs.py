@@ -59,13 +59,16 @@ def cosine(step, steps=STEPS, lr=1e-3):
     return rate(RateSchedule(lr=lr, train_iters=steps, lr_warmup_iters=5), step)
 
 
-def attached(folder, text=MIXTURE, rates=cosine, steps=STEPS, state=None, place="run", **more):
-    (folder / "mixture.yaml").write_text(text)
-    plugin = torch_loop.Plugin(str(folder / "mixture.yaml"), Run(LENGTH, BATCH, 5, 1, steps))
+def attached(
+    folder, text=MIXTURE, rates=cosine, steps=STEPS, state=None, place="run", run=None, groups=None, **more
+):
+    if run is None:  # with a run of its own, the mixture file stands there already
+        (folder / "mixture.yaml").write_text(text)
+    plugin = torch_loop.Plugin(str(folder / "mixture.yaml"), run or Run(LENGTH, BATCH, 5, 1, steps))
     said = []
-    model = torch_loop.probe_model(Words(), loss_of, 8)
-    state = None if state is None else json.loads(state)
-    plugin.attach(model, reduce.Groups(), folder / place, rates, 0.0, state=state, say=said.append, **more)
+    model = torch_loop.probe_model(Words(), loss_of, 8, groups=groups)
+    state, groups = None if state is None else json.loads(state), groups or reduce.Groups()
+    plugin.attach(model, groups, folder / place, rates, 0.0, state=state, say=said.append, **more)
     return plugin, said
 
 

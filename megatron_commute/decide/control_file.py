@@ -225,7 +225,7 @@ class Watch:
 
     def __init__(self, path, limits: Limits):
         self.path, self.limits = Path(path), limits
-        self.digest, self._seen, self._told = "", None, ""
+        self.digest, self.told, self._seen = "", "", None
 
     def look(self):
         """A new Control, the complaint (str) about a broken version, or None where there is
@@ -248,7 +248,7 @@ class Watch:
             kind = f"{type(fault).__name__}: {fault}"
             known = ", ".join(CONTROL_KEYS)
             return self._complaint(f"{self.path}: is no control file ({kind[:80]}); known here: {known}")
-        self._told = ""
+        self.told = ""
         if digest[:12] == self.digest:
             return None
         self.digest = digest[:12]
@@ -258,7 +258,7 @@ class Watch:
         """The complaint on one line; None where it was told last time already."""
         line = " ".join(words.split())
         line = line if len(line) <= LONGEST_WORD else line[: LONGEST_WORD - 3] + "..."
-        if line == self._told:
+        if line == self.told:
             return None
-        self._told = line
+        self.told = line
         return line

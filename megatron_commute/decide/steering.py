@@ -204,6 +204,7 @@ class Steering:
         sent = np.frombuffer(word.ljust(size, b" "), dtype=np.uint8).astype(np.float64)
         text = reduce.broadcast_numbers(sent, self.stream.groups).astype(np.uint8).tobytes()
         version, what = json.loads(text)
+        self.watch.told = what if version is None else ""
         if version is None:
             return _ignored(what)
         self.watch.digest, control = version, control_file.Control.of(what)
@@ -218,9 +219,8 @@ class Steering:
         file, plan = self.watch.path, self.plan
         first = control.schedule[0][0]
         if first < at:
-            return (
-                f"{file}: schedule: it names sample {first}, which is past: write points from sample {at} on"
-            )
+            problem = f"it names sample {first}, before it can hold"
+            return f"{file}: schedule: {problem}; write points from sample {at} on"
         ahead = self.stream.ahead(min(at, plan.samples))
         left = [None if b is None else int(b - n) for b, n in zip(plan.budgets, ahead.served, strict=True)]
         moved = [(sample - at, np.array(weights)) for sample, weights in control.schedule]
@@ -237,7 +237,8 @@ class Steering:
         wishes = [(at, control.weights)] if control.weights is not None else control.schedule
         if wishes and at < self.plan.samples and self.stream.schedule(_arrays(wishes)):
             effective, self.since_change, self.coming = at, 0, [(n, list(w)) for n, w in wishes]
-        aim = Aim(control.target, control.strength, acts and control.schedule is not None)
+        scheduled = acts and control.schedule is not None and effective is not None
+        aim = Aim(control.target, control.strength, scheduled)
         before, dropped = self._aim_at(now), self.later is not None and self.later[0] > now
         self.control, self.aim, self.later = control, before, None if aim == before else (at, aim)
         if self.later is not None and at < self.plan.samples:
@@ -266,6 +267,7 @@ class Steering:
             "aim": list(self.aim),
             "later": None if self.later is None else [self.later[0], list(self.later[1])],
             "control": {"digest": self.watch.digest, **dataclasses.asdict(self.control)},
+            "told": self.watch.told,
         }
 
     def load_state_dict(self, state):
@@ -278,7 +280,7 @@ class Steering:
         self.aim = _aim(state.get("aim", ()))
         later = state.get("later")
         self.later = None if later is None else (later[0], _aim(later[1]))
-        self.watch.digest = control.pop("digest")
+        self.watch.digest, self.watch.told = control.pop("digest"), state.get("told", "")
         self.control = control_file.Control.of(control)
 
 

@@ -16,16 +16,12 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent / "support"), str(HERE.parent.parent)]
 
-from megatron_commute import reduce
-from megatron_commute.config import Config, Controller, Domain, Plan, Probe, Run
-from megatron_commute.data.stream import Stream
-from megatron_commute.decide import control_file, flow_run
-from megatron_commute.decide.steering import Steering
+import flow_jobs
+
 from megatron_commute.hook import WATCH_EVERY
-from megatron_commute.mixture import Mixture
 from megatron_commute.settings.rates import RateSchedule, rates
 
-BATCH, LIMIT = 512, 100.0  # microseconds a step
+LIMIT = 100.0  # microseconds a step
 COLUMNS = ("steps", "domains", "every", "decisions", "start_ms", "decision_ms", "flow_us_a_step", "hold_us_a_step",
            "watch_us_a_step", "below_100_us")  # fmt: skip
 
@@ -33,37 +29,11 @@ COLUMNS = ("steps", "domains", "every", "decisions", "start_ms", "decision_ms", 
 def steering_of(law, steps, domains, every):
     """(Steering of such a run, processor seconds of planning it)."""
     shares = np.random.default_rng(0).dirichlet(4 * np.ones(domains))
-    names = tuple(f"d{k}" for k in range(domains))
-    target = np.eye(domains)[[int(shares.argmin())]]
-    samples = steps * BATCH
-    budgets = np.floor(shares * samples).astype(int)
-    budgets[0] += samples - budgets.sum()
-    plan = Plan(
-        names, budgets / samples, tuple(budgets.tolist()), (10,) * domains, (8,) * domains, target, np.zeros(domains),
-        np.ones(domains), samples, 4 * BATCH, (), budgets / samples,
-    )  # fmt: skip
-    wide = {"floors": (0.0,) * domains, "caps": (1.0,) * domains}
-    config = Config(
-        domains=tuple(Domain(name=name, path=(name,)) for name in names), mode="act", every=every, probe=Probe(),
-        controller=Controller(law=law, **wide),
-    )  # fmt: skip
-    run = Run(8, BATCH, 8, 1, steps)
-    mixture = Mixture(plan.weights, plan.budgets, samples=samples)
+    told = rates(RateSchedule(lr=3e-4, train_iters=steps, lr_warmup_iters=steps // 100))
+    free, wide = np.zeros(domains, dtype=bool), (np.zeros(domains), np.ones(domains))
     begun = time.process_time()
-    found = None
-    if law == "flow":
-        told = rates(RateSchedule(lr=3e-4, train_iters=steps, lr_warmup_iters=steps // 100))
-        found = flow_run.planned(
-            config=config,
-            plan=plan,
-            run=run,
-            rates=flow_run.rates_of(config, told.__getitem__, steps),
-            mixture=mixture,
-        )
-    spent = time.process_time() - begun
-    stream = Stream(consumed=mixture, sampler=None, groups=reduce.Groups(), global_batch=BATCH)
-    watch = control_file.Watch("/nowhere/commute.control.yaml", control_file.limits(config, plan, run))
-    return Steering(config=config, plan=plan, stream=stream, watch=watch, flow=found), spent
+    made = flow_jobs.steering(shares, free, *wide, steps, every, law=law, rates=told.__getitem__)
+    return made, time.process_time() - begun
 
 
 def measured(domains):
@@ -83,7 +53,7 @@ def spent(steering, steps, domains, every):
         for _ in range(0, every, WATCH_EVERY):
             steering.look()
         looking += time.process_time() - begun
-        steering.stream.consumed.skip(min(every, steps - step) * BATCH)
+        steering.stream.consumed.skip(min(every, steps - step) * flow_jobs.BATCH)
     return deciding, number, looking
 
 

@@ -21,7 +21,8 @@ from flow_jobs import (
 )
 
 from megatron_commute.config import ConfigError
-from megatron_commute.decide import control_file, flow
+from megatron_commute.decide import control_file, flow, replay
+from megatron_commute.decide.steering import Aim
 from megatron_commute.record import log as record
 
 ACT = MIXTURE.replace("mode: fixed", "mode: act").replace("every: 25", "every: 10")
@@ -273,7 +274,7 @@ def test_a_schedule_of_people_takes_the_place_of_the_law_until_a_version_without
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        ("schedule: past.csv", "schedule: it names sample 20, which is past: write points from sample 140 on"),
+        ("schedule: past.csv", "schedule: it names sample 20, before it can hold; write points from sample 140 on"),
         ("schedule: wide.csv", "schedule: from sample 140 on, the schedule asks for "),
         ("schedule: gone.csv", "gone.csv: cannot be read: No such file or directory; name a CSV file"),
         ("schedule: late.csv\nweights: {en: 1}", "schedule: there are weights beside it; write one of the two"),
@@ -314,6 +315,54 @@ def test_a_target_without_held_out_data_and_one_without_samples_are_refused(tmp_
         ConfigError, match=r"target: no law moves the weights of this run; leave it out, or run in mode act"
     ):
         control_file.read(path, control_file.Limits(**limits, acts=False))
+
+
+def test_a_complaint_is_not_told_again_after_a_restart_and_a_record_repeats_its_decisions(folder):
+    plugin, _ = attached(folder, ACT)
+    (folder / "run" / control_file.NAME).write_text("strength: 11\n")
+    trained(plugin, end=30)
+    again, said = attached(folder, ACT, state=json.dumps(plugin.hook.state_dict()))
+    trained(again, begin=30)
+    assert [line["step"] for line in record.read(folder / "run") if line["event"] == "control"] == [0]
+    assert not any("IGNORED" in line for line in said)
+    assert replay.told(folder / "run").repeated == (6, 6)
+    slower = replay.told(folder / "run", texts=["rate=0.01"])
+    moved = [np.abs(np.array(row.weights) - row.before).max() for row in slower.decisions if row.weights]
+    assert len(moved) > 3 and max(moved[:4]) < 0.01 + 1e-9
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_budgets_and_bounds_hold_in_any_run(seed):
+    """Random shares, endless domains, bounds, rates of change, intervals and changes of target: driven to the end."""
+    rng = np.random.default_rng(seed)
+    K, steps, every = int(rng.integers(2, 6)), int(rng.integers(20, 200)), int(rng.integers(3, 40))
+    shares, endless = rng.dirichlet(2 * np.ones(K)), rng.random(K) < 0.3
+    minimum = shares * rng.choice([0.0, 0.3, 0.6])
+    maximum = np.minimum(shares * rng.choice([1.5, 3.0, 100.0]), 1.0)
+    steering = flow_jobs.steering(
+        shares, endless, minimum, maximum, steps, every, rate=rng.choice([0.01, 0.05, 1.0])
+    )
+    stream, batch = steering.stream, steering.stream.global_batch
+    outcomes = steering.begin()
+    for step in range(steps):
+        if step == steps // 2:
+            steering.later = (steering.effective(), Aim(tuple(np.eye(K)[int(rng.integers(K))])))
+        if step and step % every == 0:
+            outcomes += steering.decide(None)
+        stream.take()
+    budgets = steering.plan.budgets
+    served = stream.served
+    assert (
+        all(b is None or n == b for b, n in zip(budgets, served, strict=True))
+        and served.sum() == steps * batch
+    )
+    for decision, _, _ in outcomes:
+        assert "failed" not in decision.reason
+        for weights in [] if decision.pieces is None else decision.pieces:
+            assert (weights > minimum - 1e-2).all() and (
+                weights < maximum + 1e-2
+            ).all()  # a sample's rounding
+            assert weights.sum() == pytest.approx(1, abs=1e-9)
 
 
 def test_shares_as_target_keep_the_planned_mixture(folder):

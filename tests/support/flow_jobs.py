@@ -7,7 +7,10 @@ import torch
 
 from megatron_commute import reduce
 from megatron_commute.adapters import torch_loop
-from megatron_commute.config import Run
+from megatron_commute.config import Config, Controller, Domain, Plan, Run
+from megatron_commute.data.stream import Stream
+from megatron_commute.decide import control_file, flow_run
+from megatron_commute.decide.steering import Steering
 from megatron_commute.mixture import Mixture
 from megatron_commute.record import log as record
 from megatron_commute.settings.rates import RateSchedule, rate
@@ -116,3 +119,31 @@ def stream(place):
                 mixture.schedule(weights, sample)
     domains, positions = mixture.take(start["samples"] - mixture.index)
     return seen + list(zip(domains.tolist(), positions.tolist(), strict=True))
+
+
+def steering(shares, endless, minimum, maximum, steps, every, law="flow", rates=None, **controller):
+    """A decide.steering.Steering in mode act for the last domain, without hook, model or data. shares, minimum, maximum
+    f64[K]; endless bool[K]; rates: step -> learning rate."""
+    K, samples = len(shares), steps * BATCH
+    names = tuple(f"d{k}" for k in range(K))
+    counts = np.floor(shares * samples).astype(int)
+    counts[int(counts.argmax())] += samples - counts.sum()
+    shares = counts / samples
+    budgets = tuple(None if free else int(n) for free, n in zip(endless, counts, strict=True))
+    low, high = np.minimum(minimum, shares), np.maximum(maximum, shares)
+    target = np.eye(K)[[-1]]
+    plan = Plan(names, shares, budgets, (9,) * K, (8,) * K, target, low, high, samples, 2 * BATCH, (), shares)
+    law = Controller(law=law, floors=(0.0,) * K, caps=(1.0,) * K, **controller)
+    domains = tuple(Domain(name=name, path=(name,)) for name in names)
+    config, run = (
+        Config(domains=domains, mode="act", every=every, controller=law),
+        Run(LENGTH, BATCH, 5, 1, steps),
+    )
+    mixture = Mixture(shares, budgets, samples=samples, minimum=low, maximum=high)
+    found = None
+    if law.law == "flow":
+        told = flow_run.rates_of(config, rates or (lambda step: cosine(step, steps=steps)), steps)
+        found = flow_run.planned(config=config, plan=plan, run=run, rates=told, mixture=mixture)
+    stream = Stream(consumed=mixture, sampler=None, groups=reduce.Groups(), global_batch=BATCH)
+    watch = control_file.Watch("/nowhere/commute.control.yaml", control_file.limits(config, plan, run))
+    return Steering(config=config, plan=plan, stream=stream, watch=watch, flow=found)

@@ -4,6 +4,7 @@ writes appears whole or not at all.
 
 import codecs
 import contextlib
+import json
 import os
 import stat
 from pathlib import Path
@@ -23,8 +24,8 @@ class TextFileError(ValueError):
 
 
 def read(path, most=LARGEST, what="a file"):
-    """The text of a regular file of at most `most` bytes, its lines ending with line feeds. what: it
-    should be, for the cure.
+    """The text of a regular file of at most `most` bytes, its lines ending with line feeds. what:
+    it should be, for the cure.
 
     UTF-8, with or without a byte order mark; UTF-16 and UTF-32 with one. Never waits, however odd
     the file. Raises TextFileError.
@@ -48,9 +49,27 @@ def read(path, most=LARGEST, what="a file"):
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
+def read_object(path, what="a JSON file"):
+    """The JSON object that a file holds, as a dict; as `read`."""
+
+    def refuse(constant):
+        raise ValueError(f"{constant} is no number of JSON")
+
+    text = read(path, what=what)
+    try:
+        found = json.loads(text, parse_constant=refuse)
+    except RecursionError:
+        raise TextFileError(f"{path}: is nested too deeply; write a flat object") from None
+    except ValueError as error:
+        raise TextFileError(f"{path}: is not JSON: {error}; correct it") from None
+    if not isinstance(found, dict):
+        raise TextFileError(f"{path}: is no JSON object; write {{NAME: VALUE}}")
+    return found
+
+
 def read_bytes(path, most=LARGEST, what="a file"):
-    """The content of a regular file of at most `most` bytes, without waiting; what: as in `read`.
-    Raises TextFileError.
+    """The content of a regular file of at most `most` bytes (None: any), without waiting; what: as
+    in `read`. Raises TextFileError.
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
@@ -59,14 +78,14 @@ def read_bytes(path, most=LARGEST, what="a file"):
         with open(handle, "rb") as file:
             if not stat.S_ISREG(os.fstat(handle).st_mode):
                 raise TextFileError(f"{path}: is no regular file; name {what}")
-            raw = file.read(most + 1)
+            raw = file.read() if most is None else file.read(most + 1)
     except OSError as error:
         raise TextFileError(f"{path}: cannot be read: {error.strerror}; name {what}") from None
     except ValueError as error:
         if isinstance(error, TextFileError):
             raise
         raise TextFileError(f"{str(path)!r}: no name of a file ({error}); name {what}") from None
-    if len(raw) > most:
+    if most is not None and len(raw) > most:
         raise TextFileError(f"{path}: holds more than {most >> 10} KiB; write a shorter file")
     return raw
 

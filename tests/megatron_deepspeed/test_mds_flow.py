@@ -68,7 +68,6 @@ def test_the_target_changes_while_the_run_goes_on_and_a_cut_run_follows_it(scrat
     words = {f"--save {here.folder}/again": f"--save {here.folder}/cut"}
     here.add("again", "--commute", file, *style, load="cut", words=words)
     for name in ("whole", "cut"):
-        (here.folder / name / "save").mkdir(parents=True, exist_ok=True)
         (here.folder / name / "save" / control_file.NAME).write_text(CHANGE)
     seen = here.run()
     lines = here.record("whole")
@@ -86,3 +85,26 @@ def test_the_target_changes_while_the_run_goes_on_and_a_cut_run_follows_it(scrat
     assert before and all(target == [0, 1, 0] for target in before)
     assert after and all(target == [0, 0, 1] for target in after)
     assert "UNCALIBRATED" not in here.log("whole") and "OTHER SAMPLES" not in here.log("whole")
+
+
+def test_a_rank_killed_in_a_probe_after_the_change_of_target(scratch, tmp_path):
+    """The restart skips that probe, and the law decides without it: budgets exact, the stream that of the record."""
+    here = Jobs(scratch, tmp_path, "zero1")
+    text = (here.data / "act.yaml").read_text()
+    file = tmp_path / "act.yaml"
+    file.write_text(text[: text.index("probe:")] + ACT)
+    flags = ("--commute", file, "--lr-decay-style", "cosine", "--save-interval", "5")
+    here.add("killed", *flags, fault={"rank": 1, "kind": "kill", "probe": 3})
+    words = {f"--save {here.folder}/again": f"--save {here.folder}/killed"}
+    here.add("again", *flags, load="killed", words=words)
+    place = here.folder / "killed" / "save"
+    (place / control_file.NAME).write_text(CHANGE)
+    seen = here.run()
+    lines = here.record("again")
+    (skip,) = (line for line in lines if line["event"] == "skip")
+    decided = [line["step"] for line in lines if line["event"] == "decision"]
+    assert skip["step"] == 12 and decided.count(12) == 1
+    assert list(lines[-1]["served"].values()) == lines[0]["budgets"]
+    brought = [tuple(key) for key in matrix.stream(seen["again"])]
+    assert brought == stream(place)[-len(brought) :] and len(brought) == 80
+    assert "OTHER SAMPLES" not in here.log("again")

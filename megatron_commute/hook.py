@@ -77,8 +77,8 @@ class Hook:
         self.weights = stream.weights  # once a step has begun, those it used
         self.fatal_step = None
         path = record.path.parent / control_file.NAME
-        watch = control_file.Watch(path, plan.names, config.mode != "shadow")
-        self.steering = Steering(config=config, plan=plan, stream=stream, watch=watch)
+        watch = control_file.Watch(path, control_file.limits(config, plan, run))
+        self.steering = Steering(config=config, plan=plan, stream=stream, watch=watch, flow=flow)
         self.clock = Clock()
 
     def _work_in(self, memory):
@@ -123,16 +123,17 @@ class Hook:
                 f"ACTING ON AN UNCALIBRATED SIGNAL: mode act lets the law `{settings.controller.law}` move "
                 "the weights; its signal was not compared with effects at the end of a run"
             )
+        self._decided(self.stream.index // run.global_batch, self.steering.begin())
 
     def begin(self, step):
         """Before step `step` (0-based): probe if it is time, then take this step's samples from
         the stream.
         """
         if step % WATCH_EVERY == 0 and (news := self.steering.look()) is not None:
-            fields, sentence = news
-            self._write("control", step=step, sample=self.stream.index, **fields)
-            self.say(sentence)
-        if step and step % self.config.every == 0 and not self.off:
+            self._write("control", step=step, sample=self.stream.index, **news.fields)
+            self.say(news.sentence)
+            self._decided(step, news.outcomes)
+        if step and step % self.config.every == 0:
             self._probe(step)
         self.clock.step_begins()
         self.weights = self.stream.weights
@@ -214,6 +215,8 @@ class Hook:
         return dict(zip(self.plan.names, np.asarray(values).tolist(), strict=True))
 
     def _probe(self, step):
+        if self.off:
+            return self._decided(step, self.steering.decide(None))
         begun = time.monotonic()
         times = flow_times(self.learning_rate, step, self.config.every, self.run.train_iters)
         weights = self.stream.weights
@@ -229,7 +232,7 @@ class Hook:
                 self.team,
                 self._drawn(first),
                 self.settings,
-                self.plan.targets,
+                self.steering.targets(),
                 weights,
                 (self.decay, times),
                 self.config.probe.time_limit,
@@ -253,14 +256,21 @@ class Hook:
         used = sequences_drawn(self.config.probe)
         return lambda part, domain, numbers: self.draw(part, domain, number * used[part] + numbers)
 
-    def _measured(self, step, begun, measured, times, weights, outcome):
+    def _measured(self, step, begun, measured, times, weights, outcomes):
         rates = {"lr": self.learning_rate(step), "decay": self.decay, "windows": times}
-        decided = outcome.decision, outcome.effective
-        fields = lines.probe(self.config, self.plan, measured, weights, *decided) | outcome.fields
-        self._write(
-            "probe", step=step, sample=self.stream.index, **rates, **fields, timing=self.clock.of_probe(begun)
-        )
+        *decided, more = outcomes[0]
+        plan = dataclasses.replace(self.plan, targets=self.steering.targets())
+        rates |= lines.probe(self.config, plan, measured, weights, *decided) | more
+        self._write("probe", step=step, sample=self.stream.index, **rates, timing=self.clock.of_probe(begun))
         self.say(lines.sentence(step, self.plan.names, measured, weights, *decided))
+        self._decided(step, outcomes[1:])
+
+    def _decided(self, step, outcomes):
+        """Write decisions that no probe has led to."""
+        for decision, effective, fields in outcomes:
+            told = lines.decision(self.weights, decision, effective) | fields
+            self._write("decision", step=step, sample=self.stream.index, **told)
+            self.say(f"step {step}: {decision.reason}")
 
     def _skip(self, step, reason, begun):
         self.failures += 1
@@ -278,6 +288,7 @@ class Hook:
         self.say(f"probe at step {step} SKIPPED, weights stay: {reason}")
         if self.off:
             self.say(f"PROBING IS OFF for the rest of this run: {self.failures} probes failed in a row")
+        self._decided(step, self.steering.decide(None))
 
     def state_dict(self):
         """What a checkpoint keeps: JSON, a few numbers per domain. Collective-free, equal on all

@@ -116,7 +116,7 @@ def test_a_limit_of_harm_sets_the_strength(mixture, tmp_path):
         ("", "", ["--lr", "1", "--lr-warmup-iters", "300", "--lr-decay-iters", "400"], "in a run of --train-iters 200"),
         ("", "", ["--lr", "1", "--lr-warmup-iters", "200"], "leaves nothing of --train-iters 200"),
         ("{law: flow}", "{law: flow, strength: 20}", RATES.split(), "strength 20.0; write a number above 0, at most 10"),
-        ("mode: fixed", "mode: act", RATES.split(), "controller.law: flow works in mode fixed only; write mode: fixed"),
+        ("mode: fixed", "mode: shadow", RATES.split(), "controller.law: flow plans weights, which mode shadow leaves"),
         ("law: flow", "law: hold", ["--out", "pictures"], "--out pictures: only law flow's schedule is drawn"),
     ],
 )  # fmt: skip

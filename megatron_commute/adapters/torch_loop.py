@@ -305,24 +305,27 @@ class Plugin:
         )
         mixture, news = resumed.mixture, resumed.news
         if rates is not None:
-            self._follow(mixture, rates, groups, kept if not news else None)
+            self._follow(mixture, rates, groups, state, news)
         elif news and kept is not None and not self.plan.schedule:
             mixture.schedule(laws.left_evenly(mixture, self.plan.weights), mixture.index)
         return resumed
 
-    def _follow(self, mixture, rates, groups, kept):
-        """Plan the rest of the run by law flow, as `kept` of its own checkpoint or anew from
-        where the mixture stands.
+    def _follow(self, mixture, rates, groups, state, news):
+        """Plan the rest of the run by law flow, as the checkpoint's state did or, with news, from
+        where the mixture stands. In mode act the decisions of the run make it again.
         """
-        found = flow_run.planned(
-            config=self.config, plan=self.plan, run=self.run, rates=rates, mixture=mixture, state=kept
-        )
-        weights = found.schedule.weights
-        weights = reduce.broadcast_numbers(weights.ravel(), groups).reshape(weights.shape)
-        self.flow = flow_run.with_weights(found, weights, self.run.global_batch)
-        schedule, notes = self.flow.schedule.changes, self.flow.schedule.notes
+        asked = {"config": self.config, "plan": self.plan, "run": self.run, "rates": rates}
+        self.flow = found = flow_run.planned(**asked, mixture=mixture, state=state, anew=bool(news))
+        notes, acts = found.schedule.notes, self.config.mode == "act"
+        if acts and news and state is not None:
+            mixture.schedule(flow_run.continued(state, self.plan), mixture.index)
+        if not acts:
+            weights = found.schedule.weights
+            weights = reduce.broadcast_numbers(weights.ravel(), groups).reshape(weights.shape)
+            self.flow = flow_run.with_weights(found, weights, self.run.global_batch)
+        schedule = () if acts else self.flow.schedule.changes
         self.plan = dataclasses.replace(self.plan, schedule=schedule, warnings=(*self.plan.warnings, *notes))
-        for at_sample, weights in () if kept else schedule:
+        for at_sample, weights in schedule if news or not (state or {}).get("flow") else ():
             mixture.schedule(weights, at_sample)
 
     def summary(self, run_dir):

@@ -125,7 +125,9 @@ def plan(file: str, parameters: int | None, out: str | None, as_json: bool, **fl
     asked = checked(file, flags)
     config, run, planned = asked.config, asked.run, asked.plan
     if out and asked.flow is None:
-        raise Refusal(f"--out {out}: only law flow's schedule is drawn; write law: flow and mode: fixed")
+        raise Refusal(
+            f"--out {out}: only law flow's schedule is drawn; write law: flow and mode: fixed or act"
+        )
     cost = probe_cost(config, run)
     held = probe_memory(config, run, parameters and parameters / flags["tensor_model_parallel_size"])
     rows = plan_rows(planned)

@@ -52,16 +52,17 @@ class Stream:
         mixture.skip(max(0, sample - mixture.index))
         return mixture
 
-    def schedule(self, weights, sample):
-        """Let weights f64[K] hold from `sample` on; False, and nothing changed, where a loader
-        of any rank is past it.
+    def schedule(self, changes):
+        """Let weights f64[K] hold from a sample on, for each (sample, weights) of `changes`, in
+        order; False, and nothing changed, where a loader of any rank is past the first.
 
         Collective.
         """
-        late = self.sampler is not None and self.sampler.frontier.index > sample
+        late = self.sampler is not None and self.sampler.frontier.index > changes[0][0]
         if reduce.any_rank(late, self.groups.world):
             return False
         frontier = () if self.sampler is None else (self.sampler,)
         for mixture in (self.consumed, *frontier):
-            mixture.schedule(weights, sample)
+            for sample, weights in changes:
+                mixture.schedule(weights, sample)
         return True

@@ -26,6 +26,10 @@ class Decision:
     """one sentence"""
     memory: dict = dataclasses.field(default_factory=dict)
     """JSON values that the law wants in the next Situation"""
+    pieces: np.ndarray | None = None
+    """f64[m, K] of the window's segments, where they do not share one vector of weights"""
+    course: np.ndarray | None = None
+    """f64[M, K] that the law wishes for every segment of what is left"""
 
 
 def guardrails(situation):
@@ -44,16 +48,8 @@ def bounds(situation):
     the window a rest of every budget that its minimum and maximum can still serve to the end.
     """
     s = situation
-    window = min(s.window, s.samples_left)
-    later = s.samples_left - window
     budgeted = ~np.isnan(s.remaining)
-    rest = np.where(budgeted, s.remaining, 0.0)
-    endless_minimum = s.minimum[~budgeted].sum()
-    ceiling = np.minimum(s.maximum, 1.0 - endless_minimum)
-    hard_low = np.where(budgeted, np.maximum(s.minimum, (rest - ceiling * later) / window), s.minimum)
-    hard_high = np.where(budgeted, np.minimum(s.maximum, (rest - s.minimum * later) / window), s.maximum)
-    hard_low, hard_high = np.clip(hard_low, 0.0, 1.0), np.clip(hard_high, 0.0, 1.0)
-    hard_low = np.minimum(hard_low, hard_high)
+    hard_low, hard_high = servable(s)
     least, most = endless_share(s)
     soft_low, soft_high = guardrails(s)
     low = np.clip(soft_low, hard_low, hard_high)
@@ -63,6 +59,23 @@ def bounds(situation):
         feasible &= low[~budgeted].sum() <= most + 1e-12 and high[~budgeted].sum() >= least - 1e-12
         feasible &= low[budgeted].sum() <= 1 - least + 1e-12 and high[budgeted].sum() >= 1 - most - 1e-12
     return (low, high, False) if feasible else (hard_low, hard_high, True)
+
+
+def servable(situation):
+    """Lowest and highest mean weight f64[K] of the coming window after which the domain's own
+    bounds can still serve the rest of every budget.
+    """
+    s = situation
+    window = min(s.window, s.samples_left)
+    later = s.samples_left - window
+    budgeted = ~np.isnan(s.remaining)
+    rest = np.where(budgeted, s.remaining, 0.0)
+    endless_minimum = s.minimum[~budgeted].sum()
+    ceiling = np.minimum(s.maximum, 1.0 - endless_minimum)
+    low = np.where(budgeted, np.maximum(s.minimum, (rest - ceiling * later) / window), s.minimum)
+    high = np.where(budgeted, np.minimum(s.maximum, (rest - s.minimum * later) / window), s.maximum)
+    low, high = np.clip(low, 0.0, 1.0), np.clip(high, 0.0, 1.0)
+    return np.minimum(low, high), high
 
 
 def endless_share(situation):
@@ -100,9 +113,9 @@ def wished(law, situation):
     function, measured = (law, False) if callable(law) else (LAWS[law].function, LAWS[law].measured)
     wish, shares = function(s), shares_of(s)
     if s.frozen:
-        return wish._replace(weights=s.weights.copy(), active=False, why="the weights are frozen")
+        return Wish(s.weights.copy(), False, "the weights are frozen", wish.memory)
     if s.progress >= s.freeze:
-        return wish._replace(weights=shares, active=False, why=f"the law stops at {s.freeze:g} of the run")
+        return Wish(shares, False, f"the law stops at {s.freeze:g} of the run", wish.memory)
     if measured and s.decisions_since_change < s.cooldown:
         return wish._replace(weights=s.weights.copy(), active=False, why="cool-down after the last change")
     return wish
@@ -117,9 +130,11 @@ def decide(law, situation):
     s = situation
     if s.samples_left <= 0:
         return Decision(None, "the run ends before new weights could take effect", dict(s.memory))
-    if not callable(law) and LAWS[law].planned:
+    if not callable(law) and LAWS[law].planned and s.profile is None:
         return Decision(None, f"weights follow the plan of law {law}", dict(s.memory))
     wish = wished(law, s)
+    if wish.course is not None and (followed := _followed(s, wish)) is not None:
+        return followed
     low, high, relaxed = bounds(s)
     asked = wish.weights
     if relaxed:  # the budgets get what they need, the law no more than the guardrails allow
@@ -137,7 +152,33 @@ def decide(law, situation):
         why += "; the budgets ask for more than the rate limit, floors or caps allow, and budgets win"
     elif np.abs(weights - asked).max() > DEAD_BAND:
         why += "; the wish is limited by rate, floors, caps or budgets"
-    return Decision(weights, why, memory)
+    return Decision(weights, why, memory, course=wish.course)
+
+
+def _followed(s, wish):
+    """The Decision of a wish for every segment of what is left: those of the window, each within
+    the rate limit. None where budgets then ask for more: one vector of weights has to do.
+    """
+    sizes = s.segments[: np.searchsorted(np.cumsum(s.segments), min(s.window, s.samples_left)) + 1]
+    asked = wish.course[: len(sizes)]
+    soft_low, soft_high = guardrails(s)
+    low, high = np.maximum(s.minimum, soft_low), np.minimum(s.maximum, soft_high)
+    told, why, memory = asked, wish.why, dict(wish.memory or {})
+    if (np.abs(asked - s.weights) > s.rate + 1e-12).any():
+        if (low > high).any() or low.sum() > 1 or high.sum() < 1:
+            return None
+        told, why = np.array([nearest(row, low, high) for row in asked]), f"{why}; limited by the rate"
+        mean, endless = sizes @ told / sizes.sum(), np.isnan(s.remaining)
+        least, most = endless_share(s)
+        hard_low, hard_high = servable(s)
+        slack = 1.0 / sizes.sum()  # one sample, which the mixture's own rounding moves anyway
+        if (mean < hard_low - slack).any() or (mean > hard_high + slack).any():
+            return None
+        if endless.any() and not least - slack <= mean[endless].sum() <= most + slack:
+            return None
+    if np.abs(told - s.weights).max() <= 1e-12:
+        return Decision(None, f"weights stay: {why}", memory, course=wish.course)
+    return Decision(told[0], why, memory, told, wish.course)
 
 
 def _quiet(wish: Wish) -> str:

@@ -195,15 +195,15 @@ def planned(
     scale = scale_of(rates, memory, kept) if scale is None else scale
     reach = ranges(target, shares, strength) if reach is None else np.asarray(reach, dtype=np.float64)
     p = profile(rates, memory, scale)
-    edges = _edges(len(rates), kept)
+    edges = segment_edges(len(rates), kept)
     whole = np.add.reduceat(p * batches, edges[:-1]) / np.add.reduceat(batches, edges[:-1])
     ahead = edges[1:] > begin
     edges = np.append(np.maximum(edges[:-1][ahead], begin), len(rates))
     sizes, owed = np.add.reduceat(batches, edges[:-1]), _owed(budgets, shares, batches, begin, used, retired)
     if begin:
-        low, high = _within_reach(owed, low, high)
+        low, high = within_reach(owed, low, high)
     first = int(begin < kept)
-    told, notes = _weights(shares * np.exp(np.outer(whole[ahead], reach)), sizes, owed, low, high, first)
+    told, notes = rest_weights(shares * np.exp(np.outer(whole[ahead], reach)), sizes, owed, low, high, first)
     if not np.ptp(reach) > 0:
         notes = (SAME_TARGET,)
     elif not np.ptp(whole[ahead][first:]) > 0:
@@ -243,7 +243,7 @@ def _shares(budgets, weights, samples):
     return owed_shares(np.where(endless, np.nan, need), samples, given)
 
 
-def _edges(steps, kept):
+def segment_edges(steps, kept):
     """Steps at which segments begin, and the run's end: the kept ones, then at most SEGMENTS in all
     of about one length.
     """
@@ -271,7 +271,7 @@ def _owed(budgets, shares, batches, begin, used, retired):
     return owed
 
 
-def _within_reach(owed, low, high):
+def within_reach(owed, low, high):
     """The bounds, moved to what is owed where that misses them by less than K samples: served
     samples are whole ones.
     """
@@ -281,7 +281,7 @@ def _within_reach(owed, low, high):
     return low, np.where((share > high) & (share < high + slack), share, high)
 
 
-def _weights(wish, sizes, owed, low, high, first):
+def rest_weights(wish, sizes, owed, low, high, first):
     """(weights f64[M, K], notes): `first` segments at the mixture of what is owed, the rest nearest
     to the wish.
     """

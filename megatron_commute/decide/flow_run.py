@@ -1,5 +1,5 @@
-"""Law `flow` in a run of mode fixed: planned before its first sample, kept in its state, checked
-when it goes on.
+"""Law `flow` in a run: planned before its first sample, kept in its state, checked when it goes
+on. Mode fixed follows the plan, mode act makes it again from what is left (flow_act.py).
 """
 
 import dataclasses
@@ -59,7 +59,7 @@ def rates_of(config, learning_rate, steps: int) -> np.ndarray:
         problem = (
             f"flow needs the learning rate of every step, the host does not tell that of step {step}{why}"
         )
-        raise _refusal(config, problem, "let it tell every step's from the start, or write law: hold")
+        raise _refusal(config, problem, "give it --lr and --lr-decay-style, or write law: hold")
     if steps > 1 and (np.diff(found) > 0).all():
         problem = (
             f"the learning rate still rises at the last of {steps} steps: the run is shorter than its warm-up"
@@ -68,17 +68,21 @@ def rates_of(config, learning_rate, steps: int) -> np.ndarray:
     return found
 
 
-def planned(*, config, plan, run, rates, mixture=None, state=None) -> FlowRun:
+def planned(*, config, plan, run, rates, mixture=None, state=None, anew=False) -> FlowRun:
     """The FlowRun of a mixture file, a config.Plan, a config.Run and the learning rates f64[T] of
     its steps.
 
-    mixture: where the run stands, None at its start. state: of `state_of`, to make the same weights
-    again wherever it stands. Raises ConfigError with its cure.
+    mixture: where the run stands, None at its start. state: of a checkpoint (Hook.state_dict), to
+    make the same weights again wherever it stands; anew: from where it stands, in mode act still on
+    the scale of the state. Raises ConfigError with its cure.
     """
     begin, used, retired, again = 0, None, 0, {}
-    if state is not None:
+    state = None if state is None else state.get("flow")
+    if state is not None and (config.mode == "act" or not anew):
+        kept = min(state["kept"], len(rates) - 1)  # of a run that was longer
+        again = {"scale": flow.Scale(**state["scale"]), "memory": state["memory"], "kept": kept}
+    if state is not None and not anew:
         begin, used, retired = state["begin"], state["used"], state["retired"]
-        again = {"scale": flow.Scale(**state["scale"]), "memory": state["memory"], "kept": state["kept"]}
     elif mixture is not None:
         begin, used, retired = mixture.index // run.global_batch, mixture.served, mixture.retired
     memory, kept = again.get("memory", flow.MEMORY), again.get("kept", flow.kept_steps(len(rates)))
@@ -113,6 +117,16 @@ def planned(*, config, plan, run, rates, mixture=None, state=None) -> FlowRun:
         target=tuple(float(share) for share in plan.targets[0]),
         strength=config.controller.strength,
     )
+
+
+def continued(state: dict, plan) -> np.ndarray:
+    """Weights f64[K] that go on from those of a checkpoint's state in a run whose domains may be
+    others: a new one takes its planned weight off the rest.
+    """
+    before = dict(zip(state["ledger"]["names"], state["mixture"]["weights"], strict=True))
+    old = np.array([before.get(name, 0.0) for name in plan.names])
+    new = np.where([name in before for name in plan.names], 0.0, plan.weights)
+    return plan.weights if not old.any() else old / old.sum() * (1.0 - new.sum()) + new
 
 
 def with_weights(found: FlowRun, weights, global_batch: int) -> FlowRun:
@@ -159,7 +173,8 @@ def differences(state: dict | None, config, plan, rates) -> list[str]:
         return ["the law was not flow"]
     found = []
     try:
-        flow.check_scale(flow.Scale(**state["scale"]), rates, state["memory"], state["kept"])
+        if config.mode != "act":  # whose decisions ask for the rates to come, not for those planned
+            flow.check_scale(flow.Scale(**state["scale"]), rates, state["memory"], state["kept"])
     except ValueError as error:
         found.append(str(error).partition(": ")[0])
     pairs = (("target", tuple(state["target"]), tuple(plan.targets[0])),

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from megatron_commute.decide import flow
 from megatron_commute.feasible import owed_shares
 from megatron_commute.intervals import student
 from megatron_commute.settings.yaml_checks import did_you_mean
@@ -30,6 +31,9 @@ class Wish(NamedTuple):
     """one clause"""
     memory: dict | None = None
     """JSON values for the next decision"""
+    course: np.ndarray | None = None
+    """f64[M, K] of every segment of what is left, of a law that sees so far; weights are their
+    mean over the window"""
 
 
 def left_evenly(mixture, initial):
@@ -68,6 +72,33 @@ def schedule(situation):
     if situation.scheduled is None:
         return hold(situation)
     return Wish(np.asarray(situation.scheduled, dtype=np.float64), True, "the schedule's weights")
+
+
+def planned_again(situation):
+    """Law flow: what it would plan for what is left. It needs no measurement, so no error bar
+    holds it back.
+
+    Without a profile (mode fixed) its plan is followed as a schedule is. Floors and caps give way
+    to what is owed.
+    """
+    s = situation
+    if s.profile is None:
+        return schedule(s)
+    shares = shares_of(s)
+    if s.target is None or not np.isfinite(s.target).all():
+        return Wish(shares, False, "no target to plan for")
+    reach = flow.ranges(s.target, s.shares, s.strength)
+    due = s.owed / s.owed.sum()
+    low = np.minimum(np.maximum(s.minimum, s.floors), due)
+    high = np.maximum(np.minimum(s.maximum, s.caps), due)
+    course, notes = flow.rest_weights(
+        s.shares * np.exp(np.outer(s.profile, reach)), s.segments, s.owed, low, high, s.kept
+    )
+    notes = (flow.SAME_TARGET,) if not np.ptp(reach) > 0 else notes
+    window = np.searchsorted(np.cumsum(s.segments), min(s.window, s.samples_left)) + 1
+    mean = s.segments[:window] @ course[:window] / s.segments[:window].sum()
+    why = f"flow of what is left: profile {s.profile[0]:.2g} now, {s.profile.max():.2g} at most to come"
+    return Wish(mean, not notes, notes[0] if notes else why, course=course)
 
 
 def proportional(situation):
@@ -174,13 +205,14 @@ class Law(NamedTuple):
     measured: bool = False
     """acts on a measured signal: rests after a change, and is loud while nothing calibrates it"""
     planned: bool = False
-    """weights are planned before the run (flow_run.py), in mode fixed; a probe decides nothing"""
+    """weights are planned before the run (flow_run.py); a decision of mode act plans what is left,
+    whatever a probe measured"""
 
 
 LAWS = {
     "hold": Law(hold),
     "schedule": Law(schedule, needs=("scheduled",)),
-    "flow": Law(schedule, planned=True),
+    "flow": Law(planned_again, planned=True),
     "proportional": Law(proportional),
     "tau-tail": Law(tau_tail, needs=("target",)),
     "tilt": Law(tilt, needs=("score", "score_se"), measured=True),
@@ -216,8 +248,9 @@ def _check_planned(config, key, name):
     if name != config.controller.law:
         problem = f"{name} is planned before a run, not at probes"
         raise config.error(f"controller.{key}", problem, "take it out, or write it as controller.law")
-    if config.mode != "fixed":
-        raise config.error(f"controller.{key}", f"{name} works in mode fixed only", "write mode: fixed")
+    if config.mode == "shadow":
+        problem = f"{name} plans weights, which mode shadow leaves to the host"
+        raise config.error(f"controller.{key}", problem, "write mode: fixed or mode: act")
     if config.schedule is not None:
         raise config.error("schedule", f"law {name} plans the weights", "take it out, or write law: schedule")
     if config.target == "each":

@@ -121,7 +121,7 @@ def replay(records, law=None, changed=None):
     decisions saw.
     """
     start = next((line for line in records if line["event"] == "start"), None)
-    lines = [line for line in records if line["event"] == "probe" and line.get("situation")]
+    lines = _decisions(records)
     if start is None or not lines:
         raise ValueError("no line of this record carries what a decision saw: there is nothing to replay")
     law = law or start["controller"]["law"]
@@ -136,6 +136,11 @@ def replay(records, law=None, changed=None):
         memory = decision.memory
         found.append(_row(line, seen, decision, start))
     return found
+
+
+def _decisions(records):
+    """Lines that carry what a decision saw."""
+    return [line for line in records if line["event"] in ("probe", "decision") and line.get("situation")]
 
 
 def _seen(line):
@@ -180,7 +185,7 @@ def agreement(records):
     """
     start = next(line for line in records if line["event"] == "start")
     law = start["controller"]["law"]
-    lines = [line for line in records if line["event"] == "probe" and line.get("situation")]
+    lines = [line for line in _decisions(records) if law in line["laws"]]
     again = replay(records)
     same = [
         row.weights == line["laws"][law]["weights"] and row.reason == line["laws"][law]["reason"]

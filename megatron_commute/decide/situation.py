@@ -59,14 +59,26 @@ class Situation:
     """part of the run at whose end the law stops"""
     frozen: bool = False
     """the weights stay, whatever the law says"""
+    owed: np.ndarray | None = None
+    """f64[K] samples that every domain is still to get, by the weights so far; law flow"""
+    shares: np.ndarray | None = None
+    """f64[K] planned part of the run's samples; law flow"""
+    segments: np.ndarray | None = None
+    """f64[M] samples of each segment of what is left, one of which ends with the window; law
+    flow"""
+    profile: np.ndarray | None = None
+    """f64[M] mean p of each of them, 0 to 1; law flow"""
+    kept: int = 0
+    """first segments that stay at the planned mixture; law flow"""
 
 
 def situation(*, config, plan, at, ahead, window, measured, control, **known):
     """The Situation at sample `at`, where a decision would take effect.
 
     ahead: the mixture there. window: samples until the next decision. measured: probe.Measurement
-    of one target. control: what people wrote (control_file.Control). known: losses,
-    decisions_since_change.
+    of one target, None where nothing was measured. control: what people wrote
+    (control_file.Control). known: losses, decisions_since_change, target, strength, and what law
+    flow needs.
     """
     law, K = config.controller, len(plan.names)
     budgets = np.array([np.nan if b is None else b for b in plan.budgets], dtype=np.float64)
@@ -80,8 +92,8 @@ def situation(*, config, plan, at, ahead, window, measured, control, **known):
         initial=plan.weights,
         samples_left=plan.samples - at,
         window=window,
-        score=measured.score[0],
-        score_se=measured.score_se[0],
+        score=np.full(K, np.nan) if measured is None else measured.score[0],
+        score_se=np.full(K, np.nan) if measured is None else measured.score_se[0],
         dof=config.probe.splits - 1,
         minimum=plan.minimum,
         maximum=plan.maximum,
@@ -89,8 +101,6 @@ def situation(*, config, plan, at, ahead, window, measured, control, **known):
         caps=caps,
         rate=law.rate,
         confidence=law.confidence,
-        strength=law.strength,
-        target=plan.targets[0],
         scheduled=np.asarray(scheduled[-1]) if scheduled else None,
         cooldown=law.cooldown,
         progress=min(1.0, at / plan.samples),

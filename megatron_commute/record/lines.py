@@ -68,6 +68,17 @@ def probe(config, plan, found, weights, decision, effective):
     }
 
 
+def decision(weights, made, effective):
+    """Fields of a decision that no probe has led to; arguments as of `probe`."""
+    moved = made.weights is not None
+    return {
+        "weights": weights,
+        "weights_next": made.weights if moved else weights,
+        "effective_sample": effective if moved else None,
+        "reason": made.reason,
+    }
+
+
 def laws(decisions):
     """What each law decided: {law: controller.Decision} -> JSON values."""
     return {law: {"weights": d.weights, "reason": d.reason} for law, d in decisions.items()}

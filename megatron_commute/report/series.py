@@ -160,8 +160,10 @@ def weights(run):
 
 
 def planned(run):
-    """(sample, weights) of law flow's plan, up to where people wrote weights of their own."""
-    if run.flow is None:
+    """(sample, weights) of law flow's plan, up to where people wrote weights of their own; none in
+    mode act, whose decisions make it again.
+    """
+    if run.flow is None or run.start.get("mode") == "act":
         return []
     written = [line["effective_sample"] for line in run.interventions
                if line.get("weights") is not None and line.get("effective_sample") is not None]  # fmt: skip

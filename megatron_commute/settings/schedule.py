@@ -49,6 +49,11 @@ def read(path, names, samples: int, seq_length: int) -> tuple[Point, ...]:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}; name a CSV file") from error
+    return of_text(text, path, names, samples, seq_length)
+
+
+def of_text(text: str, path, names, samples: int, seq_length: int) -> tuple[Point, ...]:
+    """The points of the text of such a file; as `read`."""
     table = csv.DictReader(text.splitlines(), skipinitialspace=True)
     header = table.fieldnames or []
     where = "sample" if "sample" in header else "at"

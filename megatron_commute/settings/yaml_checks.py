@@ -45,11 +45,12 @@ class Document:
     ConfigError.
     """
 
-    def __init__(self, file: str):
+    def __init__(self, file: str, content: str | None = None):
+        """content: the text of the file, where it was read already."""
         self.file = file
         self.lines: dict[str, int] = {}
         try:
-            text = Path(file).read_text(encoding="utf-8")
+            text = Path(file).read_text(encoding="utf-8") if content is None else content
         except OSError as error:
             raise ConfigError(f"{file}: cannot be read: {error.strerror}; name a mixture file") from error
         except UnicodeDecodeError as error:

@@ -17,23 +17,28 @@ from megatron_commute.decide import laws
 from megatron_commute.decide.situation import Situation, facts, from_facts
 from megatron_commute.mixture import Mixture
 
+HERE = control.Limits(names=NAMES, feeds=True)
 GOOD = "freeze: true\nweights: {en: 0.5, ru: 0.5}\nfrom: 64\ncaps: {en: 0.6}\n"
 
 
 def test_every_key_is_read_and_travels_as_numbers(tmp_path):
     path = tmp_path / control.NAME
     path.write_text(GOOD)
-    found, digest = control.read(path, NAMES, True)
-    assert found == control.Control(True, (0.5, 0.5, 0.0), 64, (0.6, 1.0, 1.0)) and len(digest) == 64
-    for one in (found, control.Control(), control.Control(caps=(0.5, 0.5, 0.5))):
-        assert control.Control.of_numbers(one.numbers(3)) == one
+    found, digest = control.read(path, HERE)
+    assert (
+        found == control.Control(freeze=True, weights=(0.5, 0.5, 0.0), at=64, caps=(0.6, 1.0, 1.0))
+        and len(digest) == 64
+    )
+    more = control.Control(schedule=((64, (0.5, 0.5, 0.0)),), target=(0.0, 1.0, 0.0), strength=0.5)
+    for one in (found, control.Control(), more):
+        assert control.Control.of(json.loads(json.dumps(dataclasses.asdict(one)))) == one
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ("freeze: 1", "1: freeze: got 1; write true or false"),
-        ("frozen: true", "1: frozen: unknown key; known here: freeze, weights, from, caps"),
+        ("frozen: true", "1: frozen: unknown key; known here: freeze, weights, schedule, target, strength, from, caps"),
         ("weights: {en: 0.5}", "1: weights: got {\"en\": 0.5}; these sum to 0.5, write shares of the domains"),
         ("weights: {xx: 1}", "1: weights.xx: there is no such domain; the domains are en, ru, code"),
         ("from: 3", "1: from: there are no weights that could hold from there; write weights too"),
@@ -47,16 +52,16 @@ def test_a_broken_version_is_refused_with_its_cure(tmp_path, content, message):
     path = tmp_path / control.NAME
     path.write_text(content)
     with pytest.raises(ConfigError) as caught:
-        control.read(path, NAMES, True)
+        control.read(path, HERE)
     assert message in str(caught.value)
     path.write_text("weights: {en: 1}")
     with pytest.raises(ConfigError, match=r"mode shadow; leave them out"):
-        control.read(path, NAMES, False)
+        control.read(path, control.Limits(names=NAMES, feeds=False))
 
 
 def test_a_file_that_stays_is_not_read_again_and_a_broken_one_is_told_once(tmp_path, monkeypatch):
     path = tmp_path / control.NAME
-    watch = control.Watch(path, NAMES, True)
+    watch = control.Watch(path, HERE)
     assert watch.look() is None
     path.write_text(GOOD)
     assert watch.look().freeze

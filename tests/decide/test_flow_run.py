@@ -4,84 +4,17 @@ import json
 
 import numpy as np
 import pytest
-import torch
+from flow_jobs import BATCH, MIXTURE, SHARES, STEPS, attached, cosine, trained, write_data
 
-from megatron_commute import reduce
-from megatron_commute.adapters import torch_loop
-from megatron_commute.config import ConfigError, Run
+from megatron_commute.config import ConfigError
 from megatron_commute.decide import flow
 from megatron_commute.record import log as record
-from megatron_commute.settings.rates import RateSchedule, rate
-
-NAMES, SHARES, LENGTH, BATCH, STEPS = ("en", "ru", "code"), (0.6, 0.1, 0.3), 8, 10, 60
-MIXTURE = """domains:
-  en: {path: en, budget: 360, holdout: 64}
-  ru: {path: ru, budget: 60, holdout: 64}
-  code: {path: code, budget: 180, holdout: 64}
-target: {ru: 1}
-mode: fixed
-every: 25
-probe: {samples: 8, splits: 2, metric: identity}
-measure_budget: 1
-controller: {law: flow}
-"""
 
 
 @pytest.fixture
 def folder(tmp_path):
-    for d, name in enumerate(NAMES):
-        tokens = np.random.default_rng(d).integers(32, size=LENGTH * 500 + 1)
-        write_indexed(tmp_path / name, tokens)
+    write_data(tmp_path)
     return tmp_path
-
-
-def write_indexed(prefix, tokens):
-    """One document as Megatron's .bin/.idx, written by hand from the format's description."""
-    prefix.with_suffix(".bin").write_bytes(tokens.astype("<u2").tobytes())
-    head = b"MMIDIDX\0\0" + (1).to_bytes(8, "little") + bytes([8])
-    counts = (1).to_bytes(8, "little") + (2).to_bytes(8, "little")
-    arrays = np.array([len(tokens)], "<i4").tobytes() + np.array([0], "<i8").tobytes()
-    prefix.with_suffix(".idx").write_bytes(head + counts + arrays + np.array([0, 1], "<i8").tobytes())
-
-
-class Words(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.table = torch.nn.Embedding(32, 32)
-
-    def forward(self, tokens):
-        return self.table(tokens)
-
-
-def loss_of(module, tokens):
-    return torch.nn.functional.cross_entropy(module(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
-
-
-def cosine(step, steps=STEPS, lr=1e-3):
-    return rate(RateSchedule(lr=lr, train_iters=steps, lr_warmup_iters=5), step)
-
-
-def attached(folder, text=MIXTURE, rates=cosine, steps=STEPS, state=None, place="run", **more):
-    (folder / "mixture.yaml").write_text(text)
-    plugin = torch_loop.Plugin(str(folder / "mixture.yaml"), Run(LENGTH, BATCH, 5, 1, steps))
-    said = []
-    model = torch_loop.probe_model(Words(), loss_of, 8)
-    state = None if state is None else json.loads(state)
-    plugin.attach(model, reduce.Groups(), folder / place, rates, 0.0, state=state, say=said.append, **more)
-    return plugin, said
-
-
-def trained(plugin, begin=0, end=STEPS):
-    """Domains of the samples of these steps."""
-    hook, seen = plugin.hook, []
-    for step in range(begin, end):
-        hook.begin(step)
-        place = hook.domains, hook.positions
-        seen += hook.domains.tolist()
-        hook.end(np.zeros(BATCH), np.zeros((BATCH, LENGTH + 1), dtype=np.int64), place)
-        hook.log_losses(step + 1)
-    return seen
 
 
 def start_line(folder, place="run"):
@@ -223,14 +156,14 @@ def untold(step):
     ("change", "told"),
     [
         ({"rates": lambda step: None}, "controller.law: flow needs the learning rate of every step, the host does not tell"),
-        ({"rates": untold}, "that of step 0: RuntimeError: no scheduler; let it tell every step's from the start"),
-        ({"rates": lambda step: float("nan") if step == 7 else 1.0}, "does not tell that of step 7; let it"),
+        ({"rates": untold}, "that of step 0: RuntimeError: no scheduler; give it --lr and --lr-"),
+        ({"rates": lambda step: float("nan") if step == 7 else 1.0}, "does not tell that of step 7; give it --lr"),
         ({"rates": lambda step: 1e-3 * (step + 1)}, "still rises at the last of 60 steps: the run is shorter than its warm"),
         ({"rates": lambda step: 0.0}, "all learning rates are 0, so no step counts; set --lr, or choose law hold"),
         ({"text": MIXTURE.replace("{law: flow}", "{law: flow, strength: 11}")}, "strength 11.0; write a number above 0"),
         ({"text": MIXTURE.replace("{law: flow}", "{law: flow, caps: {ru: 0.05}}")}, "controller.caps: 0.05 leaves out"),
         ({"text": MIXTURE.replace("{ru: 1}", "each")}, "target: law flow plans for one target; write shares"),
-        ({"text": MIXTURE.replace("mode: fixed", "mode: act")}, "controller.law: flow works in mode fixed only; write mode"),
+        ({"text": MIXTURE.replace("mode: fixed", "mode: shadow")}, "controller.law: flow plans weights, which"),
         ({"text": MIXTURE.replace("mode: fixed", "mode: fixed\nschedule: s.csv")}, "schedule: law flow plans the weights;"),
         ({"text": MIXTURE.replace("law: flow", "law: hold, compare: [flow]")}, "controller.compare: flow is planned before"),
         ({"text": MIXTURE.replace("budget: 60", "weight: 0").replace("budget: 360", "weight: 0.7")

@@ -15,6 +15,7 @@ import dataclasses
 import math
 import os
 import time
+import traceback
 
 import numpy as np
 import torch
@@ -223,6 +224,16 @@ def _free_memory(device, groups):
     return psutil.virtual_memory().available / ranks
 
 
+def _said(fault):
+    """What an exception says; for one without words, such as a bare assert, where it was raised."""
+    if words := str(fault).strip():
+        return words
+    frames = traceback.extract_tb(fault.__traceback__)
+    return (
+        f"{os.path.basename(frames[-1].filename)}:{frames[-1].lineno}: {frames[-1].line}" if frames else "-"
+    )
+
+
 class _Ballot:
     """Faults in rank-local sections are kept until all ranks vote, so that no rank waits in a
     collective alone.
@@ -236,7 +247,7 @@ class _Ballot:
         try:
             yield
         except Exception as fault:
-            self.fault = self.fault or f"{name}: {type(fault).__name__}: {fault}"
+            self.fault = self.fault or f"{name}: {type(fault).__name__}: {_said(fault)}"
 
     def late(self):
         return self.deadline is not None and time.monotonic() > self.deadline

@@ -21,6 +21,8 @@ import warnings
 import zlib
 from pathlib import Path
 
+import half_precision_kernel
+
 LIMIT = float(os.environ.get("DRIVER_LIMIT", "240"))  # seconds for one job
 
 
@@ -102,6 +104,8 @@ def child(tree, job, rank, port):
         watch(seen)
         if job.get("seeded"):
             seed_models()
+        if "--use-flash-attn-v2" in job["argv"]:
+            half_precision_kernel.install()
         with inject(job.get("fault"), rank):
             runpy.run_path(job["script"], run_name="__main__")
         Path(job["out"], f"rank{rank}.json").write_text(json.dumps(seen))

@@ -29,6 +29,7 @@ class Layout(NamedTuple):
 TENSOR = "--tensor-model-parallel-size"
 BF16 = {"bf16": {"enabled": True}}
 PLAIN = "--no-pipeline-parallel"
+FLASH = "--use-flash-attn-v2"
 LAYOUTS = {
     "zero0": Layout(0, extra=PLAIN),
     "zero1": Layout(1, extra=PLAIN),
@@ -50,6 +51,9 @@ LAYOUTS = {
     "pp2-dp2": Layout(1, 4, "--pipeline-model-parallel-size 2"),
     "tp2-dp2": Layout(1, 4, f"{PLAIN} {TENSOR} 2"),
     "bf16-rope": Layout(1, 2, f"{PLAIN} --bf16 --use-rotary-position-embeddings", BF16),
+    "flash": Layout(1, extra=f"{PLAIN} --bf16 {FLASH}", config=BF16),
+    "flash-single": Layout(1, 1, f"{PLAIN} --bf16 {FLASH}", BF16),
+    "flash-pp2": Layout(1, extra=f"--pipeline-model-parallel-size 2 --bf16 {FLASH}", config=BF16),
     "workers2": Layout(1, extra=f"{PLAIN} --num-workers 2"),
 }
 

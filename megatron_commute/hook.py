@@ -177,15 +177,19 @@ class Hook:
         )
         return means
 
-    def finish(self, step):
-        """Write the closing line of a complete run."""
+    def finish(self, step, going_on="start it again with its last checkpoint to go on"):
+        """Write the closing line; of a run that ends early, with what is left and how to go on."""
+        left = lines.left(self.plan, self.stream.index, self.stream.served)
         self._write(
             "end",
             step=step,
             sample=self.stream.index,
             served=self._named(self.stream.served),
+            **({} if left is None else {"left": left}),
             timing=self.clock.of_run(),
         )
+        if left is not None:
+            self.say(f"{lines.left_words(left, self.plan, self.stream.index)}; {going_on}")
 
     def _write(self, event, **fields):
         try:

@@ -12,6 +12,7 @@ import torch
 
 from megatron_commute import reduce
 from megatron_commute.adapters import megatron_core, torch_loop
+from megatron_commute.adapters.megatron_deepspeed import length
 from megatron_commute.adapters.megatron_deepspeed import model as models
 from megatron_commute.adapters.megatron_deepspeed.refusals import refuse
 from megatron_commute.adapters.megatron_deepspeed.sight import Sight, harmless
@@ -80,13 +81,12 @@ class TrainingRun:
 
     def _read(self):
         args = self.args
-        iters = args.train_iters or (args.train_samples or 0) // args.global_batch_size
         run = Run(
             seq_length=args.seq_length,
             global_batch=args.global_batch_size,
             micro_batch=args.micro_batch_size,
             data_parallel=args.data_parallel_size,
-            train_iters=iters,
+            train_iters=length.steps_of_run(args),
             prefetched=2 * args.num_workers,
         )
         plugin = _Plugin(args.commute, run, args.train_data_path or args.data_path or ())
@@ -182,6 +182,7 @@ class TrainingRun:
             )
 
         def attached():
+            length.refuse_other_end(args, self.plugin.run.train_iters, consumed)
             return self.plugin.attach(
                 self._model(),
                 groups,
@@ -289,13 +290,13 @@ class TrainingRun:
         self.hook.log_losses(iteration, valid or None)
 
     def finish(self):
-        """After a run that went to its end: the closing line, the report and its table."""
+        """After the last step of this job: the closing line, the report and its table."""
         from megatron import print_rank_0
 
         args = self.args
-        if self.hook is None or args.iteration < self.plugin.run.train_iters:
+        if self.hook is None:
             return
-        self.hook.finish(args.iteration)
+        self.hook.finish(args.iteration, length.going_on(args))
         if reduce.rank() == 0:
             try:
                 print_rank_0(self.plugin.summary(args.save or "."))

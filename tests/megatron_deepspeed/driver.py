@@ -2,7 +2,7 @@
 
     python driver.py TREE JOBS.json
 
-JOBS.json is a list of {"script", "argv", "ranks", "out", "fault"}; every rank writes OUT/rankR.json (what it saw) and
+JOBS.json is a list of {"script", "argv", "ranks", "out", "fault", "words_of_ranks"}; the last {rank: {old word: new one}}; every rank writes OUT/rankR.json (what it saw) and
 OUT/rankR.log (what it printed). The driver looks over the host's shoulder only: it changes no number.
 """
 
@@ -99,7 +99,8 @@ def child(tree, job, rank, port):
             LOCAL_SIZE=str(job["ranks"]), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo",
         )  # fmt: skip
         os.chdir(tree)
-        sys.argv = [job["script"], f"--local_rank={rank}", *job["argv"]]
+        own = job.get("words_of_ranks", {}).get(str(rank), {})
+        sys.argv = [job["script"], f"--local_rank={rank}", *(own.get(word, word) for word in job["argv"])]
         seen = {"losses": [], "grad_norms": [], "delivered": [], "valid": []}
         watch(seen)
         if job.get("seeded"):

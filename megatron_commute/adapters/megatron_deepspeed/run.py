@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from megatron_commute import reduce
-from megatron_commute.adapters import megatron_core, torch_loop
+from megatron_commute.adapters import alike, megatron_core, torch_loop
 from megatron_commute.adapters.megatron_deepspeed import length
 from megatron_commute.adapters.megatron_deepspeed import model as models
 from megatron_commute.adapters.megatron_deepspeed.refusals import refuse
@@ -76,7 +76,8 @@ class TrainingRun:
     def __init__(self, args):
         self.args = args
         self.kept = self.hook = self.engine = self.scheduler = self.valid = None
-        self.plugin = _agreed(self._read)
+        self.plugin, facts = _agreed(self._read)
+        _or_exit(lambda: alike.refuse_unlike(facts), args.commute)
         self.sight = self.host = None
 
     def _read(self):
@@ -91,7 +92,7 @@ class TrainingRun:
         )
         plugin = _Plugin(args.commute, run, args.train_data_path or args.data_path or ())
         refuse(args, plugin.feeds)
-        return plugin
+        return plugin, alike.facts(plugin.config)
 
     @contextlib.contextmanager
     def installed(self, training):

@@ -197,17 +197,19 @@ def _error(replicates, numerical):
 
 
 def choose_memory(model, groups, settings, domains):
-    """memory.Memory of this run's probes by probe.memory, the same on all ranks: the most frugal
-    wish wins. Collective.
+    """memory.Memory of this run's probes by probe.memory, the same on all ranks: each way counts by
+    the rank with the least room for it. Collective.
     """
     params = model.parameters()
     one = sum(p.numel() * p.element_size() for p in params)
     ranks = 1 if model.together else reduce.size(groups.data)  # shards are not cut again
     shape = (domains, settings.method, settings.metric, ranks, model.low_precision)
     needed = {mode: vectors(mode, *shape) * one for mode in memory.MODES}
-    free = _free_memory(params[0].device, groups) if settings.memory == "auto" else 0
-    wish = memory.MODES.index(memory.choose(settings.memory, needed, free, ranks))
-    mode = memory.MODES[int(reduce.max_of_numbers(np.array([float(wish)]), groups.world)[0])]
+    room = _free_memory(params[0].device, groups) / 2 if settings.memory == "auto" else 1
+    loads = reduce.max_of_numbers(
+        np.array([needed[mode] / max(room, 1) for mode in memory.MODES]), groups.world
+    )
+    mode = memory.choose(settings.memory, dict(zip(memory.MODES, loads.tolist(), strict=True)), ranks)
     most = reduce.max_of_numbers(np.array([needed[mode]]), groups.world)[0]
     return memory.Memory(mode, math.ceil(most), memory.formula(mode, *shape))
 

@@ -304,9 +304,9 @@ class Hook:
             "flow": None if self.flow is None else flow_run.state_of(self.flow),
         }
 
-    def load_state_dict(self, state, rewind=True):
+    def load_state_dict(self, state, rewind=True, branch=""):
         """Go on where `state` was taken; the stream stands there already (data.resume). rewind:
-        in the same record.
+        in the same record. branch: in a new one, which begins with this sentence.
 
         Raises ValueError, on every rank, for a state of another version and for a record that
         lacks lines.
@@ -324,6 +324,9 @@ class Hook:
         if self.config.probe.memory == "auto" and state["memory"] != self.memory.mode:
             self._work_in(state["memory"])  # what is free today must not change the numbers of a run
         self.tally.load_state_dict(state["tally"])
+        if branch:
+            self.start((branch,))
+            return
         problem = ""
         if self.speaks:
             try:

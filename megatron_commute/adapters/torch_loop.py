@@ -13,6 +13,7 @@ import torch
 
 from megatron_commute import config as front_door
 from megatron_commute import reduce
+from megatron_commute.adapters import branch
 from megatron_commute.data import blend, resume, takeover
 from megatron_commute.data.indexed import domain_datasets, drawer, inspect_data
 from megatron_commute.data.sampler import MixedDataset, MixtureSampler
@@ -233,6 +234,7 @@ class Plugin:
         consumed=0,
         accept=False,
         take_over=False,
+        origin=None,
         listeners=(),
         say=print,
     ):
@@ -241,8 +243,9 @@ class Plugin:
 
         model: probe.Model; groups: reduce.Groups; run_dir: folder of the record; learning_rate:
         step -> rate; state: of Hook.state_dict, from a checkpoint after `consumed` samples, or
-        None; accept, take_over: see data.resume; listeners: of hook.Hook, those of this rank.
-        Raises ConfigError where the state does not fit the mixture file.
+        None; accept, take_over: see data.resume; origin: folder of that checkpoint where it may
+        not be run_dir; listeners: of hook.Hook, those of this rank. Raises ConfigError where the
+        state does not fit the mixture file.
         """
         mixture, ledger, news = self._resumed(learning_rate, groups, state, consumed, accept, take_over)
         if self.feeds:
@@ -274,10 +277,12 @@ class Plugin:
             flow=self.flow,
         )
         # what is refused is refused before a new record takes the place of the old one
+        told = ""
         if state is not None:
-            self.hook.load_state_dict(state, rewind=not news)
+            told = branch.sentence(self.hook.record.path, origin, state, groups) if origin else ""
+            self.hook.load_state_dict(state, rewind=not news, branch=told)
         if state is None or news:
-            self.hook.start(news)
+            self.hook.start([*news, told] if told else news)
         return self.hook
 
     def _resumed(self, learning_rate, groups, state, consumed, accept, take_over):

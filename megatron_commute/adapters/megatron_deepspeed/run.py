@@ -195,6 +195,7 @@ class TrainingRun:
                 consumed=consumed,
                 accept=args.commute_accept,
                 take_over=args.commute_attach,
+                origin=args.load,
                 say=print_rank_0,
                 listeners=self._scalars(),
             )

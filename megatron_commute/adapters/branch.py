@@ -12,9 +12,11 @@ def sentence(record, origin, state, groups):
     """Where a run comes from whose checkpoint lies in `origin` and whose `record`, a file, is to
     begin anew; "" where the record goes on. Collective; rank 0 looks.
 
-    state: of that checkpoint. A record that was brought along, the same up to the checkpoint, goes
-    on.
+    state: of that checkpoint; None, or no origin, for no branch. A record that was brought along,
+    the same up to the checkpoint, goes on.
     """
+    if state is None or not origin:
+        return ""
     begins = float(reduce.rank() == 0 and _begins(Path(record), Path(origin, log.NAME), state["lines"]))
     if not reduce.broadcast_numbers(np.array([begins]), groups)[0]:
         return ""

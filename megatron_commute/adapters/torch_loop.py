@@ -191,12 +191,12 @@ class Plugin:
     """The plug-in in one training run: mixture file and data checked at once, attached when the
     model stands.
 
-    file: the mixture file; run: config.Run; host_blend: the host's own data flag, which mode
-    shadow must agree with. Raises ConfigError, before anything is written, where they do not
+    file: the mixture file; run: config.Run; host_blend: words of the host's own data `flag`, which
+    mode shadow must agree with. Raises ConfigError, before anything is written, where they do not
     fit.
     """
 
-    def __init__(self, file, run, host_blend=()):
+    def __init__(self, file, run, host_blend=(), flag="--train-data-path"):
         self.run = run
         self.config = front_door.load(file)
         counted = inspect_data(self.config, run.seq_length)
@@ -205,7 +205,7 @@ class Plugin:
         self.feeds = self.config.mode != "shadow"
         self.host_blend = tuple(host_blend)
         if not self.feeds and host_blend:
-            blend.check(self.config, self.plan, host_blend)
+            blend.check(self.config, self.plan, host_blend, flag)
         self.hook = self.sampler = self.dataset = self.flow = None
 
     def mixture(self):
@@ -249,16 +249,7 @@ class Plugin:
         """
         mixture, ledger, news = self._resumed(learning_rate, groups, state, consumed, accept, take_over)
         if self.feeds:
-            training, _ = domain_datasets(self.config, self.plan, self.run.seq_length)
-            self.dataset = MixedDataset(training, self.config.seed, ledger.keys)
-            self.sampler = MixtureSampler(
-                mixture=mixture.copy(),
-                micro_batch=self.run.micro_batch,
-                data_parallel_rank=reduce.rank_in(groups.data),
-                data_parallel_size=reduce.size(groups.data),
-                global_batch=self.run.global_batch,
-                stop_sample=self.plan.samples,
-            )
+            self._feed(mixture.copy(), ledger.keys, groups)
         batch = self.run.global_batch
         self.hook = Hook(
             config=self.config,
@@ -277,13 +268,25 @@ class Plugin:
             flow=self.flow,
         )
         # what is refused is refused before a new record takes the place of the old one
-        told = ""
+        told = branch.sentence(self.hook.record.path, origin, state, groups)
         if state is not None:
-            told = branch.sentence(self.hook.record.path, origin, state, groups) if origin else ""
             self.hook.load_state_dict(state, rewind=not news, branch=told)
         if state is None or news:
             self.hook.start([*news, told] if told else news)
         return self.hook
+
+    def _feed(self, mixture, keys, groups):
+        """Dataset and sampler of this rank."""
+        training, _ = domain_datasets(self.config, self.plan, self.run.seq_length)
+        self.dataset = MixedDataset(training, self.config.seed, keys)
+        self.sampler = MixtureSampler(
+            mixture=mixture,
+            micro_batch=self.run.micro_batch,
+            data_parallel_rank=reduce.rank_in(groups.data),
+            data_parallel_size=reduce.size(groups.data),
+            global_batch=self.run.global_batch,
+            stop_sample=self.plan.samples,
+        )
 
     def _resumed(self, learning_rate, groups, state, consumed, accept, take_over):
         """The data.resume.Resumed of this run, on the weights that law flow plans where it is

@@ -46,7 +46,7 @@ def pretrain(
             args = get_args()
             if args.commute is not None:
                 wrapped.enter_context(restart.explained(args.rank, args.world_size, args.load))
-                run = wrapped.enter_context(TrainingRun(get_args()).installed(training))
+                run = wrapped.enter_context(TrainingRun(args, forward_step_func).installed(training))
             return result
 
         wrapped.enter_context(replaced(training, initialize_megatron=initialised))

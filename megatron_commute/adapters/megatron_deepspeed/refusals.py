@@ -130,6 +130,21 @@ _FLAGS = (
 )
 
 
+_SUPPORTED = "pretrain_gpt.py"
+_OTHER_SCRIPTS = ("pretrain_bert.py", "pretrain_t5.py")
+
+
+def refuse_script(forward_step):
+    """Raise ConfigError for the host's scripts of other models; forward_step: the script's own. A
+    script of the user's is taken for one like pretrain_gpt.py.
+    """
+    script = Path(getattr(getattr(forward_step, "__code__", None), "co_filename", "")).name
+    if script in _OTHER_SCRIPTS:
+        raise ConfigError(
+            f"--commute: {script} is not supported, probes know the loss of a GPT alone; use {_SUPPORTED}"
+        )
+
+
 def refuse(args, feeds=False):
     """Raise ConfigError where the run cannot be followed.
 

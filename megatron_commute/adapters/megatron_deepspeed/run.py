@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from megatron_commute import reduce
 from megatron_commute.adapters import alike, megatron_core, torch_loop
 from megatron_commute.adapters.megatron_deepspeed import length
 from megatron_commute.adapters.megatron_deepspeed import model as models
-from megatron_commute.adapters.megatron_deepspeed.refusals import refuse
+from megatron_commute.adapters.megatron_deepspeed.refusals import refuse, refuse_script
 from megatron_commute.adapters.megatron_deepspeed.sight import Sight, harmless
 from megatron_commute.config import ConfigError, Run
 from megatron_commute.data import blend, takeover
@@ -73,15 +74,18 @@ class TrainingRun:
     megatron.training's functions.
     """
 
-    def __init__(self, args):
+    def __init__(self, args, forward_step):
         self.args = args
+        # of record and report; beside the mixture file where no checkpoints are kept
+        self.folder = args.save or str(Path(f"{args.commute}.run").resolve())
         self.kept = self.hook = self.engine = self.scheduler = self.valid = None
-        self.plugin, facts = _agreed(self._read)
+        self.plugin, facts = _agreed(lambda: self._read(forward_step))
         _or_exit(lambda: alike.refuse_unlike(facts), args.commute)
         self.sight = self.host = None
 
-    def _read(self):
+    def _read(self, forward_step):
         args = self.args
+        refuse_script(forward_step)
         run = Run(
             seq_length=args.seq_length,
             global_batch=args.global_batch_size,
@@ -90,7 +94,8 @@ class TrainingRun:
             train_iters=length.steps_of_run(args),
             prefetched=2 * args.num_workers,
         )
-        plugin = _Plugin(args.commute, run, args.train_data_path or args.data_path or ())
+        flag = "--train-data-path" if args.train_data_path else "--data-path"
+        plugin = _Plugin(args.commute, run, args.train_data_path or args.data_path or (), flag)
         refuse(args, plugin.feeds)
         return plugin, alike.facts(plugin.config)
 
@@ -182,12 +187,15 @@ class TrainingRun:
                 "note: this optimiser adds its weight decay to the gradient, where probes do not see it"
             )
 
+        if not args.save:
+            print_rank_0(f"no --save: the decision log and its report will lie in {self.folder}")
+
         def attached():
             length.refuse_other_end(args, self.plugin.run.train_iters, consumed)
             return self.plugin.attach(
                 self._model(),
                 groups,
-                args.save or ".",
+                self.folder,
                 models.learning_rate(self.scheduler, args.global_batch_size, args.seq_length),
                 decay,
                 vocab_size=args.padded_vocab_size,
@@ -301,7 +309,7 @@ class TrainingRun:
         self.hook.finish(args.iteration, length.going_on(args))
         if reduce.rank() == 0:
             try:
-                print_rank_0(self.plugin.summary(args.save or "."))
+                print_rank_0(self.plugin.summary(self.folder))
             except Exception as fault:  # training is complete and saved: its exit status is not ours to spoil
                 print_rank_0(f"the report was not written: {type(fault).__name__}: {fault}")
 

@@ -25,7 +25,6 @@ from megatron_commute.settings.rates import flow_times
 STATE_VERSION = 3
 WRITTEN_BY = {2: "0.1.0"}  # versions of megatron_commute whose state this one cannot go on from
 MOST_FAILURES = 3  # probes that may fail in a row before probing switches itself off
-WATCH_EVERY = 10  # steps between two looks at the control file
 
 
 class Hook:
@@ -80,6 +79,7 @@ class Hook:
         watch = control_file.Watch(path, plan.names, config.mode != "shadow")
         self.steering = Steering(config=config, plan=plan, stream=stream, watch=watch)
         self.clock = Clock()
+        self.watch_due = True  # the control file is looked at after every log line and before every probe
 
     def _work_in(self, memory):
         """Choose how probes work and deal their splits to ranks; memory: a wish of probe.memory."""
@@ -100,7 +100,7 @@ class Hook:
         """
         settings, plan, run = self.config, self.plan, self.run
         here = sum(
-            p.numel() for p, owned in zip(self.model.parameters(), self.model.owned, strict=True) if owned
+            p.numel() for p, owns in zip(self.model.parameters(), self.model.owned, strict=True) if owns
         )
         parameters = reduce.sum_of_numbers(np.array([float(here)]), self.groups.model)[0]
         if self.speaks:
@@ -128,11 +128,13 @@ class Hook:
         """Before step `step` (0-based): probe if it is time, then take this step's samples from
         the stream.
         """
-        if step % WATCH_EVERY == 0 and (news := self.steering.look()) is not None:
+        probes = step and step % self.config.every == 0 and not self.off
+        if (self.watch_due or probes) and (news := self.steering.look()) is not None:
             fields, sentence = news
             self._write("control", step=step, sample=self.stream.index, **fields)
             self.say(sentence)
-        if step and step % self.config.every == 0 and not self.off:
+        self.watch_due = False
+        if probes:
             self._probe(step)
         self.clock.step_begins()
         self.weights = self.stream.weights
@@ -141,14 +143,12 @@ class Hook:
             self._write("projection", step=step, **projection)
 
     def end(self, losses, tokens, delivered=None):
-        """After the step: this rank's sequences in the order trained, losses f64[n] and tokens
-        i64[n, s]. delivered: (domain, position) i64[n] of what the loader brought, checked
-        against the stream.
+        """After the step: this rank's sequences in the order trained, losses f64[n], an array or a
+        tensor that stays on its device, and tokens i64[n, s]. delivered: (domain, position)
+        i64[n] of what the loader brought, checked against the stream. Nothing travels.
         """
         first = self.stream.index - self.run.global_batch
-        before = self.tally.losses.copy()
         self.tally.add(first, self.domains, self.positions, losses, tokens)
-        self.steering.losses += self.tally.losses - before
         self.clock.step_ends()
         if delivered is not None:
             expected = self.domains[self.tally.mine], self.positions[self.tally.mine]
@@ -159,8 +159,10 @@ class Hook:
 
     def log_losses(self, step, valid=None):
         """Write the loss line of the steps since the last one, and start anew. Returns {name:
-        mean training loss}.
+        mean training loss}. Collective.
         """
+        self.settle()
+        self.watch_due = True
         means = dict(zip(self.plan.names, self.tally.means(), strict=True))
         fields = {"valid": valid} if valid is not None else {}
         self._write(
@@ -176,6 +178,10 @@ class Hook:
             timing=self.clock.of_loss(),
         )
         return means
+
+    def settle(self):
+        """Bring together what ranks noted since the last line, probe or checkpoint; collective."""
+        self.steering.losses += self.tally.settle()
 
     def finish(self, step, going_on="start it again with its last checkpoint to go on"):
         """Write the closing line; of a run that ends early, with what is left and how to go on."""
@@ -210,15 +216,12 @@ class Hook:
         """Left behind by a probe that ended the run inside a collective; read on resume."""
         return self.record.path.with_suffix(".fault")
 
-    def _leave_word(self, step):
-        """Tell the restart to skip the probe of `step`."""
-        log.replace(self._fault_file, json.dumps({"step": step}).encode())
-
     def _named(self, values):
         return dict(zip(self.plan.names, np.asarray(values).tolist(), strict=True))
 
     def _probe(self, step):
         begun = time.monotonic()
+        self.settle()
         times = flow_times(self.learning_rate, step, self.config.every, self.run.train_iters)
         weights = self.stream.weights
         first = self.probes
@@ -242,7 +245,7 @@ class Hook:
             self._skip(step, str(fault), begun)
             return
         except Exception as fault:
-            self._leave_word(step)
+            log.replace(self._fault_file, json.dumps({"step": step}).encode())  # the restart skips it
             raise RuntimeError(
                 f"a collective failed inside the probe at step {step}; a restart from the last checkpoint "
                 "resumes and skips this probe"
@@ -284,9 +287,10 @@ class Hook:
             self.say(f"PROBING IS OFF for the rest of this run: {self.failures} probes failed in a row")
 
     def state_dict(self):
-        """What a checkpoint keeps: JSON, a few numbers per domain. Collective-free, equal on all
-        ranks.
+        """What a checkpoint keeps: JSON, a few numbers per domain, equal on all ranks. Collective:
+        every rank calls it, though one may write it.
         """
+        self.settle()
         return {
             "version": STATE_VERSION,
             "config": self.config.digest,

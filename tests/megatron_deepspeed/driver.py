@@ -21,6 +21,8 @@ import warnings
 import zlib
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
+import counting
 import half_precision_kernel
 
 LIMIT = float(os.environ.get("DRIVER_LIMIT", "240"))  # seconds for one job
@@ -105,6 +107,8 @@ def child(tree, job, rank, port):
         watch(seen)
         if job.get("seeded"):
             seed_models()
+        if job.get("counted"):
+            count_collectives(seen)
         if "--use-flash-attn-v2" in job["argv"]:
             half_precision_kernel.install()
         with inject(job.get("fault"), rank):
@@ -158,6 +162,20 @@ def watch(seen):
 
     training.training_log, training.train, training.evaluate = noted, trained, evaluated
     BlendableDataset.__getitem__ = lambda self, i: {**item(self, i), "position": self.dataset_sample_index[i]}
+
+
+def count_collectives(seen):
+    """Note after every step, before the host's log, how many collectives this rank has made since the first."""
+    from megatron import training
+
+    log, counted, seen["collectives"] = training.training_log, counting.collectives(), []
+    found = counted.__enter__()
+
+    def noted(*args, until_the_process_ends=counted, **named):
+        seen["collectives"].append(len(found))
+        return log(*args, **named)
+
+    training.training_log = noted
 
 
 def seed_models():

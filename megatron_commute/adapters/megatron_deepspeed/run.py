@@ -137,6 +137,7 @@ class TrainingRun:
 
         def saved(folder, tag=None, client_state=None, *rest, **named_too):
             state = dict(client_state or {})
+            self.hook.settle()  # travels, so it is no part of what may fail on one rank alone
             with harmless("NO STATE OF --commute IN THIS CHECKPOINT, do not resume from it"):
                 state[KEY] = json.dumps(self.hook.state_dict())
             return save(folder, tag, state, *rest, **named_too)
@@ -292,6 +293,7 @@ class TrainingRun:
                 sight.sequence_losses(sum(len(b["text"]) for b in sight.batches)),
             )
             if losses is not None and len(self.valid) == K and (found is not None or K == 1):
+                losses = losses.cpu().numpy()
                 domain = found[0] if found is not None else np.zeros(len(losses), dtype=np.int64)
                 sums[:] = np.bincount(domain, losses, K), np.bincount(domain, minlength=K)
         sums = reduce.sum_of_numbers(sums, self.hook.groups.world)

@@ -164,7 +164,7 @@ class Hook:
         self.settle()
         self.watch_due = True
         means = dict(zip(self.plan.names, self.tally.means(), strict=True))
-        fields = {"valid": valid} if valid is not None else {}
+        fields = self.tally.skips() | ({"valid": valid} if valid is not None else {})
         self._write(
             "loss",
             step=step,

@@ -33,7 +33,7 @@ class Tally:
             -1
         )  # Megatron's slices: rank r takes the r-th of every micro chunk
         self.losses = np.zeros((domains, 2))
-        self.fingerprint = 0
+        self.fingerprint = self.skipped = 0
         self.group = group
         self._forget()
 
@@ -94,10 +94,20 @@ class Tally:
         self.losses[:] = 0.0
         return means
 
+    def skips(self):
+        """{"skipped": steps since the last call that took their samples and whose update the
+        optimiser left out}, nothing where there is none; starts anew. Equal on all ranks, as it is
+        the optimiser's.
+        """
+        skipped, self.skipped = self.skipped, 0
+        return {"skipped": skipped} if skipped else {}
+
     def state_dict(self):
-        return {"losses": self.losses.tolist(), "fingerprint": f"{self.fingerprint:016x}"}
+        skipped = {"skipped": self.skipped} if self.skipped else {}
+        return {"losses": self.losses.tolist(), "fingerprint": f"{self.fingerprint:016x}", **skipped}
 
     def load_state_dict(self, state):
+        self.skipped = state.get("skipped", 0)
         self.losses = np.array(state["losses"], dtype=np.float64)
         self.fingerprint = int(state["fingerprint"], 16)
 

@@ -109,6 +109,8 @@ def child(tree, job, rank, port):
             seed_models()
         if job.get("counted"):
             count_collectives(seen)
+        if "--fp16" in job["argv"]:
+            half_precision_kernel.let_cpu_train_in_fp16()
         if "--use-flash-attn-v2" in job["argv"]:
             half_precision_kernel.install()
         with inject(job.get("fault"), rank):

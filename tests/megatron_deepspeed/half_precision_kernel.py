@@ -1,6 +1,13 @@
-"""A stand-in for FlashAttention-2 on CPU: like the real one it refuses anything but half precision."""
+"""Half precision on CPU: a stand-in for FlashAttention-2, which refuses anything else, and training in fp16."""
 
 import torch
+
+
+def let_cpu_train_in_fp16():
+    """DeepSpeed asks its accelerator, which on CPU says no, though torch computes in fp16."""
+    from deepspeed.accelerator import get_accelerator
+
+    type(get_accelerator()).is_fp16_supported = lambda self: True
 
 
 def install():

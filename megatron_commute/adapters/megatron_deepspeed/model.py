@@ -149,14 +149,16 @@ def decoupled_decay(engine, weight_decay):
     return 0.0 if isinstance(inner, torch.optim.SGD) else weight_decay
 
 
-def learning_rate(scheduler, global_batch, seq_length):
-    """step -> rate of that step (0-based) by Megatron's scheduler, which stays as it is."""
+def learning_rate(scheduler, global_batch, seq_length, behind=lambda: 0):
+    """step -> rate of that step (0-based) by Megatron's scheduler, which stays as it is. behind: ()
+    -> samples of steps that it has not counted, as their update was left out.
+    """
     import copy
 
     def rate(step):
         there = copy.copy(scheduler)
-        there.num_steps = step * global_batch
-        there.num_tokens = there.num_steps * seq_length
+        there.num_steps = max(0, step * global_batch - behind())
+        there.num_tokens = step * global_batch * seq_length
         return float(there.get_lr())
 
     return rate

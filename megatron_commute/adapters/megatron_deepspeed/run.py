@@ -182,6 +182,8 @@ class TrainingRun:
         )
         self.sight = Sight(*(first_shard and end for end in ends))
         consumed = args.consumed_train_samples or args.iteration * args.global_batch_size
+        # samples of steps that were left out, which the scheduler does not count
+        self.behind = max(0, consumed - self.scheduler.num_steps) if args.fp16 else 0
         decay = models.decoupled_decay(self.engine, args.weight_decay)
         if args.weight_decay and not decay:
             print_rank_0(
@@ -197,7 +199,9 @@ class TrainingRun:
                 self._model(),
                 groups,
                 self.folder,
-                models.learning_rate(self.scheduler, args.global_batch_size, args.seq_length),
+                models.learning_rate(
+                    self.scheduler, args.global_batch_size, args.seq_length, lambda: self.behind
+                ),
                 decay,
                 vocab_size=args.padded_vocab_size,
                 state=self.kept if consumed else None,
@@ -249,6 +253,9 @@ class TrainingRun:
                 sight.forward_step(forward_step), sight.over(batches), model, *rest
             )
         self.hook.end(sight.sequence_losses(count), sight.tokens(count), self._delivered())
+        if skipped := result[1]:  # the loss scale was too large: the samples are consumed all the same
+            self.hook.tally.skipped += skipped
+            self.behind += self.args.global_batch_size
         done = step + 1
         evaluates = self.args.do_valid and self.args.eval_interval and done % self.args.eval_interval == 0
         if done % self.args.log_interval == 0 and not evaluates:

@@ -181,15 +181,20 @@ def _targets(config: Config, shares: np.ndarray) -> np.ndarray:
 
 
 def _lead(config: Config, run: Run) -> int:
-    lead = 4 * run.global_batch if config.lead is None else config.lead
-    needed = (run.prefetched + 1) * run.micro_batch * run.data_parallel
-    if lead < needed:
-        origin = "the default of 4 global batches, " if config.lead is None else ""
-        problem = (
-            f"{origin}{lead} samples, is less than the {needed} samples that the data loaders read ahead"
-        )
+    """Samples between a decision and its effect; by default 4 global batches, or as many as data
+    loaders read ahead.
+    """
+    needed = _read_ahead(run)
+    if config.lead is None:
+        return max(4, -(-needed // run.global_batch)) * run.global_batch
+    if config.lead < needed:
+        problem = f"{config.lead} samples, is less than the {needed} samples that the data loaders read ahead"
         raise config.error("lead", problem, f"write {needed} or more, or start fewer --num-workers")
-    return lead
+    return config.lead
+
+
+def _read_ahead(run: Run) -> int:
+    return (run.prefetched + 1) * run.micro_batch * run.data_parallel
 
 
 def _warnings(
@@ -217,6 +222,11 @@ def _warnings(
     if cost.share > config.measure_budget:
         found.append(
             f"measure_budget: probes cost {cost.share:.2%} of training, over {config.measure_budget:.2%}"
+        )
+    if config.lead is None and _read_ahead(run) > 4 * run.global_batch:
+        found.append(
+            f"lead: {_lead(config, run)} samples, over the usual 4 global batches, as data loaders read "
+            f"{_read_ahead(run)} samples ahead"
         )
     if len(config.domains) == 1:
         found.append("domains: there is only one, so there is no order to choose")

@@ -25,7 +25,6 @@ from megatron_commute.settings.rates import flow_times
 STATE_VERSION = 3
 WRITTEN_BY = {2: "0.1.0"}  # versions of megatron_commute whose state this one cannot go on from
 MOST_FAILURES = 3  # probes that may fail in a row before probing switches itself off
-WATCH_EVERY = 10  # steps between two looks at the control file
 
 
 class Hook:
@@ -80,6 +79,7 @@ class Hook:
         watch = control_file.Watch(path, control_file.limits(config, plan, run))
         self.steering = Steering(config=config, plan=plan, stream=stream, watch=watch, flow=flow)
         self.clock = Clock()
+        self.watch_due = True  # the control file is looked at after every log line and before every probe
 
     def _work_in(self, memory):
         """Choose how probes work and deal their splits to ranks; memory: a wish of probe.memory."""
@@ -100,7 +100,7 @@ class Hook:
         """
         settings, plan, run = self.config, self.plan, self.run
         here = sum(
-            p.numel() for p, owned in zip(self.model.parameters(), self.model.owned, strict=True) if owned
+            p.numel() for p, owns in zip(self.model.parameters(), self.model.owned, strict=True) if owns
         )
         parameters = reduce.sum_of_numbers(np.array([float(here)]), self.groups.model)[0]
         if self.speaks:
@@ -129,11 +129,13 @@ class Hook:
         """Before step `step` (0-based): probe if it is time, then take this step's samples from
         the stream.
         """
-        if step % WATCH_EVERY == 0 and (news := self.steering.look()) is not None:
+        probes = step and step % self.config.every == 0
+        if (self.watch_due or probes) and (news := self.steering.look()) is not None:
             self._write("control", step=step, sample=self.stream.index, **news.fields)
             self.say(news.sentence)
             self._decided(step, news.outcomes)
-        if step and step % self.config.every == 0:
+        self.watch_due = False
+        if probes:
             self._probe(step)
         self.clock.step_begins()
         self.weights = self.stream.weights
@@ -142,14 +144,12 @@ class Hook:
             self._write("projection", step=step, **projection)
 
     def end(self, losses, tokens, delivered=None):
-        """After the step: this rank's sequences in the order trained, losses f64[n] and tokens
-        i64[n, s]. delivered: (domain, position) i64[n] of what the loader brought, checked
-        against the stream.
+        """After the step: this rank's sequences in the order trained, losses f64[n], an array or a
+        tensor that stays on its device, and tokens i64[n, s]. delivered: (domain, position)
+        i64[n] of what the loader brought, checked against the stream. Nothing travels.
         """
         first = self.stream.index - self.run.global_batch
-        before = self.tally.losses.copy()
         self.tally.add(first, self.domains, self.positions, losses, tokens)
-        self.steering.losses += self.tally.losses - before
         self.clock.step_ends()
         if delivered is not None:
             expected = self.domains[self.tally.mine], self.positions[self.tally.mine]
@@ -160,10 +160,12 @@ class Hook:
 
     def log_losses(self, step, valid=None):
         """Write the loss line of the steps since the last one, and start anew. Returns {name:
-        mean training loss}.
+        mean training loss}. Collective.
         """
+        self.settle()
+        self.watch_due = True
         means = dict(zip(self.plan.names, self.tally.means(), strict=True))
-        fields = {"valid": valid} if valid is not None else {}
+        fields = self.tally.skips() | ({"valid": valid} if valid is not None else {})
         self._write(
             "loss",
             step=step,
@@ -178,15 +180,23 @@ class Hook:
         )
         return means
 
-    def finish(self, step):
-        """Write the closing line of a complete run."""
+    def settle(self):
+        """Bring together what ranks noted since the last line, probe or checkpoint; collective."""
+        self.steering.losses += self.tally.settle()
+
+    def finish(self, step, going_on="start it again with its last checkpoint to go on"):
+        """Write the closing line; of a run that ends early, with what is left and how to go on."""
+        left = lines.left(self.plan, self.stream.index, self.stream.served)
         self._write(
             "end",
             step=step,
             sample=self.stream.index,
             served=self._named(self.stream.served),
+            **({} if left is None else {"left": left}),
             timing=self.clock.of_run(),
         )
+        if left is not None:
+            self.say(f"{lines.left_words(left, self.plan, self.stream.index)}; {going_on}")
 
     def _write(self, event, **fields):
         try:
@@ -207,10 +217,6 @@ class Hook:
         """Left behind by a probe that ended the run inside a collective; read on resume."""
         return self.record.path.with_suffix(".fault")
 
-    def _leave_word(self, step):
-        """Tell the restart to skip the probe of `step`."""
-        log.replace(self._fault_file, json.dumps({"step": step}).encode())
-
     def _named(self, values):
         return dict(zip(self.plan.names, np.asarray(values).tolist(), strict=True))
 
@@ -218,6 +224,7 @@ class Hook:
         if self.off:
             return self._decided(step, self.steering.decide(None))
         begun = time.monotonic()
+        self.settle()
         times = flow_times(self.learning_rate, step, self.config.every, self.run.train_iters)
         weights = self.stream.weights
         first = self.probes
@@ -241,7 +248,7 @@ class Hook:
             self._skip(step, str(fault), begun)
             return
         except Exception as fault:
-            self._leave_word(step)
+            log.replace(self._fault_file, json.dumps({"step": step}).encode())  # the restart skips it
             raise RuntimeError(
                 f"a collective failed inside the probe at step {step}; a restart from the last checkpoint "
                 "resumes and skips this probe"
@@ -291,9 +298,10 @@ class Hook:
         self._decided(step, self.steering.decide(None))
 
     def state_dict(self):
-        """What a checkpoint keeps: JSON, a few numbers per domain. Collective-free, equal on all
-        ranks.
+        """What a checkpoint keeps: JSON, a few numbers per domain, equal on all ranks. Collective:
+        every rank calls it, though one may write it.
         """
+        self.settle()
         return {
             "version": STATE_VERSION,
             "config": self.config.digest,
@@ -311,9 +319,9 @@ class Hook:
             "flow": None if self.flow is None else flow_run.state_of(self.flow),
         }
 
-    def load_state_dict(self, state, rewind=True):
+    def load_state_dict(self, state, rewind=True, branch=""):
         """Go on where `state` was taken; the stream stands there already (data.resume). rewind:
-        in the same record.
+        in the same record. branch: in a new one, which begins with this sentence.
 
         Raises ValueError, on every rank, for a state of another version and for a record that
         lacks lines.
@@ -331,6 +339,9 @@ class Hook:
         if self.config.probe.memory == "auto" and state["memory"] != self.memory.mode:
             self._work_in(state["memory"])  # what is free today must not change the numbers of a run
         self.tally.load_state_dict(state["tally"])
+        if branch:
+            self.start((branch,))
+            return
         problem = ""
         if self.speaks:
             try:

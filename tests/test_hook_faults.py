@@ -146,3 +146,13 @@ def test_measure_is_told_the_limit_of_the_mixture_file(tmp_path, monkeypatch):
     monkeypatch.setattr(probe, "measure", spy)
     loop.until()
     assert seen == [7.0]
+
+
+def test_the_reason_of_a_skip_is_never_empty(tmp_path):
+    """A bare assert has no words: the line that it stands on is told."""
+
+    def draw(part, domain, numbers):
+        raise AssertionError
+
+    Loop(tmp_path, steps=6, draw=draw).until()
+    assert ": raise AssertionError" in lines(tmp_path, "skip")[0]["reason"]

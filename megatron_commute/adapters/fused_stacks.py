@@ -47,6 +47,8 @@ _KNOWN = {
         "ParallelTransformerLayer",
         "ParallelAttention",
         "CoreAttention",
+        "FlashSelfAttention",
+        "FlashSelfAttentionTriton",
         "ParallelMLP",
         "SPLayerNorm",
         "MixedFusedLayerNorm",
@@ -214,18 +216,14 @@ def _block(layer, norm, linear, rotary):
         parts = attention.linear_qkv, attention.linear_proj, mlp.linear_fc1, mlp.linear_fc2
         norms = layer.input_layernorm, layer.pre_mlp_layernorm
         heads = attention.num_attention_heads_per_partition, attention.num_query_groups_per_partition
-        scale, layout = core.softmax_scale, "grouped"
+        scale, layout = core.softmax_scale * (core.scale_mask_softmax.scale or 1.0), "grouped"
     else:
-        core = attention.core_attention
         if attention.use_gqa:
             raise ValueError(f"layer {layer.layer_number}: grouped queries of Megatron-DeepSpeed: {_INSTEAD}")
         parts = attention.query_key_value, attention.dense, mlp.dense_h_to_4h, mlp.dense_4h_to_h
         norms = layer.input_layernorm, layer.post_attention_layernorm
         heads = (attention.num_attention_heads_per_partition,) * 2
-        scale, layout = 1.0 / core.norm_factor, "parts"
-    # query-key layer scaling divides the scores by the layer's number and multiplies them again in
-    # the softmax
-    scale *= core.scale_mask_softmax.scale or 1.0
+        scale, layout = _score_scale(attention), "parts"
     qkv, out, up, down = (linear(part) for part in parts)
     return Block(
         norm1=norm(norms[0]),
@@ -241,6 +239,16 @@ def _block(layer, norm, linear, rotary):
         rotary=rotary,
         activation=_activation(mlp, layer.layer_number),
     )
+
+
+def _score_scale(attention):
+    """What Megatron-DeepSpeed multiplies the scores by."""
+    flash = getattr(attention, "core_attention_flash", None)
+    if flash is not None:
+        return getattr(flash, "softmax_scale", None) or attention.hidden_size_per_attention_head**-0.5
+    core = attention.core_attention
+    # query-key layer scaling divides the scores by the layer's number, its softmax takes them back
+    return 1.0 / core.norm_factor * (core.scale_mask_softmax.scale or 1.0)
 
 
 def _activation(mlp, number):

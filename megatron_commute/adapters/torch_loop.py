@@ -13,6 +13,7 @@ import torch
 
 from megatron_commute import config as front_door
 from megatron_commute import reduce
+from megatron_commute.adapters import branch
 from megatron_commute.data import blend, resume, takeover
 from megatron_commute.data.indexed import domain_datasets, drawer, inspect_data
 from megatron_commute.data.sampler import MixedDataset, MixtureSampler
@@ -190,12 +191,12 @@ class Plugin:
     """The plug-in in one training run: mixture file and data checked at once, attached when the
     model stands.
 
-    file: the mixture file; run: config.Run; host_blend: the host's own data flag, which mode
-    shadow must agree with. Raises ConfigError, before anything is written, where they do not
+    file: the mixture file; run: config.Run; host_blend: words of the host's own data `flag`, which
+    mode shadow must agree with. Raises ConfigError, before anything is written, where they do not
     fit.
     """
 
-    def __init__(self, file, run, host_blend=()):
+    def __init__(self, file, run, host_blend=(), flag="--train-data-path"):
         self.run = run
         self.config = front_door.load(file)
         counted = inspect_data(self.config, run.seq_length)
@@ -204,7 +205,7 @@ class Plugin:
         self.feeds = self.config.mode != "shadow"
         self.host_blend = tuple(host_blend)
         if not self.feeds and host_blend:
-            blend.check(self.config, self.plan, host_blend)
+            blend.check(self.config, self.plan, host_blend, flag)
         self.hook = self.sampler = self.dataset = self.flow = None
 
     def mixture(self):
@@ -233,6 +234,7 @@ class Plugin:
         consumed=0,
         accept=False,
         take_over=False,
+        origin=None,
         listeners=(),
         say=print,
     ):
@@ -241,21 +243,13 @@ class Plugin:
 
         model: probe.Model; groups: reduce.Groups; run_dir: folder of the record; learning_rate:
         step -> rate; state: of Hook.state_dict, from a checkpoint after `consumed` samples, or
-        None; accept, take_over: see data.resume; listeners: of hook.Hook, those of this rank.
-        Raises ConfigError where the state does not fit the mixture file.
+        None; accept, take_over: see data.resume; origin: folder of that checkpoint where it may
+        not be run_dir; listeners: of hook.Hook, those of this rank. Raises ConfigError where the
+        state does not fit the mixture file.
         """
         mixture, ledger, news = self._resumed(learning_rate, groups, state, consumed, accept, take_over)
         if self.feeds:
-            training, _ = domain_datasets(self.config, self.plan, self.run.seq_length)
-            self.dataset = MixedDataset(training, self.config.seed, ledger.keys)
-            self.sampler = MixtureSampler(
-                mixture=mixture.copy(),
-                micro_batch=self.run.micro_batch,
-                data_parallel_rank=reduce.rank_in(groups.data),
-                data_parallel_size=reduce.size(groups.data),
-                global_batch=self.run.global_batch,
-                stop_sample=self.plan.samples,
-            )
+            self._feed(mixture.copy(), ledger.keys, groups)
         batch = self.run.global_batch
         self.hook = Hook(
             config=self.config,
@@ -274,11 +268,25 @@ class Plugin:
             flow=self.flow,
         )
         # what is refused is refused before a new record takes the place of the old one
+        told = branch.sentence(self.hook.record.path, origin, state, groups)
         if state is not None:
-            self.hook.load_state_dict(state, rewind=not news)
+            self.hook.load_state_dict(state, rewind=not news, branch=told)
         if state is None or news:
-            self.hook.start(news)
+            self.hook.start([*news, told] if told else news)
         return self.hook
+
+    def _feed(self, mixture, keys, groups):
+        """Dataset and sampler of this rank."""
+        training, _ = domain_datasets(self.config, self.plan, self.run.seq_length)
+        self.dataset = MixedDataset(training, self.config.seed, keys)
+        self.sampler = MixtureSampler(
+            mixture=mixture,
+            micro_batch=self.run.micro_batch,
+            data_parallel_rank=reduce.rank_in(groups.data),
+            data_parallel_size=reduce.size(groups.data),
+            global_batch=self.run.global_batch,
+            stop_sample=self.plan.samples,
+        )
 
     def _resumed(self, learning_rate, groups, state, consumed, accept, take_over):
         """The data.resume.Resumed of this run, on the weights that law flow plans where it is

@@ -190,7 +190,6 @@ _SWITCHES = {
 }
 _REFUSED = {
     "sequence_parallel": "sequence parallelism",
-    "use_flash_attn": "the flash attention kernel",
     "fp8": "FP8 arithmetic",
     "fp4": "FP4 arithmetic",
     "num_moe_experts": "a mixture of experts",

@@ -130,6 +130,10 @@ def plan(file: str, parameters: int | None, out: str | None, as_json: bool, **fl
         )
     cost = probe_cost(config, run)
     held = probe_memory(config, run, parameters and parameters / flags["tensor_model_parallel_size"])
+    large = memory.warning({mode: found["bytes"] for mode, found in held.items()}) if parameters else None
+    if large:
+        planned = dataclasses.replace(planned, warnings=(*planned.warnings, large))
+        asked = asked._replace(plan=planned)
     rows = plan_rows(planned)
     files = drawn(asked, out) if out else []
     if as_json:
@@ -198,7 +202,7 @@ def probe_memory(config: Config, run: Run, parameters: float | None) -> dict[str
     """
     probe, ranks = config.probe, run.data_parallel
     shape = (len(config.domains), probe.method, probe.metric, ranks, False)
-    modes = memory.MODES if probe.memory == "auto" else (memory.choose(probe.memory, {}, 0, ranks),)
+    modes = memory.MODES if probe.memory == "auto" else (memory.choose(probe.memory, {}, ranks),)
     found = {}
     for mode in modes:
         if mode == "sharded" and ranks == 1:

@@ -5,11 +5,11 @@ import pathlib
 from megatron_commute.config import ConfigError
 
 
-def check(config, plan, paths):
+def check(config, plan, paths, flag="--train-data-path"):
     """In mode shadow the host feeds training: the mixture file must say what its blend says.
     Raises ConfigError.
     """
-    prefixes, shares = read(paths)
+    prefixes, shares = read(paths, flag)
     weights = [share / sum(shares) for share in shares]
     wanted = [path for domain in config.domains for path in domain.path]
     if [str(pathlib.Path(p).resolve()) for p in prefixes] != [str(pathlib.Path(p).resolve()) for p in wanted]:

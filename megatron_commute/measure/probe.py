@@ -15,6 +15,7 @@ import dataclasses
 import math
 import os
 import time
+import traceback
 
 import numpy as np
 import torch
@@ -196,17 +197,19 @@ def _error(replicates, numerical):
 
 
 def choose_memory(model, groups, settings, domains):
-    """memory.Memory of this run's probes by probe.memory, the same on all ranks: the most frugal
-    wish wins. Collective.
+    """memory.Memory of this run's probes by probe.memory, the same on all ranks: each way counts by
+    the rank with the least room for it. Collective.
     """
     params = model.parameters()
     one = sum(p.numel() * p.element_size() for p in params)
     ranks = 1 if model.together else reduce.size(groups.data)  # shards are not cut again
     shape = (domains, settings.method, settings.metric, ranks, model.low_precision)
     needed = {mode: vectors(mode, *shape) * one for mode in memory.MODES}
-    free = _free_memory(params[0].device, groups) if settings.memory == "auto" else 0
-    wish = memory.MODES.index(memory.choose(settings.memory, needed, free, ranks))
-    mode = memory.MODES[int(reduce.max_of_numbers(np.array([float(wish)]), groups.world)[0])]
+    room = _free_memory(params[0].device, groups) / 2 if settings.memory == "auto" else 1
+    loads = reduce.max_of_numbers(
+        np.array([needed[mode] / max(room, 1) for mode in memory.MODES]), groups.world
+    )
+    mode = memory.choose(settings.memory, dict(zip(memory.MODES, loads.tolist(), strict=True)), ranks)
     most = reduce.max_of_numbers(np.array([needed[mode]]), groups.world)[0]
     return memory.Memory(mode, math.ceil(most), memory.formula(mode, *shape))
 
@@ -223,6 +226,16 @@ def _free_memory(device, groups):
     return psutil.virtual_memory().available / ranks
 
 
+def _said(fault):
+    """What an exception says; for one without words, such as a bare assert, where it was raised."""
+    if words := str(fault).strip():
+        return words
+    frames = traceback.extract_tb(fault.__traceback__)
+    return (
+        f"{os.path.basename(frames[-1].filename)}:{frames[-1].lineno}: {frames[-1].line}" if frames else "-"
+    )
+
+
 class _Ballot:
     """Faults in rank-local sections are kept until all ranks vote, so that no rank waits in a
     collective alone.
@@ -236,7 +249,7 @@ class _Ballot:
         try:
             yield
         except Exception as fault:
-            self.fault = self.fault or f"{name}: {type(fault).__name__}: {fault}"
+            self.fault = self.fault or f"{name}: {type(fault).__name__}: {_said(fault)}"
 
     def late(self):
         return self.deadline is not None and time.monotonic() > self.deadline

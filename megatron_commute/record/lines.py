@@ -79,6 +79,29 @@ def decision(weights, made, effective):
     }
 
 
+def left(plan, sample, served):
+    """What a run that stops at `sample` leaves: its samples and those of every budget; None at its
+    end. served: i64[K].
+    """
+    if sample >= plan.samples:
+        return None
+    owed = zip(plan.names, plan.budgets, np.asarray(served).tolist(), strict=True)
+    return {
+        "samples": plan.samples - sample,
+        "budgets": {name: budget - count for name, budget, count in owed if budget is not None},
+    }
+
+
+def left_words(left, plan, sample):
+    """One sentence about `left`."""
+    told = f"THE RUN ENDED EARLY, at sample {sample} of {plan.samples}"
+    if not left["budgets"]:
+        return told
+    given = dict(zip(plan.names, plan.budgets, strict=True))
+    parts = [f"{name} {count} of {given[name]}" for name, count in left["budgets"].items()]
+    return f"{told}; left of the budgets: {', '.join(parts)}"
+
+
 def laws(decisions):
     """What each law decided: {law: controller.Decision} -> JSON values."""
     return {law: {"weights": d.weights, "reason": d.reason} for law, d in decisions.items()}

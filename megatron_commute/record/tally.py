@@ -1,17 +1,26 @@
 """What training has seen: loss of every domain, and a fingerprint of the delivered data that no
 layout changes.
+
+A step only notes what this rank saw: losses stay on their device, and nothing travels. `settle`
+brings them together, where a number is wanted.
 """
 
-import hashlib
+import functools
 
 import numpy as np
+import torch
 
 from megatron_commute import reduce
 
+# Sums of losses count in whole units of 2^-32 nats, so that they are the same in any order, on any
+# number of ranks and wherever they are cut by checkpoints.
+UNIT = 2.0**-32
+_WIDEST = 2.0**24  # nats: a loss beyond counts as not finite
+
 
 class Tally:
-    """Per-domain losses since the last log line and the fingerprint since the start, equal on
-    all ranks.
+    """Per-domain losses since the last log line and the fingerprint since the start: after
+    `settle`, equal on all ranks.
 
     K domains. data_rank, data_size: place of this rank among the data-parallel ranks;
     micro_batch: sequences of one forward pass; group: the ranks that tell each a part of the
@@ -24,8 +33,12 @@ class Tally:
             -1
         )  # Megatron's slices: rank r takes the r-th of every micro chunk
         self.losses = np.zeros((domains, 2))
-        self.fingerprint = 0
+        self.fingerprint = self.skipped = 0
         self.group = group
+        self._forget()
+
+    def _forget(self):
+        self._steps, self._seen, self._hashes = 0, [], np.zeros((), dtype=np.uint64)
 
     def over(self, group):
         """The same tally summed over `group`: for layouts in which not every rank of a replica
@@ -35,27 +48,43 @@ class Tally:
         return self
 
     def add(self, first_sample, domains, positions, losses, tokens):
-        """One step. domains, positions: i64[global_batch] of the stream; losses f64[n], tokens
-        i64[n, s]: this rank's own, None where the rank has none or another rank of the group
-        tells the same.
-
-        Sums travel every step, as 2 K + 2 numbers, so that a checkpoint between two log lines
-        continues to the last bit.
+        """One step. domains, positions: i64[global_batch] of the stream; losses f64[n], an array
+        or a tensor that is left on its device, tokens i64[n, s]: this rank's own, None where the
+        rank has none or another rank of the group tells the same.
         """
+        self._steps += 1
         own = domains[self.mine]
-        K = len(self.losses)
-        sums = np.zeros(2 * K + 2)
         if losses is not None:
-            sums[:K], sums[K : 2 * K] = np.bincount(own, losses, K), np.bincount(own, minlength=K)
-        local = 0
+            self._seen.append((own, losses))
         if tokens is not None:
-            rows = zip(first_sample + self.mine, own, positions[self.mine], tokens, strict=True)
-            local = sum(sample_hash(*row) for row in rows) % 2**64
-        # halves stay exact in float64 for up to two million ranks
-        sums[-2:] = local & 0xFFFFFFFF, local >> 32
+            hashes = sample_hashes(first_sample + self.mine, own, positions[self.mine], tokens)
+            self._hashes += hashes.sum(dtype=np.uint64)
+
+    def settle(self):
+        """Bring together what all ranks of the group have seen since the last time; collective.
+        Returns what it adds to `losses`: sums in nats and counts, f64[K, 2]. Without a step since
+        then nothing travels.
+        """
+        K = len(self.losses)
+        if not self._steps:
+            return np.zeros((K, 2))
+        sums = np.zeros(3 * K + 1, dtype=np.int64)
+        if self._seen:
+            domains = np.concatenate([own for own, _ in self._seen])
+            losses = torch.cat([torch.as_tensor(part).double() for _, part in self._seen]).cpu().numpy()
+            sound = np.abs(losses) < _WIDEST  # false for NaN
+            units = np.rint(np.where(sound, losses, 0.0) / UNIT).astype(np.int64)
+            np.add.at(sums[:K], domains, units)
+            sums[K : 2 * K] = np.bincount(domains, minlength=K)
+            sums[2 * K : 3 * K] = np.bincount(domains[~sound], minlength=K)
+        sums[-1] = self._hashes.view(np.int64)
+        self._forget()
         total = reduce.sum_of_numbers(sums, self.group)
-        self.losses += total[: 2 * K].reshape(2, K).T
-        self.fingerprint = (self.fingerprint + int(total[-2]) + (int(total[-1]) << 32)) % 2**64
+        added = np.stack([total[:K] * UNIT, total[K : 2 * K]], axis=1)
+        added[total[2 * K : 3 * K] > 0, 0] = np.nan
+        self.losses += added
+        self.fingerprint = (self.fingerprint + int(total[-1])) % 2**64
+        return added
 
     def means(self):
         """Mean loss of every domain since the last call, None where a domain was not seen;
@@ -65,21 +94,44 @@ class Tally:
         self.losses[:] = 0.0
         return means
 
+    def skips(self):
+        """{"skipped": steps since the last call that took their samples and whose update the
+        optimiser left out}, nothing where there is none; starts anew. Equal on all ranks, as it is
+        the optimiser's.
+        """
+        skipped, self.skipped = self.skipped, 0
+        return {"skipped": skipped} if skipped else {}
+
     def state_dict(self):
-        return {"losses": self.losses.tolist(), "fingerprint": f"{self.fingerprint:016x}"}
+        skipped = {"skipped": self.skipped} if self.skipped else {}
+        return {"losses": self.losses.tolist(), "fingerprint": f"{self.fingerprint:016x}", **skipped}
 
     def load_state_dict(self, state):
+        self.skipped = state.get("skipped", 0)
         self.losses = np.array(state["losses"], dtype=np.float64)
         self.fingerprint = int(state["fingerprint"], 16)
 
 
-def sample_hash(index, domain, position, tokens):
-    """64-bit hash of one delivered sample: its place in the global stream, where it came from,
-    and its content.
+def sample_hashes(index, domain, position, tokens):
+    """64-bit hashes u64[n] of delivered samples: of their place in the global stream, where they
+    came from, and their content.
 
-    index, domain, position: ints; tokens: integer numpy array. Added up mod 2^64 over samples,
-    the order does not matter.
+    index, domain, position i64[n]; tokens: integer numpy array [n, s]. Added up mod 2^64 over
+    samples, the order does not matter. Content enters as sum_i c_i t_i with fixed odd c_i.
     """
-    key = np.array([index, domain, position], dtype=np.int64).tobytes()
-    content = np.ascontiguousarray(tokens, dtype=np.int64).tobytes()
-    return int.from_bytes(hashlib.blake2b(key + content, digest_size=8).digest(), "little")
+    content = np.ascontiguousarray(tokens, dtype=np.int64).view(np.uint64) @ _factors(tokens.shape[1])
+    place = np.array([index, domain, position], dtype=np.int64).view(np.uint64)
+    return _mixed(_mixed(content) + _factors(3) @ place)
+
+
+@functools.cache
+def _factors(length):
+    numbers = np.arange(1, length + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    return _mixed(numbers) | np.uint64(1)
+
+
+def _mixed(x):
+    """The finaliser of splitmix64: a bijection of u64 in which every bit of the input counts."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -8,6 +8,7 @@ scores   two vectors whatever K, twice the gradients: s and the full score, but 
 from typing import NamedTuple
 
 MODES = ("full", "sharded", "scores")  # from the most lavish to the most frugal
+GPU, SPARE = 80e9, 40e9  # bytes of a large GPU, and half of it, which auto may take where all is free
 VERIFYING = 12  # vectors that the first probe of method exact holds while it verifies itself
 
 
@@ -61,17 +62,33 @@ def _parts(memory, domains, method, metric, ranks, low_precision):
     return 2 * domains, constant
 
 
-def choose(wish, bytes_of, free, ranks):
-    """The mode of MODES that this rank would take: `wish` itself, or for "auto" the first that fits
-    in half of `free`.
+def choose(wish, load, ranks):
+    """The mode of MODES that a run takes: `wish` itself, or for "auto" the first that fits; where
+    none does, the leanest, and of equals the one that measures more.
 
-    bytes_of: bytes of each mode; free: bytes; ranks: data-parallel ranks. With one rank there is
-    nothing to share.
+    load: by mode, vectors as a part of the memory that they may take, the most of any rank; one
+    that fits is at most 1. ranks: data-parallel ranks; with one there is nothing to share.
     """
     if wish != "auto":
         return "full" if wish == "sharded" and ranks == 1 else wish
-    fitting = [mode for mode in ("full", "sharded") if bytes_of[mode] <= free / 2]
-    return next((mode for mode in fitting if mode == "full" or ranks > 1), "scores")
+    possible = [mode for mode in MODES if mode != "sharded" or ranks > 1]
+    fitting = [mode for mode in possible if load[mode] <= 1]
+    return fitting[0] if fitting else min(possible, key=lambda mode: load[mode])
+
+
+def warning(bytes_of):
+    """What is wrong with a probe of these bytes a rank, by mode that the run may take; None where
+    the leanest fits beside training.
+    """
+    mode, least = min(bytes_of.items(), key=lambda found: found[1])
+    if least <= SPARE:
+        return None
+    other = "" if len(bytes_of) > 1 else "write memory: auto, "
+    return (
+        f"probe.memory: {mode} needs {in_units(least)} a rank, and a GPU of {in_units(GPU)} has "
+        f"{in_units(SPARE)} for it at most; {other}share the model among more ranks "
+        "(--tensor-model-parallel-size), or use ZeRO 3"
+    )
 
 
 def in_units(count):

@@ -26,6 +26,7 @@ WAYS = ("hold", "linear", "cosine")
 SCALE = {"": 0, "k": 3, "M": 6, "G": 9, "B": 9, "T": 12}
 BARS = " ▁▂▃▄▅▆▇█"
 TOLERANCE = 1e-6
+MOST_ROUNDING = 1e-3  # beyond it a sum is a slip, however few the digits
 BUDGET_TOLERANCE = 0.01
 
 
@@ -81,12 +82,22 @@ def _point(row, at, names, samples, seq_length) -> Point:
         weights = np.array([float(row[name]) for name in names])
     except ValueError as error:
         raise ValueError(f"{error}; write a number for each domain") from error
-    if not (weights >= 0).all() or abs(math.fsum(weights) - 1) > TOLERANCE:
-        raise ValueError(f"weights {weights.tolist()}; write numbers >= 0 that sum to 1")
+    total = math.fsum(weights)
+    told = [row[name] for name in names]
+    if not (np.isfinite(weights) & (weights >= 0)).all() or abs(total - 1) > _rounding(told):
+        raise ValueError(f"weights {weights.tolist()} sum to {total:.6g}; write numbers >= 0 that sum to 1")
     then = (row.get("then") or "hold").strip()
     if then not in WAYS:
         raise ValueError(f"then: {then}; write one of {', '.join(WAYS)}")
-    return Point(_sample(at.strip(), samples, seq_length), weights / math.fsum(weights), then)
+    return Point(_sample(at.strip(), samples, seq_length), weights / total, then)
+
+
+def _rounding(written) -> float:
+    """How far from 1 the sum of weights may be that were rounded to the digits in which they are
+    `written`.
+    """
+    halves = [Decimal(5).scaleb(Decimal(text.strip()).as_tuple().exponent - 1) for text in written]
+    return min(float(sum(halves)) + TOLERANCE, MOST_ROUNDING)
 
 
 def _sample(at: str, samples: int, seq_length: int) -> int:

@@ -26,7 +26,6 @@ class Host(torch.nn.Linear):
         ({"context_parallel_size": 2}, "context parallelism"),
         ({"num_moe_experts": 4}, "mixture of experts"),
         ({"fp8": "hybrid"}, "FP8"),
-        ({"use_flash_attn": True}, "flash attention"),
     ],
 )
 def test_what_has_no_second_derivative_is_refused_by_name(switches, text):

@@ -18,10 +18,10 @@ sys.path[:0] = [str(HERE.parent / "support"), str(HERE.parent.parent)]
 
 import flow_jobs
 
-from megatron_commute.hook import WATCH_EVERY
 from megatron_commute.settings.rates import RateSchedule, rates
 
 LIMIT = 100.0  # microseconds a step
+WATCH_EVERY = 10  # steps between log lines, with which the control file is looked at
 COLUMNS = ("steps", "domains", "every", "decisions", "start_ms", "decision_ms", "flow_us_a_step", "hold_us_a_step",
            "watch_us_a_step", "below_100_us")  # fmt: skip
 

@@ -16,7 +16,7 @@ from megatron_commute.data.indexed import domain_datasets
 from megatron_commute.data.sampler import MixedDataset
 from megatron_commute.mixture import Mixture
 from megatron_commute.record import log as record
-from megatron_commute.record.tally import sample_hash
+from megatron_commute.record.tally import sample_hashes
 
 PROBE = "probe: {samples: 16, splits: 4, method: %s, metric: %s}"
 
@@ -147,7 +147,8 @@ def test_what_was_drawn_is_what_the_log_says(runs, folder):
     for line in (line for line in lines if line["event"] == "loss"):
         for domain, position in zip(*stream.take(line["sample"] - samples), strict=True):
             tokens = data[int(domain), int(position)]["tokens"].numpy()
-            fingerprint = (fingerprint + sample_hash(samples, domain, position, tokens)) % 2**64
+            (code,) = sample_hashes(*([part] for part in (samples, domain, position)), tokens[None])
+            fingerprint = (fingerprint + int(code)) % 2**64
             samples += 1
         assert list(line["served"].values()) == stream.served.tolist()
         assert line["fingerprint"] == f"{fingerprint:016x}"

@@ -154,6 +154,7 @@ def chosen(monkeypatch, vectors_free, ranks_=1, **settings):
         (19.9, 3, "sharded", "(2K+1)/3+5"),
         (14.6, 3, "scores", "6"),  # 2 x 7.33 vectors are needed
         (0, 1, "scores", "6"),
+        (1, 64, "sharded", "(2K+1)/64+5"),  # nothing fits: the leanest is not the one that measures less
     ],
 )
 def test_auto_takes_what_fits_in_half_of_the_free_memory(monkeypatch, free, ranks_, mode, words):

@@ -39,6 +39,14 @@ ROWS = (  # layout, method, compared with: the single process in the same precis
     ("tp2", "fused", "single"),
     ("checkpointing", "fused", "single"),
     ("bf16-zero1", "fused", "bf16-single"),
+    ("fp16", "difference", "fp16-single"),
+    ("fp16-pp2", "difference", "fp16-single"),
+    ("fp16", "exact", "fp16-single"),
+    ("fp16", "fused", "fp16-single"),
+    ("flash", "difference", "bf16-single"),
+    ("flash-pp2", "difference", "bf16-single"),
+    ("flash", "exact", "bf16-single"),
+    ("flash", "fused", "bf16-single"),
 )
 LIMITS = {"difference": 1e-4, "exact": 1e-5, "fused": 1e-5}  # float32 on any processor
 ORACLE = {"difference": "difference", "exact": "exact", "fused": "exact"}  # the method of the single process

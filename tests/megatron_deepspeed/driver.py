@@ -2,7 +2,7 @@
 
     python driver.py TREE JOBS.json
 
-JOBS.json is a list of {"script", "argv", "ranks", "out", "fault"}; every rank writes OUT/rankR.json (what it saw) and
+JOBS.json is a list of {"script", "argv", "ranks", "out", "fault", "words_of_ranks"}; the last {rank: {old word: new one}}; every rank writes OUT/rankR.json (what it saw) and
 OUT/rankR.log (what it printed). The driver looks over the host's shoulder only: it changes no number.
 """
 
@@ -20,6 +20,10 @@ import types
 import warnings
 import zlib
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
+import counting
+import half_precision_kernel
 
 LIMIT = float(os.environ.get("DRIVER_LIMIT", "240"))  # seconds for one job
 
@@ -97,11 +101,18 @@ def child(tree, job, rank, port):
             LOCAL_SIZE=str(job["ranks"]), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo",
         )  # fmt: skip
         os.chdir(tree)
-        sys.argv = [job["script"], f"--local_rank={rank}", *job["argv"]]
+        own = job.get("words_of_ranks", {}).get(str(rank), {})
+        sys.argv = [job["script"], f"--local_rank={rank}", *(own.get(word, word) for word in job["argv"])]
         seen = {"losses": [], "grad_norms": [], "delivered": [], "valid": []}
         watch(seen)
         if job.get("seeded"):
             seed_models()
+        if job.get("counted"):
+            count_collectives(seen)
+        if "--fp16" in job["argv"]:
+            half_precision_kernel.let_cpu_train_in_fp16()
+        if "--use-flash-attn-v2" in job["argv"]:
+            half_precision_kernel.install()
         with inject(job.get("fault"), rank):
             runpy.run_path(job["script"], run_name="__main__")
         Path(job["out"], f"rank{rank}.json").write_text(json.dumps(seen))
@@ -153,6 +164,20 @@ def watch(seen):
 
     training.training_log, training.train, training.evaluate = noted, trained, evaluated
     BlendableDataset.__getitem__ = lambda self, i: {**item(self, i), "position": self.dataset_sample_index[i]}
+
+
+def count_collectives(seen):
+    """Note after every step, before the host's log, how many collectives this rank has made since the first."""
+    from megatron import training
+
+    log, counted, seen["collectives"] = training.training_log, counting.collectives(), []
+    found = counted.__enter__()
+
+    def noted(*args, until_the_process_ends=counted, **named):
+        seen["collectives"].append(len(found))
+        return log(*args, **named)
+
+    training.training_log = noted
 
 
 def seed_models():

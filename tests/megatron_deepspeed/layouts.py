@@ -28,7 +28,10 @@ class Layout(NamedTuple):
 
 TENSOR = "--tensor-model-parallel-size"
 BF16 = {"bf16": {"enabled": True}}
+# begins with a scale that overflows, and tries a larger one every third step
+FP16 = {"fp16": {"enabled": True, "initial_scale_power": 24, "loss_scale_window": 3, "hysteresis": 1}}
 PLAIN = "--no-pipeline-parallel"
+FLASH = "--use-flash-attn-v2"
 LAYOUTS = {
     "zero0": Layout(0, extra=PLAIN),
     "zero1": Layout(1, extra=PLAIN),
@@ -50,6 +53,15 @@ LAYOUTS = {
     "pp2-dp2": Layout(1, 4, "--pipeline-model-parallel-size 2"),
     "tp2-dp2": Layout(1, 4, f"{PLAIN} {TENSOR} 2"),
     "bf16-rope": Layout(1, 2, f"{PLAIN} --bf16 --use-rotary-position-embeddings", BF16),
+    "flash": Layout(1, extra=f"{PLAIN} --bf16 {FLASH}", config=BF16),
+    "flash-single": Layout(1, 1, f"{PLAIN} --bf16 {FLASH}", BF16),
+    "flash-pp2": Layout(1, extra=f"--pipeline-model-parallel-size 2 --bf16 {FLASH}", config=BF16),
+    "fp16": Layout(1, extra=f"{PLAIN} --fp16", config=FP16),
+    "fp16-single": Layout(1, 1, f"{PLAIN} --fp16", FP16),
+    "fp16-pp2": Layout(1, extra="--pipeline-model-parallel-size 2 --fp16", config=FP16),
+    "sequence-parallel": Layout(1, extra=f"{PLAIN} {TENSOR} 2 --sequence-parallel"),
+    "sequence-parallel-pipe": Layout(1, extra=f"{TENSOR} 2 --sequence-parallel --no-position-embedding"),
+    "tp2-pipe": Layout(1, extra=f"{TENSOR} 2 --no-position-embedding"),
     "workers2": Layout(1, extra=f"{PLAIN} --num-workers 2"),
 }
 

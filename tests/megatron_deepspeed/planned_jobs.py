@@ -15,8 +15,9 @@ class Jobs:
         self.trees, self.data, self.folder = matrix.trees(scratch), matrix.prepare(scratch), folder
         self.layout, self.planned = layout, {}
 
-    def add(self, name, *more, hooked=True, load=None, fault=None, words=None):
-        """load: the job whose checkpoint is loaded from a copy of its folder; words: {old flag and value: new ones}."""
+    def add(self, name, *more, hooked=True, load=None, fault=None, words=None, **of_job):
+        """load: the job whose checkpoint is loaded from its folder; words: {old flag and value: new ones}; of_job: more
+        entries of driver.py's job."""
         out = self.folder / name
         argv = layouts.flags(self.layout, self.data, out / "save", *more, *STILL)
         if load:
@@ -26,7 +27,7 @@ class Jobs:
             assert old in argv
             argv = argv.replace(old, new)
         job = {"script": f"{self.trees[hooked]}/pretrain_gpt.py", "argv": argv.split(), "out": str(out)}
-        self.planned[name] = {**job, "ranks": layouts.LAYOUTS[self.layout].ranks, "fault": fault}
+        self.planned[name] = {**job, "ranks": layouts.LAYOUTS[self.layout].ranks, "fault": fault, **of_job}
 
     def mixture(self, mode, every):
         """A mixture file of `matrix.prepare` with another interval of probes."""

@@ -3,7 +3,9 @@
 import agreement
 import layouts
 import matrix
+import numpy as np
 import pytest
+from planned_jobs import Jobs
 
 CLAIMS = [name for name in matrix.COLUMNS if name not in ("layout", "ranks", "flags", "probes")]
 
@@ -18,3 +20,27 @@ def test_the_plug_in_watches_feeds_and_resumes(scratch, name):
 def test_all_layouts_measure_the_same_criterion(scratch):
     wrong = [row for row in agreement.rows(scratch) if not row["within"]]
     assert not wrong
+
+
+@pytest.mark.parametrize("layout", ["zero1", "pp2", "tp2"])
+def test_a_step_off_interval_makes_no_collective_of_its_own(scratch, tmp_path, layout):
+    """As many as the host alone, but for a log line's one, with which the control file is due before the next step."""
+    here = Jobs(scratch, tmp_path, layout)
+    short = ("--exit-interval", "10")
+    here.add("stock", *short, hooked=False, counted=True)
+    here.add("shadow", "--commute", here.mixture("shadow", 10), *short, counted=True)
+    seen = here.run()
+    for alone, watched in zip(seen["stock"], seen["shadow"], strict=True):
+        without, own = (np.diff(rank["collectives"]) for rank in (alone, watched))
+        assert without.min() > 0 and len(own) == 9
+        assert (own - without).tolist() == [
+            0,
+            0,
+            0,
+            1,
+            1,
+            0,
+            0,
+            0,
+            0,
+        ]  # steps 2 to 10; the log line is of step 5

@@ -37,7 +37,7 @@ def test_a_plain_run_passes(tmp_path):
         ("--random-ltd", {"random_ltd": True}),
         ("--rampup-batch-size", {"rampup_batch_size": ["8", "8", "100"]}),
         ("--dataloader-type cyclic", {"dataloader_type": "cyclic"}),
-        ("--fp16", {"fp16": True}),
+        ("--fp16-lm-cross-entropy", {"fp16_lm_cross_entropy": True}),
         ("--variable-seq-lengths", {"variable_seq_lengths": True}),
         ("--num-layers-per-virtual-pipeline-stage", {"virtual_pipeline_model_parallel_size": 2}),
         ("--enable-zbh1-pipeline", {"enable_zbh1_pipeline": True}),

@@ -103,3 +103,23 @@ def test_faults_of_the_plug_in_s_own_never_touch_training(jobs, layout):
     for words in ("the decision log could not be written", "the report was not written", "losses of domains are not seen",
                   "samples are not checked", "NO STATE OF --commute IN THIS CHECKPOINT", "no more scalars"):  # fmt: skip
         assert words in told, words
+
+
+def test_a_run_branches_into_another_folder(jobs):
+    """--load A --save B, twice: training is that of a run that went on in A, the record of B begins where it came from."""
+    here = jobs("zero1")
+    file = ("--commute", here.data / "fixed.yaml")
+    here.add("whole", *file)
+    here.add("a", *file, *CUT)
+    here.add("b", *file, "--exit-interval", "15", load="a")
+    words = {f"--save {here.folder}/again": f"--save {here.folder}/b"}
+    here.add("again", *file, load="b", words=words)
+    seen = here.run()
+    assert [r["model"] for r in seen["again"]] == [r["model"] for r in seen["whole"]]
+    found, whole = here.record("b"), here.record("whole")
+    assert found[0]["event"] == "start" and found[0]["sample"] == 80
+    source = here.folder / "a/save"
+    assert found[0]["news"] == [f"branched at sample 80 from {source}, whose record has what came before"]
+    assert found[1:] == [line for line in whole[1:] if line["step"] > 10 or line["event"] == "end"]
+    assert here.record("a")[-1]["left"]["samples"] == 80
+    assert f"note: branched at sample 80 from {source}" in here.log("b")

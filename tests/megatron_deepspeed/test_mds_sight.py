@@ -10,7 +10,7 @@ import torch
 
 from megatron_commute import reduce
 from megatron_commute.adapters.megatron_deepspeed.sight import Sight
-from megatron_commute.record.tally import Tally, sample_hash
+from megatron_commute.record.tally import Tally, sample_hashes
 
 TEXT = torch.arange(12).reshape(2, 6)
 LOSSES = torch.tensor([[1.0, 2.0, 3.0], [5.0, 7.0, 9.0]])
@@ -96,14 +96,16 @@ def two_stages(rank):
     )
     losses = np.array([1.0, 2.0, 4.0, 3.0])
     tally.add(8, DOMAINS, POSITIONS, losses if rank else None, None if rank else TOKENS)
+    tally.settle()
     return tally.state_dict(), tally.means()
 
 
 def test_the_tally_adds_what_several_ranks_see():
     whole = Tally(domains=2, global_batch=4, micro_batch=2, data_rank=0, data_size=1, group=None)
     whole.add(8, DOMAINS, POSITIONS, np.array([1.0, 2.0, 4.0, 3.0]), TOKENS)
-    rows = zip(range(8, 12), DOMAINS, POSITIONS, TOKENS, strict=True)
+    whole.settle()
+    hashes = sample_hashes(np.arange(8, 12), DOMAINS, POSITIONS, TOKENS)
     told = [(whole.state_dict(), whole.means())] * 2
-    assert told[0][0]["fingerprint"] == f"{sum(sample_hash(*row) for row in rows) % 2**64:016x}"
+    assert told[0][0]["fingerprint"] == f"{sum(hashes.tolist()) % 2**64:016x}"
     assert told[0][1] == [2.0, 3.0]
     assert ranks.run(two_stages, 2) == told

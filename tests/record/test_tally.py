@@ -4,9 +4,12 @@ import json
 
 import numpy as np
 import ranks
+import torch
 
 from megatron_commute import reduce
-from megatron_commute.record.tally import Tally, sample_hash
+from megatron_commute.record.tally import Tally, sample_hashes
+
+M64 = 2**64
 
 K, BATCH, MICRO, STEPS, LENGTH = 3, 8, 2, 5, 7
 
@@ -26,6 +29,7 @@ def feed(tally, steps, mine):
     for step in steps:
         domains, positions, losses, tokens = stream(step)
         tally.add(step * BATCH, domains, positions, losses[mine], tokens[mine])
+    tally.settle()
 
 
 def two_ranks(rank):
@@ -75,25 +79,97 @@ def test_a_checkpoint_between_two_log_lines_changes_nothing():
     assert second.state_dict() == alone().state_dict() and second.means() == alone().means()
 
 
+def mixed(x):
+    """The finaliser of splitmix64 (Steele, Lea, Flood 2014) in plain integers."""
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % M64
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB % M64
+    return x ^ (x >> 31)
+
+
+def hashed(index, domain, position, tokens):
+    """A sample's hash by its definition, one number after the other."""
+    factors = [mixed((i + 1) * 0x9E3779B97F4A7C15 % M64) | 1 for i in range(max(3, len(tokens)))]
+    content = sum(f * int(t) for f, t in zip(factors, tokens, strict=False)) % M64
+    place = sum(f * int(part) for f, part in zip(factors, (index, domain, position), strict=False))
+    return mixed((mixed(content) + place) % M64)
+
+
 def test_the_fingerprint_is_the_sum_of_the_samples_in_any_order():
     total = 0
     for step in reversed(range(STEPS)):
         domains, positions, _, tokens = stream(step)
         for i in reversed(range(BATCH)):
-            total += sample_hash(step * BATCH + i, domains[i], positions[i], tokens[i])
+            total += hashed(step * BATCH + i, domains[i], positions[i], tokens[i])
     assert alone().fingerprint == total % 2**64 == alone(micro=4).fingerprint
 
 
 def test_the_hash_tells_place_origin_and_content_apart():
-    base = (5, 1, 17, np.arange(4))
-    others = [
+    rows = [
+        (5, 1, 17, np.arange(4)),
         (6, 1, 17, np.arange(4)),
         (5, 2, 17, np.arange(4)),
         (5, 1, 18, np.arange(4)),
-        (5, 1, 17, np.arange(1, 5)),
     ]
-    assert len({sample_hash(*row) for row in [base, *others]}) == 5
-    assert sample_hash(*base) == sample_hash(5, np.int64(1), np.int64(17), np.arange(4, dtype=np.int32))
+    rows += [(5, 1, 17, np.arange(1, 5)), (5, 1, 17, np.arange(4)[::-1]), (1, 5, 17, np.arange(4))]
+    index, domain, position, tokens = (np.array(part) for part in zip(*rows, strict=True))
+    found = sample_hashes(index, domain, position, tokens)
+    assert len(set(found.tolist())) == len(rows)
+    assert (sample_hashes(index, domain, position, tokens.astype(np.uint16)) == found).all()
+
+
+def test_one_token_of_a_million_changes_the_fingerprint():
+    tokens = np.random.default_rng(0).integers(50000, size=(64, 128))
+    place = np.arange(64)
+    sums = {int(sample_hashes(place, place, place, tokens).sum())}
+    for change in range(300):
+        other = tokens.copy()
+        other[change % 64, (7 * change) % 128] += 1 + change
+        sums.add(int(sample_hashes(place, place, place, other).sum()))
+    assert len(sums) == 301
+
+
+def four_ranks(rank, cuts):
+    """Losses that are no multiples of anything, settled at other steps."""
+    tally = Tally(
+        domains=K, global_batch=BATCH, micro_batch=1, data_rank=rank, data_size=4, group=reduce.everyone()
+    )
+    for step in range(STEPS):
+        domains, positions, _, tokens = stream(step)
+        losses = np.random.default_rng([step, 9]).exponential(3.0, size=BATCH)
+        tally.add(step * BATCH, domains, positions, torch.from_numpy(losses[tally.mine]), tokens[tally.mine])
+        if step in cuts:
+            tally.settle()
+    tally.settle()
+    return tally.state_dict()
+
+
+def test_where_it_is_settled_changes_no_bit():
+    plain, cut = ranks.run(four_ranks, 4, ()), ranks.run(four_ranks, 4, (0, 1, 3))
+    assert plain == cut and all(state == plain[0] for state in plain)
+    expected = np.zeros(K)
+    for step in range(STEPS):
+        np.add.at(expected, stream(step)[0], np.random.default_rng([step, 9]).exponential(3.0, size=BATCH))
+    np.testing.assert_allclose(np.array(plain[0]["losses"])[:, 0], expected, atol=STEPS * BATCH * 2.0**-33)
+
+
+def test_steps_send_nothing_and_a_settled_tally_neither():
+    """Of two ranks, one message for each time that something was noted."""
+    assert ranks.run(messages, 2) == [[0, 1, 1]] * 2
+
+
+def messages(rank):
+    tally = Tally(
+        domains=K, global_batch=BATCH, micro_batch=MICRO, data_rank=rank, data_size=2, group=reduce.everyone()
+    )
+    counts = []
+    reduce.traffic.reset()
+    for step in range(STEPS):
+        domains, positions, losses, tokens = stream(step)
+        tally.add(step * BATCH, domains, positions, losses[tally.mine], tokens[tally.mine])
+    for settle in (lambda: None, tally.settle, tally.settle):
+        settle()
+        counts.append(sum(calls for calls, _ in reduce.traffic.by_kind.values()))
+    return counts
 
 
 def test_a_loss_that_is_not_finite_is_no_reason_to_stop():
@@ -101,5 +177,6 @@ def test_a_loss_that_is_not_finite_is_no_reason_to_stop():
     tally.add(
         0, np.array([0, 1]), np.array([0, 0]), np.array([np.nan, 2.0]), np.zeros((2, 3), dtype=np.int64)
     )
+    tally.settle()
     means = tally.means()
     assert np.isnan(means[0]) and means[1:] == [2.0, None]

@@ -96,7 +96,6 @@ def test_file_that_does_not_fit_the_run(tmp_path, content, message):
     [
         ({"data_parallel": 3}, "--global-batch-size: 8 is not divisible by --micro-batch-size 2 x data-parallel size 3 = 6; write 12, or start another number of ranks"),
         ({"train_iters": 0}, "--train-iters: got 0; write a positive number"),
-        ({"prefetched": 8}, "mixture.yaml: lead: the default of 4 global batches, 32 samples, is less than the 36 samples that the data loaders read ahead; write 36 or more, or start fewer --num-workers"),
     ],
 )  # fmt: skip
 def test_run_that_does_not_fit(tmp_path, change, message):

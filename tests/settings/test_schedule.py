@@ -31,6 +31,23 @@ def test_points_in_samples_tokens_and_parts(written):
     ]
 
 
+@pytest.mark.parametrize("rounded", ["0.33334,0.66667", "0.333,0.666", "0.49999,0.5", "3.3334e-1,0.66667"])
+def test_weights_rounded_to_their_digits_are_scaled_to_1(written, rounded):
+    (point,) = written(f"sample,en,de\n0,{rounded}\n")
+    one, two = (float(text) for text in rounded.split(","))
+    assert one + two != 1 and point.weights.sum() == pytest.approx(1, abs=1e-15)
+    assert point.weights[0] / point.weights[1] == pytest.approx(one / two, rel=1e-15)
+
+
+@pytest.mark.parametrize(
+    "wrong", ["0.33334,0.66668", "0.3,0.6", "0.51,0.5", "inf,0.5", "nan,0.5", "0.333333,0.66666"]
+)
+def test_a_sum_beyond_rounding_is_refused_and_told(written, wrong):
+    total = sum(float(text) for text in wrong.split(","))
+    with pytest.raises(ValueError, match=rf":2: weights \[.*\] sum to {total:.6g}; write numbers >= 0"):
+        written(f"sample,en,de\n0,{wrong}\n")
+
+
 def test_the_plain_table_of_samples_is_a_schedule(written):
     points = written("sample,en,de\n0,0.5,0.5\n300,1,0\n")
     assert schedule.changes(points, 8)[0][0] == 0
@@ -77,7 +94,7 @@ def test_before_the_first_point_the_runs_own_weights_hold(written):
         ("at,en,de\n", "no points; write a row such as 0,hold,0.5,0.5"),
         ("at,en,de\n0,1\n", ":2: the row has not as many columns"),
         ("at,en,de\n0,x,1\n", ":2: .*write a number for each domain"),
-        ("at,en,de\n0,0.5,0.4\n", r":2: weights \[0.5, 0.4\]; write numbers >= 0 that sum to 1"),
+        ("at,en,de\n0,0.5,0.4\n", r":2: weights \[0.5, 0.4\] sum to 0.9; write numbers >= 0 that sum to 1"),
         ("at,en,de\n0,nan,1\n", "write numbers >= 0"),
         ("at,then,en,de\n0,jump,0,1\n", "then: jump; write one of hold, linear, cosine"),
         ("at,en,de\n0,0,1\n0%,1,0\n", ":3: 0% is sample 0; write points that rise"),

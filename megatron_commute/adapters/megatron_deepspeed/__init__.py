@@ -46,21 +46,26 @@ def pretrain(
             args = get_args()
             if args.commute is not None:
                 wrapped.enter_context(restart.explained(args.rank, args.world_size, args.load))
-                run = wrapped.enter_context(TrainingRun(get_args()).installed(training))
+                run = wrapped.enter_context(TrainingRun(args, forward_step_func).installed(training))
             return result
 
         wrapped.enter_context(replaced(training, initialize_megatron=initialised))
-        result = training.pretrain(
-            train_valid_test_dataset_provider,
-            model_provider,
-            model_type,
-            forward_step_func,
-            process_non_loss_data_func=process_non_loss_data_func,
-            extra_args_provider=provider,
-            args_defaults=args_defaults,
-            data_post_process=data_post_process,
-            external_args=external_args,
-        )
+        try:
+            result = training.pretrain(
+                train_valid_test_dataset_provider,
+                model_provider,
+                model_type,
+                forward_step_func,
+                process_non_loss_data_func=process_non_loss_data_func,
+                extra_args_provider=provider,
+                args_defaults=args_defaults,
+                data_post_process=data_post_process,
+                external_args=external_args,
+            )
+        except SystemExit as end:  # the host's way to end by --exit-interval and its kin
+            if run is not None and not end.code:
+                run.finish()
+            raise
         if run is not None:
             run.finish()
     return result

@@ -5,14 +5,15 @@ import dataclasses
 import sys
 
 from megatron_commute.adapters import megatron_core
+from megatron_commute.adapters.megatron_deepspeed import attention
 
 
 def probe_model(engine, micro_batch, method):
     """The Model of the model under `engine`: a GPTModel under ZeRO stage 0 to 3, or a GPTModelPipe.
 
     micro_batch: sequences of one forward pass; method: of the configuration. Activation
-    checkpointing is off while a probe runs. Raises ValueError where method, model and engine do not
-    go together.
+    checkpointing is off while a probe runs, and attention is torch's own. Raises ValueError where
+    method, model and engine do not go together.
     """
     from deepspeed.runtime.pipe.engine import PipelineEngine
 
@@ -20,9 +21,11 @@ def probe_model(engine, micro_batch, method):
     if not staged and engine.zero_optimization_stage() < 3:
         model = megatron_core.probe_model(engine, micro_batch, method, mean_loss)
 
+        twice = method == "exact"
+
         @contextlib.contextmanager
         def silent(method):
-            with own_rotation(), model.quiet(method):
+            with own_rotation(), attention.in_float32(engine.module, twice), model.quiet(method):
                 yield
 
         return dataclasses.replace(model, quiet=silent)
@@ -35,7 +38,10 @@ def probe_model(engine, micro_batch, method):
 
     @contextlib.contextmanager
     def quiet():
-        with own_rotation(), megatron_core.in_float32(module), megatron_core.without_recomputing(module):
+        with contextlib.ExitStack() as rest:
+            rest.enter_context(own_rotation())
+            for change in (attention.in_float32, megatron_core.in_float32, megatron_core.without_recomputing):
+                rest.enter_context(change(module))
             yield
 
     if staged:
@@ -85,40 +91,45 @@ def _counted_here(params):
     return [first or getattr(p, "tensor_model_parallel", False) for p in params]
 
 
-def _masked(tokens):
+def _masked(tokens, without_mask=False):
     """(inputs, labels, attention mask, which tokens count, positions) of tokens i64[b, s + 1], as
     pretrain_gpt.py makes them, without its broadcast: every rank draws the same tokens itself.
+    without_mask: None for the attention mask.
     """
     from megatron import get_args, get_tokenizer
     from megatron.utils import get_ltor_masks_and_position_ids
 
     args = get_args()
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    attention, counted, positions = get_ltor_masks_and_position_ids(
+    mask, counted, positions = get_ltor_masks_and_position_ids(
         inputs,
         get_tokenizer().eod,
         args.reset_position_ids,
         args.reset_attention_mask,
         args.eod_mask_loss,
-        args.use_flash_attn or args.use_flash_attn_triton,
+        without_mask,
     )
-    return inputs, labels, attention, counted, positions
+    return inputs, labels, mask, counted, positions
 
 
 def pipeline_batch(tokens):
     """What get_batch_pipe of pretrain_gpt.py makes of tokens i64[b, s + 1]: first inputs, last
     labels.
     """
-    inputs, labels, attention, counted, positions = _masked(tokens)
-    return (inputs, positions, attention), (labels, counted)
+    inputs, labels, mask, counted, positions = _masked(tokens)
+    return (inputs, positions, mask), (labels, counted)
 
 
 def mean_loss(module, tokens):
     """Mean loss in nats per token that counts, as pretrain_gpt.py takes it; tokens: i64[b, s + 1]
     on any device.
     """
-    inputs, labels, attention, counted, positions = _masked(tokens.to(next(module.parameters()).device))
-    found = module(inputs, positions, attention, labels=labels)
+    from megatron import get_args
+
+    flash = get_args().use_flash_attn or get_args().use_flash_attn_triton
+    tokens = tokens.to(next(module.parameters()).device)
+    inputs, labels, mask, counted, positions = _masked(tokens, without_mask=flash)
+    found = module(inputs, positions, mask, labels=labels)
     losses = found[0] if isinstance(found, tuple) else found
     counted = counted.reshape(losses.shape).to(losses.dtype)
     return (losses * counted).sum() / counted.sum()
@@ -138,14 +149,16 @@ def decoupled_decay(engine, weight_decay):
     return 0.0 if isinstance(inner, torch.optim.SGD) else weight_decay
 
 
-def learning_rate(scheduler, global_batch, seq_length):
-    """step -> rate of that step (0-based) by Megatron's scheduler, which stays as it is."""
+def learning_rate(scheduler, global_batch, seq_length, behind=lambda: 0):
+    """step -> rate of that step (0-based) by Megatron's scheduler, which stays as it is. behind: ()
+    -> samples of steps that it has not counted, as their update was left out.
+    """
     import copy
 
     def rate(step):
         there = copy.copy(scheduler)
-        there.num_steps = step * global_batch
-        there.num_tokens = there.num_steps * seq_length
+        there.num_steps = max(0, step * global_batch - behind())
+        there.num_tokens = step * global_batch * seq_length
         return float(there.get_lr())
 
     return rate

@@ -32,7 +32,8 @@ _FLAGS = (
     (
         "--sequence-parallel",
         lambda a: _on(a, "sequence_parallel"),
-        "probes have not been checked with activations that are split over tensor-parallel ranks",
+        "this host splits sequences twice, so that a GPTModel ends in its first forward pass, and in "
+        "pipelines leaves gradients of norms apart on each rank, so that there is no one model to measure",
         "drop it",
     ),
     (
@@ -66,11 +67,10 @@ _FLAGS = (
         "drop it",
     ),
     (
-        "--fp16",
-        lambda a: _on(a, "fp16"),
-        "its dynamic loss scale skips steps whose samples are consumed nevertheless, and "
-        "probes have not been checked with it",
-        "train with --bf16",
+        "--fp16-lm-cross-entropy",
+        lambda a: _on(a, "fp16_lm_cross_entropy"),
+        "probes run in float32, which it refuses",
+        "drop it",
     ),
     (
         "--variable-seq-lengths",
@@ -128,6 +128,21 @@ _FLAGS = (
         "write --data-impl mmap",
     ),
 )
+
+
+_SUPPORTED = "pretrain_gpt.py"
+_OTHER_SCRIPTS = ("pretrain_bert.py", "pretrain_t5.py")
+
+
+def refuse_script(forward_step):
+    """Raise ConfigError for the host's scripts of other models; forward_step: the script's own. A
+    script of the user's is taken for one like pretrain_gpt.py.
+    """
+    script = Path(getattr(getattr(forward_step, "__code__", None), "co_filename", "")).name
+    if script in _OTHER_SCRIPTS:
+        raise ConfigError(
+            f"--commute: {script} is not supported, probes know the loss of a GPT alone; use {_SUPPORTED}"
+        )
 
 
 def refuse(args, feeds=False):

@@ -6,14 +6,16 @@ import contextlib
 import json
 import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from megatron_commute import reduce
-from megatron_commute.adapters import megatron_core, torch_loop
+from megatron_commute.adapters import alike, megatron_core, torch_loop
+from megatron_commute.adapters.megatron_deepspeed import length
 from megatron_commute.adapters.megatron_deepspeed import model as models
-from megatron_commute.adapters.megatron_deepspeed.refusals import refuse
+from megatron_commute.adapters.megatron_deepspeed.refusals import refuse, refuse_script
 from megatron_commute.adapters.megatron_deepspeed.sight import Sight, harmless
 from megatron_commute.config import ConfigError, Run
 from megatron_commute.data import blend, takeover
@@ -72,26 +74,30 @@ class TrainingRun:
     megatron.training's functions.
     """
 
-    def __init__(self, args):
+    def __init__(self, args, forward_step):
         self.args = args
+        # of record and report; beside the mixture file where no checkpoints are kept
+        self.folder = args.save or str(Path(f"{args.commute}.run").resolve())
         self.kept = self.hook = self.engine = self.scheduler = self.valid = None
-        self.plugin = _agreed(self._read)
+        self.plugin, facts = _agreed(lambda: self._read(forward_step))
+        _or_exit(lambda: alike.refuse_unlike(facts), args.commute)
         self.sight = self.host = None
 
-    def _read(self):
+    def _read(self, forward_step):
         args = self.args
-        iters = args.train_iters or (args.train_samples or 0) // args.global_batch_size
+        refuse_script(forward_step)
         run = Run(
             seq_length=args.seq_length,
             global_batch=args.global_batch_size,
             micro_batch=args.micro_batch_size,
             data_parallel=args.data_parallel_size,
-            train_iters=iters,
+            train_iters=length.steps_of_run(args),
             prefetched=2 * args.num_workers,
         )
-        plugin = _Plugin(args.commute, run, args.train_data_path or args.data_path or ())
+        flag = "--train-data-path" if args.train_data_path else "--data-path"
+        plugin = _Plugin(args.commute, run, args.train_data_path or args.data_path or (), flag)
         refuse(args, plugin.feeds)
-        return plugin
+        return plugin, alike.facts(plugin.config)
 
     @contextlib.contextmanager
     def installed(self, training):
@@ -131,6 +137,7 @@ class TrainingRun:
 
         def saved(folder, tag=None, client_state=None, *rest, **named_too):
             state = dict(client_state or {})
+            self.hook.settle()  # travels, so it is no part of what may fail on one rank alone
             with harmless("NO STATE OF --commute IN THIS CHECKPOINT, do not resume from it"):
                 state[KEY] = json.dumps(self.hook.state_dict())
             return save(folder, tag, state, *rest, **named_too)
@@ -175,24 +182,33 @@ class TrainingRun:
         )
         self.sight = Sight(*(first_shard and end for end in ends))
         consumed = args.consumed_train_samples or args.iteration * args.global_batch_size
+        # samples of steps that were left out, which the scheduler does not count
+        self.behind = max(0, consumed - self.scheduler.num_steps) if args.fp16 else 0
         decay = models.decoupled_decay(self.engine, args.weight_decay)
         if args.weight_decay and not decay:
             print_rank_0(
                 "note: this optimiser adds its weight decay to the gradient, where probes do not see it"
             )
 
+        if not args.save:
+            print_rank_0(f"no --save: the decision log and its report will lie in {self.folder}")
+
         def attached():
+            length.refuse_other_end(args, self.plugin.run.train_iters, consumed)
             return self.plugin.attach(
                 self._model(),
                 groups,
-                args.save or ".",
-                models.learning_rate(self.scheduler, args.global_batch_size, args.seq_length),
+                self.folder,
+                models.learning_rate(
+                    self.scheduler, args.global_batch_size, args.seq_length, lambda: self.behind
+                ),
                 decay,
                 vocab_size=args.padded_vocab_size,
                 state=self.kept if consumed else None,
                 consumed=consumed,
                 accept=args.commute_accept,
                 take_over=args.commute_attach,
+                origin=args.load,
                 say=print_rank_0,
                 listeners=self._scalars(),
             )
@@ -237,6 +253,9 @@ class TrainingRun:
                 sight.forward_step(forward_step), sight.over(batches), model, *rest
             )
         self.hook.end(sight.sequence_losses(count), sight.tokens(count), self._delivered())
+        if skipped := result[1]:  # the loss scale was too large: the samples are consumed all the same
+            self.hook.tally.skipped += skipped
+            self.behind += self.args.global_batch_size
         done = step + 1
         evaluates = self.args.do_valid and self.args.eval_interval and done % self.args.eval_interval == 0
         if done % self.args.log_interval == 0 and not evaluates:
@@ -281,6 +300,7 @@ class TrainingRun:
                 sight.sequence_losses(sum(len(b["text"]) for b in sight.batches)),
             )
             if losses is not None and len(self.valid) == K and (found is not None or K == 1):
+                losses = losses.cpu().numpy()
                 domain = found[0] if found is not None else np.zeros(len(losses), dtype=np.int64)
                 sums[:] = np.bincount(domain, losses, K), np.bincount(domain, minlength=K)
         sums = reduce.sum_of_numbers(sums, self.hook.groups.world)
@@ -289,16 +309,16 @@ class TrainingRun:
         self.hook.log_losses(iteration, valid or None)
 
     def finish(self):
-        """After a run that went to its end: the closing line, the report and its table."""
+        """After the last step of this job: the closing line, the report and its table."""
         from megatron import print_rank_0
 
         args = self.args
-        if self.hook is None or args.iteration < self.plugin.run.train_iters:
+        if self.hook is None:
             return
-        self.hook.finish(args.iteration)
+        self.hook.finish(args.iteration, length.going_on(args))
         if reduce.rank() == 0:
             try:
-                print_rank_0(self.plugin.summary(args.save or "."))
+                print_rank_0(self.plugin.summary(self.folder))
             except Exception as fault:  # training is complete and saved: its exit status is not ours to spoil
                 print_rank_0(f"the report was not written: {type(fault).__name__}: {fault}")
 

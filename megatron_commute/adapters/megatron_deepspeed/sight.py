@@ -88,29 +88,28 @@ class Sight:
             module.loss_fn = reduced
 
     def _keep(self, losses, mask):
-        """Mean loss f64[b] of every sequence over the tokens that count; mask: () -> tensor or
-        None.
-        """
+        """Losses per token [b, s] and which of them count; mask: () -> tensor or None."""
         if not self.last or not torch.is_tensor(losses) or losses.dim() != 2:
             return
         tells, self.last = self.last, False
         with harmless("losses of domains are not seen by this rank from here on"):
-            losses, mask = losses.detach().double(), mask()
-            if torch.is_tensor(mask) and mask.numel() == losses.numel():
-                mask = mask.detach().reshape(losses.shape).double()
-                self.losses.append((losses * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1))
-            else:
-                self.losses.append(losses.mean(dim=1))
+            losses, mask = losses.detach(), mask()
+            known = torch.is_tensor(mask) and mask.numel() == losses.numel()
+            mask = mask.detach().reshape(losses.shape) if known else torch.ones_like(losses)
+            self.losses.append((losses, mask))
             self.last = tells
 
     def sequence_losses(self, count):
-        """f64[count] of this step in the order trained, None where another rank tells them or they
-        could not be seen.
+        """f64[count] of this step in the order trained, the mean of every sequence over its tokens
+        that count, a tensor on its device; None where another rank tells them or they could not be
+        seen.
         """
-        if not self.last or not self.losses:
+        if not self.last or sum(len(losses) for losses, _ in self.losses) != count or not count:
             return None
-        losses = torch.cat(self.losses).cpu().numpy()
-        return losses if len(losses) == count else None
+        # once a step, however many micro-batches it has
+        losses, mask = (torch.cat(parts) for parts in zip(*self.losses, strict=True))
+        total = (losses * mask).sum(dim=1, dtype=torch.float64)
+        return total / mask.sum(dim=1, dtype=torch.float64).clamp_(min=1)
 
     def tokens(self, count):
         """i64[count, s + 1] of this step, None where another rank tells them."""

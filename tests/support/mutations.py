@@ -155,7 +155,8 @@ def quotes(raw, rng):
 
 def encoding(raw, rng):
     text = raw.decode("utf-8", "replace")
-    return text.encode(rng.choice(["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "cp037"]))
+    names = ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "cp037"]
+    return text.encode(rng.choice(names), "replace")
 
 
 def line_ends(raw, rng):

@@ -18,8 +18,6 @@ class Family:
     of their parameters}.
     """
 
-    prefix: str
-    # of all names but the output layer's
     first: dict
     # modules before the layers
     layers: str
@@ -34,7 +32,6 @@ class Family:
 
 FAMILIES = {
     "gpt2": Family(
-        prefix="transformer.",
         first={"embedding.word_embeddings": ["wte"], "embedding.position_embeddings": ["wpe"]},
         layers="h",
         layer={
@@ -55,7 +52,6 @@ FAMILIES = {
         },
     ),
     "llama": Family(
-        prefix="model.",
         first={"embedding.word_embeddings": ["embed_tokens"]},
         layers="layers",
         layer={

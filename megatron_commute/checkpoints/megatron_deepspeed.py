@@ -12,6 +12,7 @@ import types
 
 from megatron_commute.checkpoints.checkpoint import Checkpoint
 from megatron_commute.checkpoints.files import CheckpointError, load
+from megatron_commute.checkpoints.names import unwrapped
 from megatron_commute.checkpoints.parallel import merged
 from megatron_commute.checkpoints.zero import layout, rank_state
 
@@ -165,8 +166,8 @@ def _of_stage(layers, state):
 
 def _name(name, files, size, folder):
     """megatron-core's name of a parameter of GPTModel or GPTModelPipe."""
-    rest = re.sub(r"^(tied_modules\.embed\.|language_model\.)", "", name)
-    if name.startswith("tied_modules."):
+    rest = re.sub(r"^(tied_modules\.embed\.|language_model\.)", "", unwrapped(name))
+    if unwrapped(name).startswith("tied_modules."):
         rest = f"embedding.{rest}"
     rest = re.sub(r"^encoder\.", "", rest)
     layer = None

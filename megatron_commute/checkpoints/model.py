@@ -9,7 +9,7 @@ import types
 import torch
 
 from megatron_commute.adapters import fused, megatron_core, torch_loop, twice_differentiable
-from megatron_commute.checkpoints.files import CheckpointError
+from megatron_commute.checkpoints.files import CheckpointError, reading
 
 
 class LoadedModel:
@@ -28,7 +28,8 @@ class LoadedModel:
             "bf16": False,
         }
         flags = types.SimpleNamespace(**{**vars(checkpoint.arguments), **plain})
-        self.module = megatron_core.gpt_model(flags, self.vocabulary)
+        with reading(checkpoint.folder):
+            self.module = megatron_core.gpt_model(flags, self.vocabulary)
         if checkpoint.tanh:
             for module in self.module.modules():
                 if hasattr(module, "activation_func"):

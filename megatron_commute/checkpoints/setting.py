@@ -126,7 +126,7 @@ def setting(checkpoint, data, asked):
         samples, splits = config.probe.samples, config.probe.splits
         most = min(len(parts.gradients), 2 * len(parts.direction)) // splits * splits
         if samples > most or sequences_drawn(config.probe)["direction"] > len(parts.direction):
-            raise CheckpointError(
+            raise ConfigError(
                 f"--samples {samples}: the holdout of {name} has {held} sequences; write {most} or less, or "
                 "name a longer holdout file"
             )
@@ -198,7 +198,7 @@ def _compare_with_run(plugin, plan, checkpoint):
         return notes
     names = state["ledger"]["names"]
     if list(names) != list(plan.names):
-        raise CheckpointError(
+        raise ConfigError(
             f"{checkpoint.folder}: its run has the domains {', '.join(names)}, --data names "
             f"{', '.join(plan.names)}; name the run's own mixture file"
         )
@@ -214,7 +214,7 @@ def _check_vocabulary(config, plan, run, checkpoint, vocabulary):
         said = data_summary(domain.path).vocab_size
         padded = said is not None and vocabulary == rows > said  # Hugging Face says the rows alone
         if said is not None and vocabulary is not None and said != vocabulary:
-            raise CheckpointError(
+            raise ConfigError(
                 f"{config.file}: {domain.path[0]}.json says a vocabulary of {said}, the model has one of "
                 f"{vocabulary}; prepare the data with the model's tokenizer"
                 + (", or, where its rows are padded, name vocab_size with --arguments" if padded else "")
@@ -224,4 +224,4 @@ def _check_vocabulary(config, plan, run, checkpoint, vocabulary):
         for k in range(len(plan.names)):
             draw("gradient", k, np.arange(config.probe.samples))
     except ValueError as fault:
-        raise CheckpointError(f"{config.file}: {fault}") from None
+        raise ConfigError(f"{config.file}: {fault}") from None

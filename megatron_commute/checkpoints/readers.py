@@ -20,5 +20,10 @@ def read(folder, extra=None):
                 found = pretrain_gpt.read(folder, files, extra or {})
             else:
                 found = megatron_deepspeed.read(folder, files)
+        named = checkpoint_files.iteration(folder, found.iteration)
+        if found.iteration != named:
+            raise checkpoint_files.CheckpointError(
+                f"{folder}: says step {found.iteration}, its name {named}; give the folder its own name"
+            )
         check(found)
     return found

@@ -3,6 +3,7 @@ analysis works on.
 """
 
 import dataclasses
+import math
 import types
 
 from megatron_commute.checkpoints.files import CheckpointError, whole_step
@@ -69,21 +70,28 @@ def check(checkpoint):
     """Raises CheckpointError for flags of no model, before one of their size is built, and for a
     plug-in state that this version does not read.
     """
-    flags, where = checkpoint.arguments, checkpoint.folder
-    whole_step(checkpoint.iteration, where)
-    for name in COUNTS:
-        value = getattr(flags, name)
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
+    whole_step(checkpoint.iteration, checkpoint.folder)
+    check_flags(checkpoint.arguments, checkpoint.folder)
+    _check_sizes(checkpoint)
+    _check_state(checkpoint)
+
+
+def check_flags(flags, where):
+    """Raises CheckpointError, naming `where`, for flags that no model has."""
+    finer = [name for name in ("num_query_groups", "kv_channels") if getattr(flags, name, None) is not None]
+    for name in [*COUNTS, *finer]:
+        value, most = getattr(flags, name), 2**16 if name == "num_layers" else 2**31
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < most:
             raise CheckpointError(
                 f"{where}: its flags say {name} {str(value)[:40]}, which no model has; leave the checkpoint "
                 "out, or correct --arguments"
             )
-    for name in ("num_query_groups", "kv_channels"):
+    for name in FINER:
         value = getattr(flags, name, None)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        if value is not None and (not isinstance(value, int | float) or not 0 <= value < math.inf):
             raise CheckpointError(
-                f"{where}: its flags say {name} {str(value)[:40]}, which no model has; leave the checkpoint "
-                "out, or correct --arguments"
+                f"{where}: its flags say {name} {str(value)[:40]}, which is no number of a model; leave the "
+                "checkpoint out, or correct --arguments"
             )
     for name, known in WORDS.items():
         if getattr(flags, name) not in known:
@@ -91,8 +99,6 @@ def check(checkpoint):
                 f"{where}: its flags say {name} {str(getattr(flags, name))[:40]}; the analysis reads "
                 f"{' or '.join(map(str, known))}, correct --arguments"
             )
-    _check_sizes(checkpoint)
-    _check_state(checkpoint)
 
 
 def _check_sizes(checkpoint):

@@ -9,7 +9,9 @@ import argparse
 import contextlib
 import json
 import re
+import struct
 import warnings
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -208,7 +210,10 @@ def load(path):
         raise CheckpointError(f"{path}: is missing, or no regular file; copy the whole folder")
     try:
         with torch.serialization.safe_globals([argparse.Namespace, *_STAND_INS, *_NUMPY]), _in_silence():
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=_zipped(path))
+            mapped = _zipped(path)
+            if mapped:
+                _require_records(path)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as fault:
         told = str(fault).strip()
         if name := re.search(r"GLOBAL (\S+)", told):
@@ -221,6 +226,22 @@ def load(path):
         raise CheckpointError(
             f"{path}: damaged or cut off ({first}); copy it again, or leave the checkpoint out"
         ) from None
+
+
+def _require_records(path):
+    """Raises where a record of a file of torch does not lie where its directory says: torch checks
+    headers when it copies a record, and not when it maps it.
+    """
+    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+        records = sorted(archive.infolist(), key=lambda record: record.header_offset)
+        ends = [record.header_offset for record in records[1:]] + [archive.start_dir]
+        for record, end in zip(records, ends, strict=True):
+            archive.open(record).close()  # its magic and its name
+            file.seek(record.header_offset + 26)
+            begin = file.tell() + 4 + sum(struct.unpack("<HH", file.read(4)))
+            # a descriptor of 16 or 24 bytes may follow
+            if record.compress_type or not 0 <= end - begin - record.file_size <= 24:
+                raise ValueError(f"record {record.filename[:80]!r} lies elsewhere than its directory says")
 
 
 # what Python, numpy and torch raise at content of another type, length or size than was expected

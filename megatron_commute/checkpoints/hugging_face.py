@@ -13,7 +13,7 @@ import torch
 
 from megatron_commute.checkpoints import hugging_face_models as models
 from megatron_commute.checkpoints import names
-from megatron_commute.checkpoints.checkpoint import Checkpoint
+from megatron_commute.checkpoints.checkpoint import Checkpoint, check_flags
 from megatron_commute.checkpoints.files import CheckpointError, files, iteration, load, read_json
 from megatron_commute.checkpoints.zero import corrected_moments, coupled_decay, rank_state
 
@@ -36,6 +36,7 @@ def read(folder, extra):
     config = models.configuration(folder)
     family, step = models.FAMILIES[config["model_type"]], iteration(folder, extra.get("iteration", 0))
     flags = _arguments(folder, config, step, extra)
+    check_flags(flags, folder)
     parts = dict(models.parts(family, flags))
     zero = _under_deepspeed(folder, step)
     stored = _weights(folder, {} if zero is None else zero.parameters)

@@ -13,7 +13,7 @@ import types
 from megatron_commute.checkpoints.checkpoint import Checkpoint
 from megatron_commute.checkpoints.files import CheckpointError, load
 from megatron_commute.checkpoints.names import unwrapped
-from megatron_commute.checkpoints.parallel import merged
+from megatron_commute.checkpoints.parallel import merged, refuse_other_steps
 from megatron_commute.checkpoints.zero import layout, rank_state
 
 _PARTS = {
@@ -66,6 +66,7 @@ def read(folder, files):
         own = layers[rank % size] if layers else None
         own_files = _of_stage(own, load(files.model[rank])) if own else None
         held = rank_state(files, rank, own_files)
+        refuse_other_steps([state, held.state], folder)
         arguments.weight_decay = 0.0 if held.coupled else arguments.weight_decay
         names = {name: _name(name, files, size, folder) for name in {**held.parameters, **held.decays}}
         # the last stage's copy of the embeddings comes after the first's, which alone has seen

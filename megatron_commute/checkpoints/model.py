@@ -61,6 +61,12 @@ class LoadedModel:
                     f"{checkpoint.folder}: {name} is not finite; the run had diverged, leave the checkpoint "
                     "out"
                 )
+            moment = None if checkpoint.moments is None else checkpoint.moments.get(name, p[:0])
+            if moment is not None and (moment.shape != p.shape or not bool((moment >= 0).all())):
+                raise CheckpointError(
+                    f"{checkpoint.folder}: the second moments of {name} have shape {tuple(moment.shape)} or "
+                    "negative numbers; copy its optimiser states again, or write --metric identity"
+                )
         with torch.no_grad():
             for name, p in own.items():
                 p.copy_(given[name])

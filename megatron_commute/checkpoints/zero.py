@@ -53,8 +53,8 @@ def rank_state(files, rank, module=None):
             return _of_stage_3(files, rank, own)
     path = files.model[rank]
     state = load(path)
-    module = _plain(_expected(state, "module", path)) if module is None else module
     with reading(path):
+        module = _plain(_expected(state, "module", path)) if module is None else module
         _require_shards(path, state, own)
     if own:
         shards = [(own[data], load(own[data])) for data in sorted(own)]
@@ -63,7 +63,7 @@ def rank_state(files, rank, module=None):
     else:
         with reading(path):
             inner = state.get("optimizer") or {}
-            moments, decays = _of_whole(inner, module)
+            moments, decays = _of_whole(inner, module, path)
             _refuse_other_step([(path, step) for step in _steps(inner, path)], state, path)
     return RankState(
         parameters=module, moments=moments, decays=decays, state=state, coupled=coupled_decay(inner)
@@ -122,6 +122,8 @@ def _plain(module, prefix=""):
         if isinstance(value, dict):
             found |= _plain(value, f"{prefix}{name}.")
         elif torch.is_tensor(value):
+            if value.layout != torch.strided or value.is_complex() or value.is_quantized:
+                raise ValueError(f"{prefix}{name} is sparse, complex or quantised")
             found[f"{prefix}{name}"] = value
     return found
 
@@ -230,13 +232,13 @@ def _joined(pieces, shapes, path):
     return found
 
 
-def _of_whole(optimizer, module):
+def _of_whole(optimizer, module, path):
     """(moments, decays) from an optimiser that is not sharded: its states in the order of its
     groups.
     """
     if not optimizer or not optimizer.get("state"):
         return None, {}
-    groups, states = _groups(optimizer, "the model states")
+    groups, states = _groups(optimizer, path)
     by_decay = [[name for name, p in module.items() if (p.dim() > 1) == decayed] for decayed in (True, False)]
     order = [name for names in by_decay for name in names]
     numbers = [number for group in groups for number in group["params"]]
@@ -247,7 +249,7 @@ def _of_whole(optimizer, module):
     for name, number in zip(order, numbers, strict=True):
         group = of_number[number]
         decays[name] = bool(group.get("weight_decay"))
-        found = corrected_moments(states.get(number, {}), group, "the model states")
+        found = corrected_moments(states.get(number, {}), group, path)
         if found is None or found.shape != module[name].shape:
             return None, {}
         moments[name] = found

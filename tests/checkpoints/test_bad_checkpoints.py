@@ -61,7 +61,7 @@ BAD = {
     "its flags say normalization BatchNorm; the analysis reads LayerNorm or RMSNorm": flags(
         normalization="BatchNorm"
     ),
-    "lacks decoder.layers.999999.*": flags(num_layers=10**6),
+    "lacks decoder.layers.9999.*": flags(num_layers=10**4),
     "embedding.word_embeddings.weight has shape": flags(hidden_size=2**20, num_attention_heads=1),
     "its state of the plug-in is of another version": of_model(commute='{"version": 1}'),
     "its state of the plug-in cannot be read (": plugin(lambda said: said["mixture"].update(version=99)),

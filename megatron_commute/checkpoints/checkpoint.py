@@ -21,6 +21,7 @@ COUNTS = (
     "num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "seq_length",
     "max_position_embeddings",
 )  # fmt: skip
+OF_A_RUN = ("global_batch_size", "micro_batch_size", "train_iters", "vocab_size")
 # flag: the values that gpt_model knows
 WORDS = {
     "normalization": ("LayerNorm", "RMSNorm"), "swiglu": (False, True),
@@ -84,6 +85,17 @@ def check_flags(flags, where):
         if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < most:
             raise CheckpointError(
                 f"{where}: its flags say {name} {str(value)[:40]}, which no model has; leave the checkpoint "
+                "out, or correct --arguments"
+            )
+    for name in OF_A_RUN:  # 0 and None say nothing
+        value = getattr(flags, name, None)
+        if (
+            isinstance(value, bool)
+            or not isinstance(value or 1, int | float)
+            or not 0 <= (value or 1) < 2**63
+        ):
+            raise CheckpointError(
+                f"{where}: its flags say {name} {str(value)[:40]}, which no run has; leave the checkpoint "
                 "out, or correct --arguments"
             )
     for name in FINER:

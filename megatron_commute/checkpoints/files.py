@@ -7,7 +7,6 @@ need not be imported.
 
 import argparse
 import contextlib
-import json
 import re
 import struct
 import warnings
@@ -17,6 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+
+from megatron_commute.data.tokenizer_note import json_value
 
 _STEP = re.compile(r"(?:global_step|iter_|checkpoint-)(\d+)")
 _OPTIMIZER = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
@@ -89,7 +90,8 @@ def series(paths, unnamed=0):
             raise CheckpointError(
                 f"{path}: no such folder; name a --save folder or a checkpoint such as global_step1000"
             )
-        inside = [path] if _step(path) is not None else [p for p in path.iterdir() if p.is_dir()]
+        with reading(path):
+            inside = [path] if _step(path) is not None else [p for p in path.iterdir() if p.is_dir()]
         steps = {folder: _step(folder) for folder in inside}
         chosen = {folder: step for folder, step in steps.items() if step is not None}
         if not chosen and hugging_face(path):
@@ -143,7 +145,7 @@ def whole_step(step, where):
 def read_json(path):
     """The object in a JSON file. Raises CheckpointError for a damaged one."""
     try:
-        found = json.loads(_bytes(path))
+        found = json_value(small_file(path))
         if not isinstance(found, dict):
             raise ValueError("it is no object")
     except (OSError, ValueError, RecursionError) as fault:
@@ -152,7 +154,7 @@ def read_json(path):
     return found
 
 
-def _bytes(path):
+def small_file(path):
     """Content of a small file, and of nothing that would be waited for or has no end."""
     if not Path(path).is_file():
         raise OSError(0, "it is no regular file")

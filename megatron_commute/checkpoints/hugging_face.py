@@ -14,8 +14,8 @@ import torch
 from megatron_commute.checkpoints import hugging_face_models as models
 from megatron_commute.checkpoints import names
 from megatron_commute.checkpoints.checkpoint import Checkpoint, check_flags
-from megatron_commute.checkpoints.files import CheckpointError, files, iteration, load, read_json
-from megatron_commute.checkpoints.zero import corrected_moments, coupled_decay, rank_state
+from megatron_commute.checkpoints.files import CheckpointError, files, iteration, load, read_json, reading
+from megatron_commute.checkpoints.zero import corrected_moments, coupled_decay, rank_state, steps_done
 
 # what leads names of both families, of the base model and of what it was saved within
 LEADING = ("transformer.", "model.")
@@ -48,7 +48,8 @@ def read(folder, extra):
             decays = _tied(decays, parts)
         flags.weight_decay = 0.0 if zero.coupled else getattr(flags, "weight_decay", 0.0)
     else:
-        moments, decays = _of_optimizer(folder / "optimizer.pt", weights, flags)
+        with reading(folder / "optimizer.pt"):
+            moments, decays = _of_optimizer(folder / "optimizer.pt", weights, flags, step)
     return Checkpoint(
         folder=str(folder),
         iteration=step,
@@ -199,7 +200,7 @@ def _fitting(folder, weights, parts, config):
     return {name: weights[name] for name in expected}
 
 
-def _of_optimizer(path, weights, flags):
+def _of_optimizer(path, weights, flags, step):
     """(second moments {name: tensor} or None, whether weight decay acts {name: bool}) of Trainer's
     AdamW over `weights`, and its decay into `flags`; (None, {}) without it and for states in an
     order that is not known.
@@ -213,6 +214,12 @@ def _of_optimizer(path, weights, flags):
     if not isinstance(stored, dict) or "param_groups" not in stored:
         return None, {}
     groups, states, order = stored["param_groups"], stored["state"], list(weights)
+    done = max(steps_done(stored, path), default=0)
+    if step and done > step:  # fewer are possible: half precision leaves steps out
+        raise CheckpointError(
+            f"{path}: its optimiser has done {done:g} steps, {path.parent.name} is of step {step}; parts of "
+            "different checkpoints, copy the whole folder"
+        )
     if len(groups) == 2:
         order = [
             name for matrices in (True, False) for name in order if (weights[name].dim() > 1) == matrices

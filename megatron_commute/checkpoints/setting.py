@@ -3,15 +3,14 @@ data fit together.
 """
 
 import dataclasses
-import json
-from pathlib import Path
 
 import numpy as np
 
 from megatron_commute.adapters import torch_loop
-from megatron_commute.checkpoints.files import CheckpointError
+from megatron_commute.checkpoints.files import CheckpointError, small_file
 from megatron_commute.config import Config, ConfigError, Plan, Run
 from megatron_commute.data.indexed import data_summary, drawer
+from megatron_commute.data.tokenizer_note import json_value
 from megatron_commute.mixture import Mixture
 from megatron_commute.settings.probe_cost import holdout_parts, sequences_drawn
 
@@ -79,12 +78,13 @@ def extra_flags(asked):
     if asked.arguments is None:
         return {}
     try:
-        found = json.loads(Path(asked.arguments).read_text(encoding="utf-8"))
+        found = json_value(small_file(asked.arguments))
         if not isinstance(found, dict):
             raise ValueError("it is no object")
-    except (OSError, ValueError) as fault:
+    except (OSError, ValueError, RecursionError) as fault:
+        told = getattr(fault, "strerror", None) or " ".join(str(fault).split())[:160]
         raise CheckpointError(
-            f"--arguments {asked.arguments}: {fault}; write a JSON object of flags"
+            f"--arguments {asked.arguments}: {told}; write a JSON object of flags"
         ) from None
     return found
 

@@ -64,7 +64,7 @@ def rank_state(files, rank, module=None):
         with reading(path):
             inner = state.get("optimizer") or {}
             moments, decays = _of_whole(inner, module, path)
-            _refuse_other_step([(path, step) for step in _steps(inner, path)], state, path)
+            _refuse_other_step([(path, step) for step in steps_done(inner, path)], state, path)
     return RankState(
         parameters=module, moments=moments, decays=decays, state=state, coupled=coupled_decay(inner)
     )
@@ -85,7 +85,7 @@ def _require_shards(path, state, own):
             )
 
 
-def _steps(inner, path):
+def steps_done(inner, path):
     """Steps that an optimiser's state dict has done: one number for each of its states."""
     groups, states = _groups(inner, path) if inner else ([], {})
     of_groups = [group["step"] for group in groups if "step" in group]
@@ -172,7 +172,7 @@ def _of_fragments(shards, state, module):
                     "round_robin_gradients); write --metric identity"
                 )
             groups, states = _groups(inner, path)
-            steps += [(path, step) for step in _steps(inner, path)]
+            steps += [(path, step) for step in steps_done(inner, path)]
             masters = optimizer.get("single_partition_of_fp32_groups") or []
             for i, mapping in enumerate(mappings):
                 group = groups[i] if i < len(groups) else {}
@@ -277,7 +277,7 @@ def _of_stage_3(files, rank, own):
     steps = [
         (own[data], step)
         for data, inner in zip(sorted(own), inners, strict=True)
-        for step in _steps(inner, path)
+        for step in steps_done(inner, path)
     ]
     _refuse_other_step(steps, state, path)
     decays, moments = {}, {}

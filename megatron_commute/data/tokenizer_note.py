@@ -43,11 +43,20 @@ def tokenizer(prefix: str) -> Tokenizer | None:
     if len(raw) > LARGEST:
         raise DataError(f"{path} is larger than {LARGEST} bytes, so it names no tokenizer", CURE)
     try:
-        said = json.loads(raw)
+        said = json_value(raw)
     except (ValueError, RecursionError) as fault:
         first = str(fault).splitlines()[0][:160]
         raise DataError(f"{path} does not name a tokenizer (no JSON: {first})", CURE) from None
     return Tokenizer(str(prefix), *_checked(path, said))
+
+
+def json_value(raw: bytes):
+    """What JSON in any of Unicode's encodings says. ValueError and RecursionError for what is none,
+    and for text with halves of characters, which could not be printed again.
+    """
+    found = json.loads(raw.decode(json.detect_encoding(raw)))
+    json.dumps(found, ensure_ascii=False).encode()
+    return found
 
 
 def _checked(path: Path, said) -> tuple[str, int]:

@@ -2,18 +2,18 @@
 what torch, pydantic and transformers make of the same files."""
 
 import argparse
-import io
+import contextlib
 import json
-import types
-import warnings
 
 import mutations
 import pydantic_core
 import torch
+from mutation_structure import structure
 from mutations import Difference, Reader, require_line
 
 from megatron_commute.checkpoints.files import CheckpointError
 from megatron_commute.checkpoints.readers import read
+from megatron_commute.checkpoints.setting import Asked, extra_flags
 
 WIDTH, HEADS, INNER, WORDS, PLACES, STEP, BETA = 8, 2, 12, 20, 16, 8, 0.999
 FLAGS = {
@@ -258,105 +258,55 @@ def read_hugging_face(folder, kind):
     ]
     if found.iteration != STEP or any(theirs != ours for theirs, ours in pairs):
         raise Difference(f"(theirs, ours): {pairs}, step {found.iteration}")
-    theirs = {}
-    for name, p in model.named_parameters():
-        p = p.detach().t() if p.dim() == 2 and ".h." in name else p.detach()
-        if "c_attn" in name:
-            width = flags.hidden_size // flags.num_attention_heads
-            heads = range(flags.num_attention_heads)
-            p = torch.cat(
-                [p[kind * flags.hidden_size + head * width :][:width] for head in heads for kind in range(3)]
-            )
-        theirs[name] = p
-    ours = sorted(found.parameters.values(), key=lambda p: (tuple(p.shape), float(p.sum())))
-    theirs = sorted(theirs.values(), key=lambda p: (tuple(p.shape), float(p.sum())))
-    require_equal(dict(enumerate(ours)), dict(enumerate(theirs)), "parameters")
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    require_same_tensors(found.parameters, parameters, flags, "parameters")
+    if found.moments is not None:
+        stored = torch.load(place / "optimizer.pt", weights_only=False)
+        order = sorted(parameters, key=lambda name: parameters[name].dim() < 2)
+        numbered = [(number, group) for group in stored["param_groups"] for number in group["params"]]
+        order = order if len(stored["param_groups"]) == 2 else list(parameters)
+        pairs = zip(order, numbered, strict=True)
+        theirs = {name: second_moment(stored["state"][i], group) for name, (i, group) in pairs}
+        require_same_tensors(found.moments, theirs, flags, "second moments")
     return "same"
 
 
-# mutations of what stands in a file, beside those of its bytes
+def require_same_tensors(ours, theirs, flags, what):
+    """Vectors of GPT-2 as transformers keeps them, [in, out] and one kind after the other, and ours; names aside."""
+    arranged = []
+    for name, p in theirs.items():
+        p = p.t() if p.dim() == 2 and ".h." in name else p
+        if "c_attn" in name:
+            width, heads = flags.hidden_size // flags.num_attention_heads, range(flags.num_attention_heads)
+            p = torch.cat(
+                [p[kind * flags.hidden_size + h * width :][:width] for h in heads for kind in range(3)]
+            )
+        arranged.append(p)
+    pairs = [
+        sorted(some, key=lambda p: (tuple(p.shape), float(p.sum()))) for some in (ours.values(), arranged)
+    ]
+    require_equal(dict(enumerate(pairs[0])), dict(enumerate(pairs[1])), what)
 
 
-def structure(raw, rng):
-    """One value somewhere in a file of torch, of safetensors or of JSON replaced, taken away or exchanged."""
+# flags of --arguments
+
+
+def write_flags(folder):
+    (folder / "flags.json").write_text(json.dumps(FLAGS, indent=1))
+
+
+def read_flags(folder, known):
+    path = folder / "flags.json"
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return _structure(raw, rng)
-    except Exception:  # of a file that an earlier mutation has damaged, or a value that cannot be written
-        return mutations.flip(raw, rng)
-
-
-def _structure(raw, rng):
-    if raw[:2] == b"PK":
-        content, out = torch.load(io.BytesIO(raw), weights_only=False), io.BytesIO()
-        change(content, rng)
-        torch.save(content, out)
-        return out.getvalue()
-    if raw[:1] == b"{":
-        content = json.loads(raw)
-        change(content, rng)
-        return json.dumps(content).encode()
-    size = int.from_bytes(raw[:8], "little")
-    content = json.loads(raw[8 : 8 + size])
-    change(content, rng)
-    head = json.dumps(content).encode()
-    return len(head).to_bytes(8, "little") + head + raw[8 + size :]
-
-
-def places(node, found):
-    """(container, key) of everything within a nested structure."""
-    node = vars(node) if isinstance(node, types.SimpleNamespace | argparse.Namespace) else node
-    inside = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
-    for key, value in inside:
-        found.append((node, key))
-        places(value, found)
-    return found
-
-
-def change(content, rng):
-    every = places(content, [])
-    node, key = rng.choice(every)
-    way = rng.randrange(4)
-    if way == 0:
-        del node[key]
-    elif way == 1:
-        other, name = rng.choice(every)
-        node[key] = other[name]
-    elif torch.is_tensor(node[key]) and way == 2:
-        p = node[key]
-        ways = [
-            p.half(),
-            p.long(),
-            p.reshape(-1),
-            p[:1],
-            p[:0],
-            p * float("nan"),
-            p.to(torch.complex64),
-            -p,
-            p.double() + 1,
-        ]
-        node[key] = rng.choice([*ways, torch.tensor(3.0), p.to_sparse()]).clone()
-    elif isinstance(node[key], str) and way == 2 and node[key]:
-        name = rng.choice(sorted(mutations.TEXT))
-        node[key] = mutations.TEXT[name](node[key].encode(), rng).decode("utf-8", "replace")
-    else:
-        odd = [
-            None,
-            True,
-            "",
-            "many",
-            [],
-            {},
-            [1, 2],
-            {"a": 1},
-            0.5,
-            float("nan"),
-            float("inf"),
-            1e300,
-            10**40,
-        ]
-        node[key] = rng.choice([*odd, *mutations.HUGE])
+        found = extra_flags(Asked(arguments=str(path)))
+    except CheckpointError as fault:
+        return require_line(fault, path)
+    raw = path.read_bytes()
+    for encoding in ("utf-8-sig", "utf-16", "utf-32", "utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"):
+        with contextlib.suppress(ValueError):
+            if repr(pydantic_core.from_json(raw.decode(encoding))) == repr(found):
+                return "same"
+    raise Difference(f"{found} of {raw!r}")
 
 
 MUTATIONS = mutations.BYTES | {f"structure {n}": structure for n in range(16)}
@@ -368,4 +318,12 @@ KINDS = {
 READERS = [
     Reader(name=f"checkpoint of {name}", prepare=prepare, attempt=attempted, mutations=MUTATIONS)
     for name, (prepare, attempted) in KINDS.items()
+]
+READERS += [
+    Reader(
+        name="run flags",
+        prepare=write_flags,
+        attempt=read_flags,
+        mutations=mutations.TEXT | {"structure": structure},
+    )
 ]

@@ -100,7 +100,8 @@ def check_flags(flags, where):
             )
     for name in FINER:
         value = getattr(flags, name, None)
-        if value is not None and (not isinstance(value, int | float) or not 0 <= value < math.inf):
+        truth = isinstance(value, bool) and name != "use_rope_scaling"
+        if value is not None and (truth or not isinstance(value, int | float) or not 0 <= value < math.inf):
             raise CheckpointError(
                 f"{where}: its flags say {name} {str(value)[:40]}, which is no number of a model; leave the "
                 "checkpoint out, or correct --arguments"

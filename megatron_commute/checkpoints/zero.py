@@ -122,10 +122,14 @@ def _plain(module, prefix=""):
         if isinstance(value, dict):
             found |= _plain(value, f"{prefix}{name}.")
         elif torch.is_tensor(value):
-            if value.layout != torch.strided or value.is_complex() or value.is_quantized:
-                raise ValueError(f"{prefix}{name} is sparse, complex or quantised")
+            _require_dense(value, f"{prefix}{name}")
             found[f"{prefix}{name}"] = value
     return found
+
+
+def _require_dense(tensor, name):
+    if tensor.layout != torch.strided or tensor.is_complex() or tensor.is_quantized:
+        raise ValueError(f"{name} is sparse, complex or quantised")
 
 
 def _expected(content, key, path):
@@ -147,6 +151,7 @@ def corrected_moments(state, group, path):
         raise CheckpointError(f"{path}: its optimiser has done {step:g} steps; copy the file again")
     if "betas" not in group:
         raise CheckpointError(f"{path}: its optimiser names no betas; write --metric identity")
+    _require_dense(state["exp_avg_sq"], "exp_avg_sq")
     beta = group["betas"][1]
     if not 0 <= beta < 1:
         raise CheckpointError(f"{path}: its optimiser has a beta of {beta:g}; write --metric identity")

@@ -244,9 +244,13 @@ def read_hugging_face(folder, kind):
     if isinstance(found, str):
         return found
     said = pydantic_core.from_json((place / "config.json").read_bytes())
+    if type(said.get("layer_norm_epsilon")) is int:  # transformers wants 1.0 for 1
+        said["layer_norm_epsilon"] = float(said["layer_norm_epsilon"])
     # the rest of a configuration says nothing of the weights, and transformers is strict about its types
     config = kind.config_class(**{name: said[name] for name in SAID if name in said})
-    model, flags = kind.from_pretrained(place, config=config), found.arguments
+    config.save_pretrained(folder / "theirs")
+    (folder / "theirs" / "model.safetensors").symlink_to(place / "model.safetensors")
+    model, flags = kind.from_pretrained(folder / "theirs"), found.arguments
     pairs = [
         (config.n_layer, flags.num_layers),
         (config.n_embd, flags.hidden_size),

@@ -49,9 +49,9 @@ def main():
         table += own
         total = [sum(numbers) for numbers in zip(*(row[2:] for row in own), strict=True)]
         if len(table) == len(own) + 1:
-            print(f"{'reader':<30}{'mutation':<14}" + "".join(f"{name:>10}" for name in table[0][2:]))
+            print(f"{'reader':<34}{'mutation':<14}" + "".join(f"{name:>10}" for name in table[0][2:]))
         for row in [*own, [reader.name, "all", *total]]:
-            print(f"{row[0]:<30}{row[1]:<14}" + "".join(f"{number:>10}" for number in row[2:]), flush=True)
+            print(f"{row[0]:<34}{row[1]:<14}" + "".join(f"{number:>10}" for number in row[2:]), flush=True)
         faults += len(found.faults)
         if found.faults:
             print(found.told(), file=sys.stderr)

@@ -46,6 +46,7 @@ __all__ = [
     "probe_cost",
     "probe_steps",
     "resolve",
+    "wished_holdout",
 ]
 
 LARGEST_HOLDOUT = 0.2
@@ -139,6 +140,11 @@ def _check_run(run: Run) -> None:
         )
 
 
+def wished_holdout(config: Config, domain: Domain) -> int:
+    """Sequences held out at the end of a domain's own files."""
+    return domain.holdout or max(4 * config.probe.samples, 256)
+
+
 def _holdouts(config: Config, sequences: Sequence[int], apart: Sequence[int | None]) -> tuple[int, ...]:
     held = []
     for domain, total, separate in zip(config.domains, sequences, apart, strict=True):
@@ -151,7 +157,7 @@ def _holdouts(config: Config, sequences: Sequence[int], apart: Sequence[int | No
                 raise ValueError(f"{key}: names a file, its number of sequences is needed")
             count = separate
         else:
-            count = domain.holdout or max(4 * config.probe.samples, 256)
+            count = wished_holdout(config, domain)
             largest = int(total * LARGEST_HOLDOUT)
             if count > largest:
                 origin = "" if domain.holdout else "the default, "

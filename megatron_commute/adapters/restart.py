@@ -9,6 +9,7 @@ every rank keeps everything and no conversion is needed.
 
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import re
@@ -106,11 +107,40 @@ def saved(folder):
             f"{folder}: no checkpoint here, though `latest` names it; write another tag there, or name "
             "another --load"
         )
+    _require_shards(Path(folder), models, shards)
     return Saved(
         len({match[1] for match in shards}),
         len({match[1] for match in models}),
         any(match[0].startswith("zero_pp_rank_") for match in models),
     )
+
+
+def _require_shards(folder, models, shards):
+    """Raises RestartError, on every rank that looks, where an optimiser state is missing that the
+    model states say was saved: fewer files would pass for a job of fewer ranks.
+    """
+    first = folder / min(match[0] for match in models)
+    try:
+        with open(first, "rb") as file:
+            mapped = file.read(2) == b"PK"
+        state = torch.load(first, map_location="cpu", weights_only=False, mmap=mapped)
+        ranks = state["dp_world_size"] if shards or state.get("optimizer") is None else 0
+    except Exception as fault:  # whatever unpickling may raise
+        raise RestartError(
+            f"{first}: cannot be read ({type(fault).__name__}); copy the checkpoint again, or write an "
+            "earlier tag into `latest`"
+        ) from fault
+    prefix = shards[0][0].partition("zero_pp_rank_")[0] if shards else ""
+    for model, data in itertools.product(sorted({match[1] for match in models}), range(ranks)):
+        kinds = [f"{prefix}zero_pp_rank_{data}_mp_rank_{model}_optim_states.pt"]
+        if first.name.startswith("zero_pp_rank_"):
+            kinds.append(f"zero_pp_rank_{data}_mp_rank_{model}_model_states.pt")
+        for path in (folder / name for name in kinds):
+            if not path.exists():
+                raise RestartError(
+                    f"{path}: is missing, {ranks} data-parallel ranks saved this checkpoint; copy the whole "
+                    "folder from where it was saved, or write an earlier tag into `latest`"
+                )
 
 
 def choose(load, data, model, stage, convert=False, say=print):

@@ -18,7 +18,7 @@ from megatron_commute import reduce
 from megatron_commute.adapters.one_process import one_process
 from megatron_commute.checkpoints import analysis_record, results
 from megatron_commute.checkpoints.checkpoint import architecture, learning_rate
-from megatron_commute.checkpoints.files import CheckpointError, content, series
+from megatron_commute.checkpoints.files import CheckpointError, content, reading, series
 from megatron_commute.checkpoints.model import LoadedModel
 from megatron_commute.checkpoints.readers import read
 from megatron_commute.checkpoints.setting import Asked, asked, extra_flags, setting
@@ -67,8 +67,8 @@ def analyze(paths, data, out, wanted=None, say=print, bar=None):
     lines = analysis_record.reopen(log)
     left_out = []
     with one_process():
-        first, asked_for = _first(todo, data, wanted, extra, left_out, say)
-        work = _Work(checkpoint=first, setting=asked_for, log=log, say=say)
+        first, asked_for, loaded = _first(todo, data, wanted, extra, left_out, say)
+        work = _Work(checkpoint=first, loaded=loaded, setting=asked_for, log=log, say=say)
         lines = work.begin(lines)
         done = {line["step"]: line for line in lines if line["event"] == "probe"}
         for step, folder in todo:
@@ -86,16 +86,17 @@ def analyze(paths, data, out, wanted=None, say=print, bar=None):
 
 
 def _first(todo, data, wanted, extra, left_out, say):
-    """(the first checkpoint that can be read, its Setting); those before it go to left_out."""
+    """(the first checkpoint that can be analysed, its Setting, its LoadedModel); those before it go
+    to left_out.
+    """
     for step, folder in todo:
         try:
             found = read(folder, extra)
+            return found, setting(found, data, wanted), LoadedModel(found)
         except CheckpointError as fault:
             if len(todo) == 1:
                 raise
             _leave(left_out, step, folder, fault, say)
-            continue
-        return found, setting(found, data, wanted)
     raise CheckpointError(f"none of the checkpoints could be read: {left_out[0][1]}")
 
 
@@ -107,12 +108,12 @@ def _leave(left_out, step, folder, fault, say):
 class _Work:
     """The model that stands, and the record it is told to."""
 
-    def __init__(self, *, checkpoint, setting, log, say):
+    def __init__(self, *, checkpoint, loaded, setting, log, say):
         self.setting, self.log, self.say = setting, log, say
         config, plan, run = setting.config, setting.plan, setting.run
         self.architecture = architecture(checkpoint)
         size = checkpoint.bytes
-        self.loaded = LoadedModel(checkpoint)
+        self.loaded = loaded
         self.groups = reduce.Groups()
         self.model = self.loaded.probe_model(run.micro_batch, config.probe.method)
         chosen = probe.choose_memory(self.model, self.groups, config.probe, len(plan.names))
@@ -202,7 +203,11 @@ class _Work:
     def _probe(self, step, folder, found, begun, shown):
         setting, plan = self.setting, self.setting.plan
         sample = step * setting.run.global_batch
-        weights = self._weights(found, sample, folder)
+        with reading(folder):
+            weights = self._weights(found, sample, folder)
+            rate = learning_rate(found.arguments)
+            decay = float(getattr(found.arguments, "weight_decay", 0.0) or 0.0)
+            steps, times = windows(rate, step, setting.config.every, setting.run.train_iters)
         number = first_number(found.commute, step, setting.config.every)
         used = sequences_drawn(self.settings)
 
@@ -211,9 +216,6 @@ class _Work:
                 shown.update(len(numbers))
             return self.draw(part, domain, number * used[part] + numbers)
 
-        rate = learning_rate(found.arguments)
-        steps, times = windows(rate, step, setting.config.every, setting.run.train_iters)
-        decay = float(getattr(found.arguments, "weight_decay", 0.0) or 0.0)
         losses = self._losses(draw, used["direction"])
         measured = probe.measure(
             self.model,

@@ -7,20 +7,27 @@ need not be imported.
 
 import argparse
 import contextlib
-import json
 import re
+import struct
 import warnings
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from megatron_commute.data.tokenizer_note import json_value
+
 _STEP = re.compile(r"(?:global_step|iter_|checkpoint-)(\d+)")
 _OPTIMIZER = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 _MODEL = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 _SHARD = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt")
 _LAYER = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
+
+
+LARGEST_JSON = 64 << 20  # bytes; an index of shards has a line for each parameter
+LAST_STEP = 10**12  # beyond any run: what says more is damaged
 
 
 class CheckpointError(ValueError):
@@ -83,7 +90,8 @@ def series(paths, unnamed=0):
             raise CheckpointError(
                 f"{path}: no such folder; name a --save folder or a checkpoint such as global_step1000"
             )
-        inside = [path] if _step(path) is not None else [p for p in path.iterdir() if p.is_dir()]
+        with reading(path):
+            inside = [path] if _step(path) is not None else [p for p in path.iterdir() if p.is_dir()]
         steps = {folder: _step(folder) for folder in inside}
         chosen = {folder: step for folder, step in steps.items() if step is not None}
         if not chosen and hugging_face(path):
@@ -121,18 +129,40 @@ def iteration(folder, unnamed=0):
     named, state = _step(Path(folder)), Path(folder, "trainer_state.json")
     if named is not None or not state.is_file():
         return unnamed if named is None else named
-    return read_json(state).get("global_step", unnamed)
+    return whole_step(read_json(state).get("global_step", unnamed), state)
+
+
+def whole_step(step, where):
+    """`step` as an int. Raises CheckpointError, naming `where`, for what is no number of steps."""
+    if isinstance(step, bool) or not isinstance(step, int | float) or not 0 <= step <= LAST_STEP or step % 1:
+        raise CheckpointError(
+            f"{where}: says step {str(step)[:40]}, which is none of a run; give it the right one, or leave "
+            "the checkpoint out"
+        )
+    return int(step)
 
 
 def read_json(path):
     """The object in a JSON file. Raises CheckpointError for a damaged one."""
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        found = json_value(small_file(path))
         if not isinstance(found, dict):
             raise ValueError("it is no object")
-    except (OSError, ValueError) as fault:
-        raise CheckpointError(f"{path}: damaged ({fault}); copy it again") from None
+    except (OSError, ValueError, RecursionError) as fault:
+        told = getattr(fault, "strerror", None) or " ".join(str(fault).split())[:160]
+        raise CheckpointError(f"{path}: damaged ({told}); copy it again") from None
     return found
+
+
+def small_file(path):
+    """Content of a small file, and of nothing that would be waited for or has no end."""
+    if not Path(path).is_file():
+        raise OSError(0, "it is no regular file")
+    with open(path, "rb") as file:
+        content = file.read(LARGEST_JSON + 1)
+    if len(content) > LARGEST_JSON:
+        raise ValueError(f"it is larger than {LARGEST_JSON} bytes")
+    return content
 
 
 def files(folder):
@@ -163,21 +193,29 @@ def files(folder):
 
 
 def _holes(found):
-    """Pairs of ranks that the largest ones imply and that are not there."""
+    """Pairs of ranks that the largest ones imply and that are not there, one after the other: a
+    damaged name may imply very many.
+    """
     firsts = sorted({pair[0] for pair in found})
     seconds = range(1 + max((pair[1] for pair in found), default=-1))
     if firsts and "layer" not in next(iter(found.values())).name:
         firsts = range(1 + firsts[-1])
-    return [(first, second) for first in firsts for second in seconds if (first, second) not in found]
+    pairs = ((first, second) for first in firsts for second in seconds)
+    return (pair for pair in pairs if pair not in found)
 
 
 def load(path):
     """The content of one file on the CPU, mapped where the file allows it. Raises CheckpointError
     for a damaged file and for one that names classes which are not known to be harmless.
     """
+    if not Path(path).is_file():
+        raise CheckpointError(f"{path}: is missing, or no regular file; copy the whole folder")
     try:
         with torch.serialization.safe_globals([argparse.Namespace, *_STAND_INS, *_NUMPY]), _in_silence():
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=_zipped(path))
+            mapped = _zipped(path)
+            if mapped:
+                _require_records(path)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as fault:
         told = str(fault).strip()
         if name := re.search(r"GLOBAL (\S+)", told):
@@ -185,11 +223,48 @@ def load(path):
                 f"{path}: names {name[1]}, which is not among the harmless classes that are read; save the "
                 "checkpoint without it, or leave it out"
             ) from None
-        first = told.splitlines()[0][:160] if told else type(fault).__name__
+        first = " ".join(told.splitlines()[0].split())[:160] if told else type(fault).__name__
         first = "it cannot be unpickled" if first.startswith("Weights only") else first
         raise CheckpointError(
             f"{path}: damaged or cut off ({first}); copy it again, or leave the checkpoint out"
         ) from None
+
+
+def _require_records(path):
+    """Raises where a record of a file of torch does not lie where its directory says: torch checks
+    headers when it copies a record, and not when it maps it.
+    """
+    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+        records = sorted(archive.infolist(), key=lambda record: record.header_offset)
+        ends = [record.header_offset for record in records[1:]] + [archive.start_dir]
+        for record, end in zip(records, ends, strict=True):
+            archive.open(record).close()  # its magic and its name
+            file.seek(record.header_offset + 26)
+            begin = file.tell() + 4 + sum(struct.unpack("<HH", file.read(4)))
+            # a descriptor of 16 or 24 bytes may follow
+            if record.compress_type or not 0 <= end - begin - record.file_size <= 24:
+                raise ValueError(f"record {record.filename[:80]!r} lies elsewhere than its directory says")
+
+
+# what Python, numpy and torch raise at content of another type, length or size than was expected
+_RAW = (ArithmeticError, AttributeError, LookupError, RuntimeError, OSError, TypeError, ValueError)
+
+
+@contextlib.contextmanager
+def reading(place):
+    """A section that reads what stands in `place`, a file or a folder: content that is not as its
+    writer leaves it ends in a CheckpointError that names it.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except _RAW as fault:
+        told = " ".join(str(fault).split())[:160]
+        raise CheckpointError(
+            f"{place}: is not as its writer leaves it ({type(fault).__name__}: {told}); copy it again, or "
+            "leave the checkpoint out"
+        ) from fault
 
 
 @contextlib.contextmanager

@@ -12,10 +12,14 @@ from pathlib import Path
 import torch
 
 from megatron_commute.checkpoints import hugging_face_models as models
-from megatron_commute.checkpoints.checkpoint import Checkpoint
-from megatron_commute.checkpoints.files import CheckpointError, files, iteration, load, read_json
-from megatron_commute.checkpoints.zero import corrected_moments, coupled_decay, rank_state
+from megatron_commute.checkpoints import names
+from megatron_commute.checkpoints.checkpoint import Checkpoint, check_flags
+from megatron_commute.checkpoints.files import CheckpointError, files, iteration, load, read_json, reading
+from megatron_commute.checkpoints.zero import corrected_moments, coupled_decay, rank_state, steps_done
 
+# what leads names of both families, of the base model and of what it was saved within
+LEADING = ("transformer.", "model.")
+WORDS, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 # buffers of earlier releases, which hold nothing that was learnt
 _BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 
@@ -32,16 +36,20 @@ def read(folder, extra):
     config = models.configuration(folder)
     family, step = models.FAMILIES[config["model_type"]], iteration(folder, extra.get("iteration", 0))
     flags = _arguments(folder, config, step, extra)
+    check_flags(flags, folder)
     parts = dict(models.parts(family, flags))
     zero = _under_deepspeed(folder, step)
     stored = _weights(folder, {} if zero is None else zero.parameters)
-    weights = _fitting(folder, _bare(stored, family), parts, config)
+    weights = _fitting(folder, names.bare(stored, folder, LEADING), parts, config)
     if zero is not None:
-        decays = _bare(zero.decays, family)
-        moments = None if zero.moments is None else _bare(zero.moments, family)
+        decays, moments = names.bare(zero.decays, folder, LEADING), zero.moments
+        if moments is not None:
+            moments = _tied(names.bare(moments, folder, LEADING), parts)
+            decays = _tied(decays, parts)
         flags.weight_decay = 0.0 if zero.coupled else getattr(flags, "weight_decay", 0.0)
     else:
-        moments, decays = _of_optimizer(folder / "optimizer.pt", weights, flags)
+        with reading(folder / "optimizer.pt"):
+            moments, decays = _of_optimizer(folder / "optimizer.pt", weights, flags, step)
     return Checkpoint(
         folder=str(folder),
         iteration=step,
@@ -95,8 +103,12 @@ def _arguments(folder, config, step, extra):
     return flags
 
 
-def _bare(by_name, family):
-    return {name.removeprefix(family.prefix): value for name, value in by_name.items()}
+def _tied(by_name, parts):
+    """Values by name, those of tied embeddings under the embeddings' name, whichever they had."""
+    words = parts[WORDS][0]
+    if words in by_name or "lm_head.weight" not in by_name or OUTPUT in parts:
+        return by_name
+    return {words: by_name["lm_head.weight"], **by_name}
 
 
 def _under_deepspeed(folder, step):
@@ -159,30 +171,36 @@ def _fitting(folder, weights, parts, config):
     """`weights` in the order of their own parameters. Raises CheckpointError where they are not
     those of config.json.
     """
-    names = [name for theirs in parts.values() for name in theirs]
-    for name in names:
+    weights = _tied(weights, parts)
+    expected = [name for theirs in parts.values() for name in theirs]
+    for name in expected:
         if name not in weights:
             raise CheckpointError(
                 f"{folder}: its weights lack {name}, which config.json asks for; save the model with its "
                 "output layer (AutoModelForCausalLM), or copy the whole folder"
             )
-    words = weights[names[0]]
-    for name in weights.keys() - set(names):
+    words = weights[expected[0]]
+    for name in sorted(weights.keys() - set(expected)):
         copied = name == "lm_head.weight" and torch.equal(weights[name], words)
         if not copied and not name.endswith(_BUFFERS):
+            if name == "lm_head.weight":
+                raise CheckpointError(
+                    f"{folder}: config.json says tied embeddings, lm_head.weight and {expected[0]} differ; "
+                    "write tie_word_embeddings false there, or save the model after tie_weights()"
+                )
             raise CheckpointError(
                 f"{folder}: its weights have {name}, which config.json does not ask for; save the language "
                 "model that it was trained as (AutoModelForCausalLM)"
             )
     if len(words) != config["vocab_size"]:
         raise CheckpointError(
-            f"{folder}: {names[0]} has {len(words)} rows, config.json says a vocabulary of "
+            f"{folder}: {expected[0]} has {len(words)} rows, config.json says a vocabulary of "
             f"{config['vocab_size']}; copy both files again"
         )
-    return {name: weights[name] for name in names}
+    return {name: weights[name] for name in expected}
 
 
-def _of_optimizer(path, weights, flags):
+def _of_optimizer(path, weights, flags, step):
     """(second moments {name: tensor} or None, whether weight decay acts {name: bool}) of Trainer's
     AdamW over `weights`, and its decay into `flags`; (None, {}) without it and for states in an
     order that is not known.
@@ -196,6 +214,12 @@ def _of_optimizer(path, weights, flags):
     if not isinstance(stored, dict) or "param_groups" not in stored:
         return None, {}
     groups, states, order = stored["param_groups"], stored["state"], list(weights)
+    done = max(steps_done(stored, path), default=0)
+    if step and done > step:  # fewer are possible: half precision leaves steps out
+        raise CheckpointError(
+            f"{path}: its optimiser has done {done:g} steps, {path.parent.name} is of step {step}; parts of "
+            "different checkpoints, copy the whole folder"
+        )
     if len(groups) == 2:
         order = [
             name for matrices in (True, False) for name in order if (weights[name].dim() > 1) == matrices

@@ -18,8 +18,6 @@ class Family:
     of their parameters}.
     """
 
-    prefix: str
-    # of all names but the output layer's
     first: dict
     # modules before the layers
     layers: str
@@ -34,7 +32,6 @@ class Family:
 
 FAMILIES = {
     "gpt2": Family(
-        prefix="transformer.",
         first={"embedding.word_embeddings": ["wte"], "embedding.position_embeddings": ["wpe"]},
         layers="h",
         layer={
@@ -55,7 +52,6 @@ FAMILIES = {
         },
     ),
     "llama": Family(
-        prefix="model.",
         first={"embedding.word_embeddings": ["embed_tokens"]},
         layers="layers",
         layer={
@@ -93,6 +89,19 @@ def configuration(folder):
             raise CheckpointError(
                 f"{folder}: config.json says {name} {config[name]}, which the analysis cannot rebuild; it "
                 f"reads {' or '.join(map(str, known))}"
+            )
+    for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
+        if not isinstance(config.get(name), bool | None):
+            raise CheckpointError(
+                f"{folder}: config.json says {name} {str(config[name])[:40]}; write true or false there, or "
+                "save it with the model again"
+            )
+    for name in ("layer_norm_epsilon", "rms_norm_eps", "initializer_range"):
+        value = config.get(name, 0.0)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise CheckpointError(
+                f"{folder}: config.json says {name} {str(value)[:40]}; write a number there, or save it with "
+                "the model again"
             )
     return config
 

@@ -12,7 +12,8 @@ import types
 
 from megatron_commute.checkpoints.checkpoint import Checkpoint
 from megatron_commute.checkpoints.files import CheckpointError, load
-from megatron_commute.checkpoints.parallel import merged
+from megatron_commute.checkpoints.names import unwrapped
+from megatron_commute.checkpoints.parallel import merged, refuse_other_steps
 from megatron_commute.checkpoints.zero import layout, rank_state
 
 _PARTS = {
@@ -65,6 +66,7 @@ def read(folder, files):
         own = layers[rank % size] if layers else None
         own_files = _of_stage(own, load(files.model[rank])) if own else None
         held = rank_state(files, rank, own_files)
+        refuse_other_steps([state, held.state], folder)
         arguments.weight_decay = 0.0 if held.coupled else arguments.weight_decay
         names = {name: _name(name, files, size, folder) for name in {**held.parameters, **held.decays}}
         # the last stage's copy of the embeddings comes after the first's, which alone has seen
@@ -165,8 +167,8 @@ def _of_stage(layers, state):
 
 def _name(name, files, size, folder):
     """megatron-core's name of a parameter of GPTModel or GPTModelPipe."""
-    rest = re.sub(r"^(tied_modules\.embed\.|language_model\.)", "", name)
-    if name.startswith("tied_modules."):
+    rest = re.sub(r"^(tied_modules\.embed\.|language_model\.)", "", unwrapped(name))
+    if unwrapped(name).startswith("tied_modules."):
         rest = f"embedding.{rest}"
     rest = re.sub(r"^encoder\.", "", rest)
     layer = None

@@ -9,7 +9,7 @@ import types
 import torch
 
 from megatron_commute.adapters import fused, megatron_core, torch_loop, twice_differentiable
-from megatron_commute.checkpoints.files import CheckpointError
+from megatron_commute.checkpoints.files import CheckpointError, reading
 
 
 class LoadedModel:
@@ -28,7 +28,8 @@ class LoadedModel:
             "bf16": False,
         }
         flags = types.SimpleNamespace(**{**vars(checkpoint.arguments), **plain})
-        self.module = megatron_core.gpt_model(flags, self.vocabulary)
+        with reading(checkpoint.folder):
+            self.module = megatron_core.gpt_model(flags, self.vocabulary)
         if checkpoint.tanh:
             for module in self.module.modules():
                 if hasattr(module, "activation_func"):
@@ -59,6 +60,12 @@ class LoadedModel:
                 raise CheckpointError(
                     f"{checkpoint.folder}: {name} is not finite; the run had diverged, leave the checkpoint "
                     "out"
+                )
+            moment = None if checkpoint.moments is None else checkpoint.moments.get(name, p[:0])
+            if moment is not None and (moment.shape != p.shape or not bool((moment >= 0).all())):
+                raise CheckpointError(
+                    f"{checkpoint.folder}: the second moments of {name} have shape {tuple(moment.shape)} or "
+                    "negative numbers; copy its optimiser states again, or write --metric identity"
                 )
         with torch.no_grad():
             for name, p in own.items():

@@ -11,6 +11,19 @@ GATED = ("linear_fc1.weight", "linear_fc1.bias")
 COLUMNS = ("linear_proj.weight", "linear_fc2.weight")
 
 
+def refuse_other_steps(states, where):
+    """Raises CheckpointError where the model states of ranks [{key: value}] are of different
+    steps.
+    """
+    for rank, state in enumerate(states):
+        for key in ("iteration", "global_steps"):
+            if state.get(key) != states[0].get(key):
+                raise CheckpointError(
+                    f"{where}: model states of rank {rank} are of step {state.get(key)}, those of rank 0 of "
+                    f"step {states[0].get(key)}; parts of different checkpoints, copy the whole folder"
+                )
+
+
 def merged(ranks, gated, where):
     """{name: whole tensor, float32} of `ranks`, a list of {name: shard} in the order of
     tensor-parallel ranks.

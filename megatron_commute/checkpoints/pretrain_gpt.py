@@ -7,7 +7,7 @@ import types
 
 from megatron_commute.checkpoints.checkpoint import ARCHITECTURE, Checkpoint
 from megatron_commute.checkpoints.files import CheckpointError, load
-from megatron_commute.checkpoints.parallel import merged
+from megatron_commute.checkpoints.parallel import merged, refuse_other_steps
 from megatron_commute.checkpoints.zero import layout, rank_state
 
 
@@ -27,6 +27,7 @@ def read(folder, files, extra):
     """
     ranks = [rank_state(files, rank) for rank in sorted(files.model or {model for _, model in files.shards})]
     state = ranks[0].state
+    refuse_other_steps([rank.state for rank in ranks], folder)
     if "iteration" not in state:
         raise CheckpointError(f"{folder}: says no iteration; it was not written by pretrain_gpt.py")
     arguments = json.loads(state["arguments"]) if state.get("arguments") else {}

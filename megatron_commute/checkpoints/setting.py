@@ -3,15 +3,14 @@ data fit together.
 """
 
 import dataclasses
-import json
-from pathlib import Path
 
 import numpy as np
 
 from megatron_commute.adapters import torch_loop
-from megatron_commute.checkpoints.files import CheckpointError
+from megatron_commute.checkpoints.files import CheckpointError, small_file
 from megatron_commute.config import Config, ConfigError, Plan, Run
 from megatron_commute.data.indexed import data_summary, drawer
+from megatron_commute.data.tokenizer_note import json_value
 from megatron_commute.mixture import Mixture
 from megatron_commute.settings.probe_cost import holdout_parts, sequences_drawn
 
@@ -79,12 +78,13 @@ def extra_flags(asked):
     if asked.arguments is None:
         return {}
     try:
-        found = json.loads(Path(asked.arguments).read_text(encoding="utf-8"))
+        found = json_value(small_file(asked.arguments))
         if not isinstance(found, dict):
             raise ValueError("it is no object")
-    except (OSError, ValueError) as fault:
+    except (OSError, ValueError, RecursionError) as fault:
+        told = getattr(fault, "strerror", None) or " ".join(str(fault).split())[:160]
         raise CheckpointError(
-            f"--arguments {asked.arguments}: {fault}; write a JSON object of flags"
+            f"--arguments {asked.arguments}: {told}; write a JSON object of flags"
         ) from None
     return found
 
@@ -126,7 +126,7 @@ def setting(checkpoint, data, asked):
         samples, splits = config.probe.samples, config.probe.splits
         most = min(len(parts.gradients), 2 * len(parts.direction)) // splits * splits
         if samples > most or sequences_drawn(config.probe)["direction"] > len(parts.direction):
-            raise CheckpointError(
+            raise ConfigError(
                 f"--samples {samples}: the holdout of {name} has {held} sequences; write {most} or less, or "
                 "name a longer holdout file"
             )
@@ -198,7 +198,7 @@ def _compare_with_run(plugin, plan, checkpoint):
         return notes
     names = state["ledger"]["names"]
     if list(names) != list(plan.names):
-        raise CheckpointError(
+        raise ConfigError(
             f"{checkpoint.folder}: its run has the domains {', '.join(names)}, --data names "
             f"{', '.join(plan.names)}; name the run's own mixture file"
         )
@@ -214,7 +214,7 @@ def _check_vocabulary(config, plan, run, checkpoint, vocabulary):
         said = data_summary(domain.path).vocab_size
         padded = said is not None and vocabulary == rows > said  # Hugging Face says the rows alone
         if said is not None and vocabulary is not None and said != vocabulary:
-            raise CheckpointError(
+            raise ConfigError(
                 f"{config.file}: {domain.path[0]}.json says a vocabulary of {said}, the model has one of "
                 f"{vocabulary}; prepare the data with the model's tokenizer"
                 + (", or, where its rows are padded, name vocab_size with --arguments" if padded else "")
@@ -224,4 +224,4 @@ def _check_vocabulary(config, plan, run, checkpoint, vocabulary):
         for k in range(len(plan.names)):
             draw("gradient", k, np.arange(config.probe.samples))
     except ValueError as fault:
-        raise CheckpointError(f"{config.file}: {fault}") from None
+        raise ConfigError(f"{config.file}: {fault}") from None

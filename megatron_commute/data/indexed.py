@@ -1,52 +1,47 @@
-"""Megatron's indexed data (PREFIX.bin, PREFIX.idx): counted, checked and read by sequences.
+"""Megatron's indexed data (PREFIX.bin, PREFIX.idx): counted, checked and read by sequences."""
 
-The header is read here rather than through megatron-core: it is a dozen lines, and data loader
-workers start without the host framework. Layout of the .idx file, little-endian: 9 bytes MMIDIDX
-and two zeros, u64 version 1, u8 dtype code, u64 number of texts n, u64 document boundaries,
-i32[n] lengths in tokens, i64[n] offsets. Source: megatron/core/datasets/indexed_dataset.py of
-megatron-core.
-"""
-
-import json
-import struct
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from megatron_commute.config import Config, Plan, holdout_parts
+from megatron_commute.data.index_file import DataError, Layout, layout
+from megatron_commute.data.shared_texts import Use, refuse_repeats, refuse_shared
+from megatron_commute.data.tokenizer_note import Tokenizer, tokenizer
 
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
-INDEX_MAGIC = b"MMIDIDX\x00\x00"
-TOKEN_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
+__all__ = ["DataError", "DataSummary", "TokenSequences", "data_summary", "inspect_data"]
 
 # what a probe asks for -> field of config.HoldoutParts
 PARTS = {"gradient": "gradients", "direction": "direction"}
-
-
-class DataError(ValueError):
-    """Files that cannot be used; `problem` and `cure` make the message."""
-
-    def __init__(self, problem: str, cure: str):
-        super().__init__(f"{problem}; {cure}")
-        self.problem, self.cure = problem, cure
+FEW = 64  # runs of tokens that travel with a pickled TokenSequences
 
 
 @dataclass(frozen=True)
 class DataSummary:
-    """What some prefixes hold. `tokens`: of each; `tokenizer`: sha256, None where no PREFIX.json
-    has it.
-    """
+    """What some prefixes hold."""
 
     prefixes: tuple[str, ...]
     tokens: tuple[int, ...]
-    dtype: str
-    tokenizer: str | None = None
-    vocab_size: int | None = None
+    # of each
+    layouts: tuple[Layout, ...]
+    # likewise; how wide a token is stored says nothing about its meaning, and may differ
+    note: Tokenizer | None
+    # of the first prefix that has one
+
+    @property
+    def tokenizer(self) -> str | None:
+        """sha256, None where no PREFIX.json has it."""
+        return self.note.name if self.note else None
+
+    @property
+    def vocab_size(self) -> int | None:
+        return self.note.vocab_size if self.note else None
 
     def sequences(self, seq_length: int) -> tuple[int, ...]:
         """Whole sequences of each prefix: seq_length + 1 tokens, the last shared with the next."""
@@ -55,86 +50,55 @@ class DataSummary:
 
 def data_summary(prefixes: Sequence[str]) -> DataSummary:
     """Counts and compares files that form one domain. Raises DataError naming file and cure."""
-    found = [_one_file(prefix) for prefix in prefixes]
-    for other in found[1:]:
-        _refuse_mixed(found[0], other)
-    named = next((one for one in found if one.tokenizer), found[0])
-    tokens = tuple(one.tokens[0] for one in found)
-    return DataSummary(tuple(prefixes), tokens, found[0].dtype, named.tokenizer, named.vocab_size)
+    layouts = tuple(layout(prefix) for prefix in prefixes)
+    notes = [tokenizer(prefix) for prefix in prefixes]
+    named = next((note for note in notes if note), None)
+    for note in notes:
+        _refuse_mixed(named, note)
+    tokens = tuple(one.tokens for one in layouts)
+    return DataSummary(tuple(map(str, prefixes)), tokens, layouts, named)
 
 
-def _refuse_mixed(first: DataSummary, other: DataSummary) -> None:
-    for what in ("tokenizer", "dtype"):
-        one, two = getattr(first, what), getattr(other, what)
-        if one and two and one != two:
-            problem = f"{other.prefixes[0]} has {what} {two[:12]}, {first.prefixes[0]} has {one[:12]}"
-            raise DataError(problem, "prepare both with the same tokenizer")
-
-
-def _one_file(prefix: str) -> DataSummary:
-    index, data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
-    for path in (index, data):
-        if not path.is_file():
-            raise DataError(f"{path} is missing", "prepare the data or correct the prefix")
-    head = struct.Struct("<9sQBQQ")
-    with index.open("rb") as file:
-        raw = file.read(head.size)
-    if len(raw) < head.size or not raw.startswith(INDEX_MAGIC):
-        raise DataError(f"{index} is no Megatron index", "prepare the data with IndexedDatasetBuilder")
-    _, version, code, texts, _ = head.unpack(raw)
-    if version != 1 or code not in TOKEN_DTYPES:
-        problem = f"{index} has version {version} and dtype code {code}"
-        raise DataError(problem, "prepare the data again: version 1 with integer tokens is read")
-    if index.stat().st_size < head.size + texts * 12:
-        raise DataError(f"{index} is cut off", "prepare the data again")
-    tokens = 0
-    if texts:
-        lengths = np.memmap(index, dtype=np.int32, mode="r", offset=head.size, shape=(texts,))
-        tokens = int(lengths.sum(dtype=np.int64))
-    dtype = TOKEN_DTYPES[code]
-    expected, size = tokens * np.dtype(dtype).itemsize, data.stat().st_size
-    if size != expected:
-        raise DataError(f"{data} has {size} bytes, its index says {expected}", "prepare the data again")
-    return DataSummary((str(prefix),), (tokens,), dtype, *_tokenizer(prefix))
-
-
-def _tokenizer(prefix: str) -> tuple[str | None, int | None]:
-    sidecar = Path(f"{prefix}.json")
-    if not sidecar.is_file():
-        return None, None
-    try:
-        content = json.loads(sidecar.read_text(encoding="utf-8"))
-        return str(content["tokenizer"]), int(content["vocab_size"])
-    except (ValueError, KeyError, TypeError) as error:
-        cure = 'write {"tokenizer": SHA256, "vocab_size": N} or remove the file'
-        raise DataError(f"{sidecar} does not name a tokenizer ({error!r})", cure) from error
+def _refuse_mixed(first: Tokenizer | None, other: Tokenizer | None) -> None:
+    if first and other and not first.same_as(other):
+        problem = f"{other.prefix} has tokenizer {other.name[:12]}, {first.prefix} has {first.name[:12]}"
+        raise DataError(problem, "prepare both with the same tokenizer")
 
 
 def inspect_data(config: Config, seq_length: int) -> tuple[tuple[int, ...], tuple[int | None, ...]]:
     """Sequences of every domain and of its separate holdout (None without one), as
     `config.resolve` asks.
 
-    Raises ConfigError, at the line of the domain, for missing or damaged files and for two
-    tokenizers.
+    Raises ConfigError, at the line of the domain, for missing or damaged files, for two tokenizers
+    and for text that is reached twice.
     """
     sequences: list[int] = []
     holdouts: list[int | None] = []
-    first: DataSummary | None = None
+    first: Tokenizer | None = None
+    uses: list[Use] = []
+    own = []
     for domain in config.domains:
         held = (domain.holdout,) if isinstance(domain.holdout, str) else ()
-        counts = []
+        counts, layouts = [], []
         for key, prefixes in (("path", domain.path), ("holdout", held)):
             if not prefixes:
                 continue
             try:
                 summary = data_summary(prefixes)
-                first = first or summary
-                _refuse_mixed(first, summary)
+                _refuse_mixed(first, summary.note)
             except DataError as error:
                 raise config.error(f"domains.{domain.name}.{key}", error.problem, error.cure) from error
-            counts.append(sum(summary.sequences(seq_length)))
-        sequences.append(counts[0])
-        holdouts.append(counts[1] if held else None)
+            first = first or summary.note
+            counts.append(summary.sequences(seq_length))
+            layouts.append(summary.layouts)
+            uses += [Use(domain.name, key, *named) for named in zip(prefixes, summary.layouts, strict=True)]
+        if not held:
+            own.append((domain, layouts[0], counts[0]))
+        sequences.append(sum(counts[0]))
+        holdouts.append(sum(counts[1]) if held else None)
+    refuse_shared(config, uses)
+    for domain, layouts, counts in own:
+        refuse_repeats(config, domain, layouts, counts, seq_length)
     return tuple(sequences), tuple(holdouts)
 
 
@@ -149,9 +113,11 @@ class TokenSequences:
 
     def __init__(self, prefixes: Sequence[str], seq_length: int):
         summary = data_summary(prefixes)
-        self.prefixes, self.seq_length, self.dtype = summary.prefixes, seq_length, summary.dtype
+        self.prefixes, self.seq_length = summary.prefixes, seq_length
         self.ends = np.cumsum(summary.sequences(seq_length))
-        self._maps: dict[int, np.memmap] = {}
+        self._layouts: list[Layout | None] = list(summary.layouts)
+        self._sizes = [one.sizes for one in summary.layouts]
+        self._maps: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -163,13 +129,42 @@ class TokenSequences:
             raise IndexError(f"item {item} of {len(self)} sequences")
         part = int(np.searchsorted(self.ends, item, side="right"))
         if part not in self._maps:
-            self._maps[part] = np.memmap(f"{self.prefixes[part]}.bin", dtype=self.dtype, mode="r")
+            self._open(part)
         start = (int(item) - int(self.ends[part - 1] if part else 0)) * self.seq_length
-        tokens = self._maps[part][start : start + self.seq_length + 1]
-        return {"tokens": torch.from_numpy(tokens.astype(np.int64))}
+        tokens = _tokens(self._layouts[part], self._maps[part], start, self.seq_length + 1)
+        return {"tokens": torch.from_numpy(tokens)}
+
+    def _open(self, part: int) -> None:
+        prefix, known = self.prefixes[part], self._sizes[part]
+        if self._layouts[part] is None:
+            self._layouts[part] = layout(prefix)
+        names = [f"{prefix}.idx", f"{prefix}.bin"]
+        now = tuple(os.path.getsize(name) if os.path.exists(name) else 0 for name in names)
+        if now != known:
+            sizes = f".idx and .bin have {now[0]} and {now[1]} bytes, they had {known[0]} and {known[1]}"
+            raise DataError(f"{prefix}: {sizes}", "leave the data of a run as they are, or start it again")
+        # a plain array: slices of numpy's own class for maps cost more than the tokens
+        self._maps[part] = np.asarray(np.memmap(f"{prefix}.bin", dtype=np.uint8, mode="r"))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": {}}
+        short = [one if one is not None and len(one.offsets) <= FEW else None for one in self._layouts]
+        return {**self.__dict__, "_maps": {}, "_layouts": short}
+
+
+def _tokens(place: Layout, data: np.ndarray, start: int, count: int) -> np.ndarray:
+    """Tokens start..start + count - 1, i64[count], of a .bin file mapped as bytes."""
+    firsts, offsets, width = place.firsts, place.offsets, place.width
+    run = int(np.searchsorted(firsts, start, side="right")) - 1 if len(offsets) > 1 else 0
+    begin = int(offsets[run]) + (start - int(firsts[run])) * width
+    if start + count <= int(firsts[run + 1]):
+        return data[begin : begin + count * width].view(place.dtype).astype(np.int64)
+    last = int(np.searchsorted(firsts, start + count, side="left"))  # runs run..last - 1 are needed
+    begins = offsets[run:last].tolist()
+    begins[0] = begin
+    bounds = np.clip(firsts[run : last + 1], start, start + count)
+    lengths = (np.diff(bounds) * width).tolist()
+    pieces = [data[at : at + length] for at, length in zip(begins, lengths, strict=True)]
+    return np.concatenate(pieces).view(place.dtype).astype(np.int64)
 
 
 def domain_datasets(config: Config, plan: Plan, seq_length: int) -> tuple[list["Dataset"], list["Dataset"]]:

@@ -150,6 +150,33 @@ def test_what_cannot_go_on_is_refused_with_the_cure(checkpoint):
     )
 
 
+@pytest.mark.parametrize("gone", [(0,), (1,), (0, 1)])
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_missing_shard_is_named_on_every_rank(runs, tmp_path, stage, gone):
+    """Whichever is missing, the last too, which else looks like a checkpoint of fewer ranks; rank 0 converts nothing."""
+    run = shutil.copytree(runs[0] / f"whole{stage}", tmp_path / "run")
+    step = run / (run / "latest").read_text()
+    names = [path.name for path in sorted(step.glob("*_optim_states.pt"))]
+    for rank in gone:
+        (step / names[rank]).rename(tmp_path / names[rank])
+    for rank in range(2):
+        said = []
+        told = refused(run, 2, 1, stage, convert=rank == 0, say=said.append)
+        assert (
+            told.startswith(f"{step / names[gone[0]]}: is missing, 2 data-parallel ranks saved") and not said
+        )
+    for rank in gone:  # the cure
+        shutil.copy(tmp_path / names[rank], step)
+    assert restart.choose(run, 2, 1, stage).tag == step.name
+
+
+def test_model_states_that_cannot_be_read_are_named(checkpoint):
+    model = checkpoint / "global_step10" / "mp_rank_00_model_states.pt"
+    for content in (b"", b"PK\x03\x04", model.read_bytes()[:5000]):
+        model.write_bytes(content)
+        assert f"{model}: cannot be read (" in refused(checkpoint, 2, 1, 1)
+
+
 def test_a_conversion_that_fails_leaves_nothing_behind(checkpoint):
     shards = sorted((checkpoint / "global_step10").glob("*_optim_states.pt"))
     shards[1].write_bytes(b"cut short")

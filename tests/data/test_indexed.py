@@ -53,7 +53,11 @@ def prepare(host, tmp_path):
 def test_counts(prepare):
     one, two = prepare("one", [5, 1, 20, 0, 7]), prepare("two", [SEQ])
     summary = data_summary([one, two])
-    assert summary.tokens == (33, 8) and summary.dtype == "uint16" and summary.tokenizer is None
+    assert (
+        summary.tokens == (33, 8)
+        and {one.dtype for one in summary.layouts} == {"uint16"}
+        and summary.tokenizer is None
+    )
     assert summary.sequences(SEQ) == (4, 0), "33 tokens are 4 sequences of 8 and the token after the last"
     assert data_summary([prepare("none", [])]).tokens == (0,)
 
@@ -128,7 +132,11 @@ def damage(path, change):
     ("ending", "change", "message"),
     [
         (".idx", None, r"en\.idx is missing; prepare the data or correct the prefix"),
-        (".bin", lambda raw: raw[:-2], r"en\.bin has 398 bytes, its index says 400; prepare the data again"),
+        (
+            ".bin",
+            lambda raw: raw[:-2],
+            r"en\.bin has 398 bytes, text 1 of its index ends at byte 400; prepare the data again",
+        ),
         (
             ".idx",
             lambda raw: b"TNTIDX" + raw[6:],
@@ -144,7 +152,11 @@ def damage(path, change):
             lambda raw: raw[:17] + b"\7" + raw[18:],
             r"version 1 and dtype code 7; prepare the data again",
         ),
-        (".idx", lambda raw: raw[:40], r"en\.idx is cut off; prepare the data again"),
+        (
+            ".idx",
+            lambda raw: raw[:40],
+            r"en\.idx is cut off: 2 texts and 3 boundaries are 82 bytes, it has 40; prepare the data again",
+        ),
     ],
 )
 def test_damaged_files(prepare, tmp_path, ending, change, message):
@@ -164,7 +176,6 @@ def test_damaged_files(prepare, tmp_path, ending, change, message):
 def test_different_tokenizers_are_refused(prepare, tmp_path):
     prepare("a", [100], tokenizer="one")
     prepare("b", [100], tokenizer="two")
-    prepare("c", [100], dtype=np.int32)
     prepare("d", [100])
     within = tmp_path / "within.yaml"
     within.write_text("domains:\n  en:\n    path: [d, a, d2]\n  ru:\n    path: b\n")
@@ -177,8 +188,8 @@ def test_different_tokenizers_are_refused(prepare, tmp_path):
     within.write_text("domains: {en: {path: [a, b]}}")
     with pytest.raises(ConfigError, match=r"within\.yaml:1: domains\.en\.path: .*/b has tokenizer"):
         inspect_data(load(within), SEQ)
-    within.write_text("domains: {en: {path: d, holdout: c}}")
-    with pytest.raises(ConfigError, match=r"domains\.en\.holdout: .*/c has dtype int32, .*/d has uint16"):
+    within.write_text("domains: {en: {path: d2}, de: {path: a}, ru: {path: b}}")
+    with pytest.raises(ConfigError, match=r"domains\.ru\.path: .*/b has tokenizer .*/a has"):
         inspect_data(load(within), SEQ)
 
 

@@ -179,7 +179,7 @@ def test_own_text_reads_back_exactly(tmp_path):
         assert entry["tokens"] == sum(map(len, read_back(out / prefix)))
         assert entry["bytes"] == sum(len(text.encode()) for text in decoded(out, prefix))
         summary = data_summary([str(out / prefix)])
-        assert (summary.tokens, summary.dtype) == ((entry["tokens"],), "uint16")
+        assert (summary.tokens, summary.layouts[0].dtype) == ((entry["tokens"],), "uint16")
 
 
 def test_tokenizer_takes_equal_shares_of_every_domain_and_is_the_same_in_every_process(tmp_path):

@@ -16,6 +16,16 @@ def write(prefix, tokens):
     return str(prefix)
 
 
+def write_index(prefix, code, lengths, pointers, boundaries=None, after=b""):
+    """PREFIX.idx alone, of texts that lie at any place of a .bin file; code: of the tokens' dtype."""
+    boundaries = range(len(lengths) + 1) if boundaries is None else boundaries
+    head = struct.pack("<9sQBQQ", b"MMIDIDX\x00\x00", 1, code, len(lengths), len(boundaries))
+    with open(f"{prefix}.idx", "wb") as file:
+        file.write(head + np.array(lengths, "<i4").tobytes() + np.array(pointers, "<i8").tobytes())
+        file.write(np.array(boundaries, "<i8").tobytes() + after)
+    return str(prefix)
+
+
 def write_domain(prefix, sequences, seed):
     """Indexed data of `sequences` whole sequences of LENGTH tokens in which a fixed token follows each, mostly."""
     rng = np.random.default_rng(seed)

@@ -12,6 +12,7 @@ import time
 import numpy as np
 
 from megatron_commute import reduce
+from megatron_commute.data import resume
 from megatron_commute.decide import control_file, flow_run
 from megatron_commute.decide.laws import LAWS
 from megatron_commute.decide.steering import Steering
@@ -293,6 +294,7 @@ class Hook:
             "off": self.off,
             "tally": self.tally.state_dict(),
             "lines": self.record.lines,
+            "settings": resume.settings(self.config, self.plan),
             "lead": self.plan.lead,
             "seed": self.config.seed,
             "memory": self.memory.mode,

@@ -22,19 +22,22 @@ class TextFileError(ValueError):
     """A file that cannot be read as text; the message names the file and the cure, in one line."""
 
 
-def read(path, most=LARGEST):
-    """The text of a regular file of at most `most` bytes, its lines ending with line feeds.
+def read(path, most=LARGEST, what="a file"):
+    """The text of a regular file of at most `most` bytes, its lines ending with line feeds. what:
+    it should be, for the cure.
 
     UTF-8, with or without a byte order mark; UTF-16 and UTF-32 with one. Never waits, however odd
     the file. Raises TextFileError.
     """
-    raw = read_bytes(path, most)
+    raw = read_bytes(path, most, what)
     mark, encoding = next(((m, e) for m, e in _MARKS if raw.startswith(m)), (b"", "utf-8"))
     try:
         text = raw[len(mark) :].decode(encoding)
     except UnicodeDecodeError as error:
         if mark and encoding != "utf-8":
-            raise TextFileError(f"{path}: is no whole {encoding[:6].upper()} text; save it as UTF-8") from None
+            raise TextFileError(
+                f"{path}: is no whole {encoding[:6].upper()} text; save it as UTF-8"
+            ) from None
         line = raw[: error.start].count(b"\n") + 1
         raise TextFileError(
             f"{path}:{line}: is not UTF-8 text; save it as UTF-8 (iconv -f CP1252 -t UTF-8, "
@@ -45,26 +48,24 @@ def read(path, most=LARGEST):
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def read_bytes(path, most=LARGEST):
-    """The content of a regular file of at most `most` bytes, without waiting. Raises
-    TextFileError.
+def read_bytes(path, most=LARGEST, what="a file"):
+    """The content of a regular file of at most `most` bytes, without waiting; what: as in `read`.
+    Raises TextFileError.
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise TextFileError(f"{path}: is {_kind(path)}; name a file")
+            raise TextFileError(f"{path}: is {_kind(path)}; name {what}")
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(handle, "rb") as file:
             if not stat.S_ISREG(os.fstat(handle).st_mode):
-                raise TextFileError(f"{path}: is no regular file; name a file")
+                raise TextFileError(f"{path}: is no regular file; name {what}")
             raw = file.read(most + 1)
-    except FileNotFoundError:
-        raise TextFileError(f"{path}: no such file; name one that exists") from None
     except OSError as error:
-        raise TextFileError(f"{path}: cannot be read: {error.strerror}; make it readable") from None
+        raise TextFileError(f"{path}: cannot be read: {error.strerror}; name {what}") from None
     except ValueError as error:
         if isinstance(error, TextFileError):
             raise
-        raise TextFileError(f"{str(path)!r}: no name of a file ({error}); name another file") from None
+        raise TextFileError(f"{str(path)!r}: no name of a file ({error}); name {what}") from None
     if len(raw) > most:
         raise TextFileError(f"{path}: holds more than {most >> 10} KiB; write a shorter file")
     return raw

@@ -120,18 +120,19 @@ def resumed(config, plan, fresh, state, consumed=0, stock=None, *, accept=False,
     found = other + changed + also
     if not found:
         return Resumed(Mixture.from_state(state["mixture"]), book, [])
+    # between the host's data path and the plug-in's, which shuffle each in their own way
+    anew = (state["mixture"]["samples"] is None) != (fresh.samples is None)
+    order = [
+        f"every domain goes on in a NEW order from sample {index} on, that of the other data path"
+    ] * anew
     if not accept:
         raise ConfigError(
             f"{config.file}: it differs from the checkpoint: {'; '.join(found)}; put it back, or start with "
-            f"--commute-accept to let it hold from sample {index} on"
+            f"--commute-accept to let it hold from sample {index} on{''.join(': ' + one for one in order)}"
         )
-    path_changed = (state["mixture"]["samples"] is None) != (fresh.samples is None)
-    if not other and not also and not path_changed and not any(".weight was " in one for one in changed):
+    if not other and not also and not anew and not any(".weight was " in one for one in changed):
         return Resumed(Mixture.from_state(state["mixture"]), book, found)
-    if path_changed:  # between the host's data path and the plug-in's, which shuffle each in its own way
-        found.append(
-            f"every domain goes on in a NEW order from sample {index} on, that of the other data path"
-        )
+    found += order
     kept = state["mixture"] | ({"pending": []} if also else {})
     try:
         both = takeover.changed(kept, book, names, prints, plan.weights, budgets, **limits)

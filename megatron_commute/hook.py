@@ -20,6 +20,7 @@ from megatron_commute.measure import probe
 from megatron_commute.record import lines, log
 from megatron_commute.record.clock import Clock
 from megatron_commute.record.tally import Tally
+from megatron_commute.settings import text_files
 from megatron_commute.settings.probe_cost import sequences_drawn
 from megatron_commute.settings.rates import flow_times
 
@@ -209,7 +210,7 @@ class Hook:
 
     def _leave_word(self, step):
         """Tell the restart to skip the probe of `step`."""
-        log.replace(self._fault_file, json.dumps({"step": step}).encode())
+        text_files.replace(self._fault_file, json.dumps({"step": step}))
 
     def _named(self, values):
         return dict(zip(self.plan.names, np.asarray(values).tolist(), strict=True))
@@ -294,6 +295,7 @@ class Hook:
             "off": self.off,
             "tally": self.tally.state_dict(),
             "lines": self.record.lines,
+            "record": self.record.digest if self.speaks else None,
             "settings": resume.settings(self.config, self.plan),
             "lead": self.plan.lead,
             "seed": self.config.seed,
@@ -322,20 +324,18 @@ class Hook:
         if self.config.probe.memory == "auto" and state["memory"] != self.memory.mode:
             self._work_in(state["memory"])  # what is free today must not change the numbers of a run
         self.tally.load_state_dict(state["tally"])
-        problem = ""
+        problem = changed = ""
         if self.speaks:
             try:
-                self.record.rewind(state["lines"])
+                self.fatal_step = log.fault_step(self._fault_file)
+                changed = self.record.rewind(state["lines"], state.get("record"), self.stream.index)
             except (OSError, ValueError) as fault:
                 problem = str(fault)
-        else:
-            self.record.lines = state["lines"]
-        problem = reduce.gather_text(problem, self.groups)[0]
+        problem, changed = (reduce.gather_text(text, self.groups)[0] for text in (problem, changed))
         if problem:  # said by every rank, so that none waits for the first
             raise ValueError(problem)
-        mine = (
-            json.loads(self._fault_file.read_text())["step"]
-            if self.speaks and self._fault_file.exists()
-            else -1
-        )
-        self.fatal_step = int(reduce.broadcast_numbers(np.array([float(mine)]), self.groups)[0])
+        numbers = np.array([float(self.fatal_step or 0), float(self.record.lines)])
+        self.fatal_step, self.record.lines = map(int, reduce.broadcast_numbers(numbers, self.groups))
+        if changed:
+            self._write("note", sample=self.stream.index, text=changed)
+            self.say(f"note: {changed}")

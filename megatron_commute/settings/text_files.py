@@ -49,8 +49,8 @@ def read(path, most=LARGEST, what="a file"):
 
 
 def read_bytes(path, most=LARGEST, what="a file"):
-    """The content of a regular file of at most `most` bytes, without waiting; what: as in `read`.
-    Raises TextFileError.
+    """The content of a regular file of at most `most` bytes (None: any), without waiting; what: as
+    in `read`. Raises TextFileError.
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
@@ -59,14 +59,14 @@ def read_bytes(path, most=LARGEST, what="a file"):
         with open(handle, "rb") as file:
             if not stat.S_ISREG(os.fstat(handle).st_mode):
                 raise TextFileError(f"{path}: is no regular file; name {what}")
-            raw = file.read(most + 1)
+            raw = file.read() if most is None else file.read(most + 1)
     except OSError as error:
         raise TextFileError(f"{path}: cannot be read: {error.strerror}; name {what}") from None
     except ValueError as error:
         if isinstance(error, TextFileError):
             raise
         raise TextFileError(f"{str(path)!r}: no name of a file ({error}); name {what}") from None
-    if len(raw) > most:
+    if most is not None and len(raw) > most:
         raise TextFileError(f"{path}: holds more than {most >> 10} KiB; write a shorter file")
     return raw
 

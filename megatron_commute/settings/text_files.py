@@ -4,6 +4,7 @@ writes appears whole or not at all.
 
 import codecs
 import contextlib
+import json
 import os
 import stat
 from pathlib import Path
@@ -46,6 +47,24 @@ def read(path, most=LARGEST, what="a file"):
     if "\0" in text:
         raise TextFileError(f"{path}: holds zero bytes, as UTF-16 without a mark does; save it as UTF-8")
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_object(path, what="a JSON file"):
+    """The JSON object that a file holds, as a dict; as `read`."""
+
+    def refuse(constant):
+        raise ValueError(f"{constant} is no number of JSON")
+
+    text = read(path, what=what)
+    try:
+        found = json.loads(text, parse_constant=refuse)
+    except RecursionError:
+        raise TextFileError(f"{path}: is nested too deeply; write a flat object") from None
+    except ValueError as error:
+        raise TextFileError(f"{path}: is not JSON: {error}; correct it") from None
+    if not isinstance(found, dict):
+        raise TextFileError(f"{path}: is no JSON object; write {{NAME: VALUE}}")
+    return found
 
 
 def read_bytes(path, most=LARGEST, what="a file"):

@@ -109,10 +109,8 @@ def _lock_file(folder):
     except FileExistsError:
         raise RestartError(f"--save {folder}: is a file; name a folder") from None
     except OSError as error:
-        ours = not (Path(folder).is_dir() and os.path.lexists(path))
-        cure = (
-            "name a folder that can be written to" if ours else "remove its .lock, which is no file of ours"
-        )
+        strange = Path(folder).is_dir() and os.path.lexists(path)
+        cure = "remove its .lock, which is no file of ours" if strange else "name one that can be written to"
         raise RestartError(f"--save {folder}: {error.strerror}; {cure}") from None
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()

@@ -326,7 +326,17 @@ class Plugin:
             mixture.schedule(weights, at_sample)
 
     def summary(self, run_dir):
-        """Write the report of the run and return its closing table as text."""
+        """Write the report of the run and return its closing table as text, or why there is none.
+
+        Training is complete and saved: nothing here spoils its exit status.
+        """
+        try:
+            return self._summary(run_dir)
+        except Exception as fault:
+            why = str(fault).partition("\n")[0] or type(fault).__name__
+            return f"the report was not written: {why}; later: megatron-commute report {run_dir}"
+
+    def _summary(self, run_dir):
         from tabulate import tabulate
 
         from megatron_commute.report import plots, series

@@ -12,7 +12,7 @@ import numpy as np
 
 from megatron_commute.cli.words import Refusal, as_json, print_json, table
 from megatron_commute.config import Config, ConfigError, Plan, Run, load, probe_cost, resolve
-from megatron_commute.settings import memory, rates, schedule
+from megatron_commute.settings import memory, rates, schedule, text_files
 
 PREFETCH_FACTOR = 2  # micro-batches that each worker of a torch DataLoader holds ready
 SIZE = (
@@ -183,7 +183,7 @@ def design(file: str, law: str, harm: float | None, out: str, as_json: bool, **f
     asked = checked(file, flags, law=law, **limit)
     Path(out).mkdir(parents=True, exist_ok=True)
     path = Path(out) / "schedule.csv"
-    path.write_text(schedule.written(asked.plan.names, asked.plan.schedule), encoding="utf-8")
+    text_files.replace(path, schedule.written(asked.plan.names, asked.plan.schedule))
     files = [str(path), *_drawn(asked, out, with_page=True)]
     if as_json:
         print_json({"files": files, "flow": asked.flow, "warnings": list(asked.plan.warnings)})

@@ -15,6 +15,7 @@ from megatron_commute.report.drawing import house_style
 from megatron_commute.report.page import page
 from megatron_commute.report.series import summary_rows
 from megatron_commute.report.tables import tables
+from megatron_commute.settings import text_files
 
 __all__ = ["export", "pictures", "planned", "replayed", "report", "summary_rows"]
 
@@ -32,7 +33,7 @@ def report(run, out=None):
     written = sum(1 for text in file.read_bytes().split(b"\n") if text)
     events = series.by_event(lines, file)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page(events, pictures(events), torn=written - len(lines)), encoding="utf-8")
+    text_files.replace(out, page(events, pictures(events), torn=written - len(lines)))
     return out
 
 
@@ -48,11 +49,11 @@ def export(run, out_dir):
     paths = []
     for picture in pictures(events):
         paths += [folder / f"{picture.name}.svg", folder / f"{picture.name}.png"]
-        paths[-2].write_text(picture.svg(), encoding="utf-8")
-        picture.save_png(paths[-1])
+        text_files.replace(paths[-2], picture.svg())
+        text_files.replace(paths[-1], picture.png())
     for name, (headers, rows) in tables(events).items():
         paths.append(folder / f"{name}.csv")
-        with open(paths[-1], "w", newline="", encoding="utf-8") as file:
+        with text_files.replacing(paths[-1]) as file:
             csv.writer(file).writerows([headers, *rows])
     return paths
 
@@ -69,8 +70,8 @@ def planned(start, out_dir, with_page=False):
     paths = [folder / "flow.png"]
     if with_page:
         paths.append(folder / "report.html")
-        paths[-1].write_text(design.page(run, picture), encoding="utf-8")
-    picture.save_png(paths[0])
+        text_files.replace(paths[-1], design.page(run, picture))
+    text_files.replace(paths[0], picture.png())
     return paths
 
 
@@ -93,8 +94,5 @@ def replayed(run, found, out):
     with house_style():
         picture = picture_run.replayed(events, found)
     out.parent.mkdir(parents=True, exist_ok=True)
-    if out.suffix == ".svg":
-        out.write_text(picture.svg(), encoding="utf-8")
-    else:
-        picture.save_png(out)
+    text_files.replace(out, picture.svg() if out.suffix == ".svg" else picture.png())
     return out

@@ -4,6 +4,7 @@ writes appears whole or not at all.
 
 import codecs
 import contextlib
+import io
 import json
 import os
 import stat
@@ -122,6 +123,14 @@ def replace(path, content):
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A buffer for text, which becomes the whole of a file when the block ends well; as `replace`."""
+    text = io.StringIO(newline="")
+    yield text
+    replace(path, text.getvalue())
 
 
 def _is_stream(path):

@@ -326,9 +326,8 @@ class Plugin:
             mixture.schedule(weights, at_sample)
 
     def summary(self, run_dir):
-        """Write the report of the run and return its closing table as text, or why there is none.
-
-        Training is complete and saved: nothing here spoils its exit status.
+        """Write the report and return its closing table, or why there is none: training is over
+        and nothing here spoils its exit status.
         """
         try:
             return self._summary(run_dir)
@@ -341,11 +340,11 @@ class Plugin:
 
         from megatron_commute.report import plots, series
 
-        lines = log.read(run_dir)
-        headers, rows = series.summary_rows(lines)
-        table = tabulate(rows, headers, floatfmt=".4g")
-        end = next(line for line in reversed(lines) if line["event"] in ("end", "loss"))
-        spent, total = end["timing"]["probe_seconds"], end["timing"]["seconds"]
+        found = plots.shortened(log.find(run_dir))
+        headers, rows = series.summary_rows(found)
+        timing = (found.end or found.losses[-1])["timing"]
+        spent, total = timing["probe_seconds"], timing["seconds"]
         share = f"{spent / max(total - spent, 1e-9):.1%} on top of training"
         cost = f"probes took {spent:.0f} s of {total:.0f} s, {share}"
+        table = tabulate(rows, headers, floatfmt=".4g")
         return f"{table}\n{cost}\nreport: {plots.report(run_dir)}"

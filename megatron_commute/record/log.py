@@ -11,7 +11,9 @@ import json
 import os
 import pathlib
 
+from megatron_commute.record import shape
 from megatron_commute.settings import text_files
+from megatron_commute.settings.yaml_checks import shown
 
 SCHEMA = 1
 NAME = "commute.jsonl"
@@ -182,31 +184,46 @@ def find(run):
 
 
 def read(run):
-    """All lines of a record as dicts. A torn last line is left out.
+    """All lines of a record as dicts, as `each`. A torn last line is left out."""
+    return [line for _, line in each(run) if line is not None]
 
-    Raises ValueError naming file and line where a line before the last is damaged or has an
-    unknown schema.
+
+def each(run):
+    """(where, line) one by one, where: file and number, line: a dict, None for a torn last one.
+
+    Raises ValueError where a line before the last is damaged or has an unknown schema.
     """
     file = find(run)
-    lines = file.read_bytes().split(b"\n")
-    events = []
-    for number, line in enumerate(lines, 1):
-        if not line:
-            continue
-        try:
-            event = json.loads(line)
-            if not isinstance(event, dict):
-                raise ValueError
-        except ValueError:
-            if number == len(lines):
+    with open(file, "rb") as lines:
+        for number, text in enumerate(lines, 1):
+            if text == b"\n":
+                continue
+            where = f"{file}:{number}"
+            try:
+                event = json.loads(text.decode("utf-8"))
+                if not isinstance(event, dict):
+                    raise ValueError
+            except (ValueError, RecursionError):
+                if text.endswith(b"\n"):
+                    told = "not a JSON line; restore the file or cut it before this line"
+                    raise ValueError(f"{where}: {told}") from None
+                yield where, None
                 break
-            raise ValueError(
-                f"{file}:{number}: not a JSON line; restore the file or cut it before this line"
-            ) from None
-        if event.get("schema") != SCHEMA:
-            raise ValueError(
-                f"{file}:{number}: schema {event.get('schema')!r} is not {SCHEMA}; read it with the version "
-                "that wrote it"
-            )
-        events.append(event)
-    return events
+            if event.get("schema") != SCHEMA:
+                told = f"is not {SCHEMA}; read it with the version that wrote it"
+                raise ValueError(f"{where}: schema {shown(event.get('schema'))} {told}")
+            yield where, event
+
+
+def checked(run):
+    """The lines as `each`, None for a torn last one. Raises ValueError, too, for what no version
+    writes.
+    """
+    names = None
+    for where, line in each(run):
+        if line is not None:
+            if wrong := shape.fault(line, names):
+                raise ValueError(f"{where}: {wrong}; restore the file or cut it before this line")
+            if names is None and line["event"] == "start":
+                names = line["names"]
+        yield line

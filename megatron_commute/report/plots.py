@@ -7,10 +7,11 @@ The same record gives the same bytes.
 from __future__ import annotations
 
 import csv
+import dataclasses
 import pathlib
 
 from megatron_commute.record import log as record
-from megatron_commute.report import design, picture_criterion, picture_flow, picture_run, series
+from megatron_commute.report import design, picture_criterion, picture_flow, picture_run, series, thinning
 from megatron_commute.report.drawing import house_style
 from megatron_commute.report.page import page
 from megatron_commute.report.series import summary_rows
@@ -29,12 +30,22 @@ def report(run, out=None):
     """
     file = record.find(run)
     out = pathlib.Path(out) if out else file.with_name("report.html")
-    lines = record.read(file)
-    written = sum(1 for text in file.read_bytes().split(b"\n") if text)
-    events = series.by_event(lines, file)
+    events = shortened(file)
     out.parent.mkdir(parents=True, exist_ok=True)
-    text_files.replace(out, page(events, pictures(events), torn=written - len(lines)))
+    text_files.replace(out, page(events, pictures(events)))
     return out
+
+
+def shortened(file):
+    """The series.Run of a record, long ones thinned to what a page can show."""
+    torn = []
+    lines = (line for line in record.checked(file) if line is not None or torn.append(True))
+    kept, totals = thinning.thinned(lines)
+    return dataclasses.replace(series.by_event(kept, file), totals=totals, torn=bool(torn))
+
+
+def _whole(run):
+    return series.by_event([line for line in record.checked(run) if line is not None], run)
 
 
 def export(run, out_dir):
@@ -43,11 +54,11 @@ def export(run, out_dir):
 
     run: a record, or the folder that holds one; errors as in `report`.
     """
-    events = series.by_event(record.read(run), run)
+    events, shown = _whole(run), shortened(record.find(run))
     folder = pathlib.Path(out_dir)
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for picture in pictures(events):
+    for picture in pictures(shown):
         paths += [folder / f"{picture.name}.svg", folder / f"{picture.name}.png"]
         text_files.replace(paths[-2], picture.svg())
         text_files.replace(paths[-1], picture.png())
@@ -88,7 +99,7 @@ def replayed(run, found, out):
     """Draw a replay.Told beside what happened and write it to `out` (.png or .svg). run: a record
     or its folder.
     """
-    events, out = series.by_event(record.read(run), run), pathlib.Path(out)
+    events, out = _whole(run), pathlib.Path(out)
     if out.suffix not in (".png", ".svg"):
         raise ValueError(f"--out {out}: write a name that ends in .png or .svg")
     with house_style():

@@ -127,7 +127,7 @@ def replace(path, content):
 
 @contextlib.contextmanager
 def replacing(path):
-    """A buffer for text, which becomes the whole of a file when the block ends well; as `replace`."""
+    """A buffer for text, which becomes the whole of a file when the block ends; as `replace`."""
     text = io.StringIO(newline="")
     yield text
     replace(path, text.getvalue())

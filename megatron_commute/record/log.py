@@ -219,11 +219,11 @@ def checked(run):
     """The lines as `each`, None for a torn last one. Raises ValueError, too, for what no version
     writes.
     """
-    names = None
+    start = None
     for where, line in each(run):
         if line is not None:
-            if wrong := shape.fault(line, names):
+            if wrong := shape.fault(line, start):
                 raise ValueError(f"{where}: {wrong}; restore the file or cut it before this line")
-            if names is None and line["event"] == "start":
-                names = line["names"]
+            if start is None and line["event"] == "start":
+                start = line
         yield line

@@ -15,22 +15,20 @@ LISTS = {"names", "budgets", "sizes", "holdouts", "warnings", "news", "windows"}
 _NUMBER, _HUGE = {int, float, type(None)}, 1e300
 
 
-def fault(line, names):
+def fault(line, start):
     """What is wrong with a line, in a few words; "" where nothing is. names: of the start line."""
     event = line.get("event")
     if not isinstance(event, str):
         return "it names no event"
     if event == "start" and (wrong := _start(line)):
         return wrong
-    names = names or line.get("names")
-    if event in ("probe", "skip", "loss", "valid", "control", "end") and names is None:
-        return "it comes before the start line"
+    start = start or (line if event == "start" else None)
     for key, value in line.items():
         if value is not None and not _fits(key, value):
             return f"{key} is not what a record holds there"
     if event in ("probe", "skip", "loss", "end") and not {"step", "sample"} <= line.keys():
         return "it lacks step or sample"
-    return _of_domains(line, len(names), names) if names else ""
+    return _of_domains(line, start) if start else ""
 
 
 def _start(line):
@@ -59,13 +57,13 @@ def _fits(key, value):
 def _numbers(value):
     """Whether a value is a finite number or null, or lists or objects of them."""
     if isinstance(value, dict):
-        value = list(value.values())
+        return all(type(one) in _NUMBER and _numbers(one) for one in value.values())
     if not isinstance(value, list):
         return type(value) in _NUMBER and (value is None or abs(value) < _HUGE)  # NaN is not
     if {*map(type, value)} <= _NUMBER:
         known = [abs(one) for one in value if one is not None]
         return all(one < _HUGE for one in known)
-    return all(map(_numbers, value))
+    return all(isinstance(one, list) and _numbers(one) for one in value)
 
 
 def _finite(value):
@@ -87,20 +85,22 @@ def _shape(value):
     return (len(value), *inner.pop()) if len(inner) == 1 and None not in inner else None
 
 
-def _of_domains(line, K, names):
+def _by_name(value, names):
+    return isinstance(value, dict) and value.keys() <= set(names) and {*map(type, value.values())} <= _NUMBER
+
+
+def _of_domains(line, start):
     """What is wrong with the numbers of each domain."""
+    names, K = start["names"], len(start["names"])
     for key in ("train", "valid", "served"):
-        value = line.get(key)
-        if value is not None and not (isinstance(value, dict) and value.keys() <= set(names)):
+        if line.get(key) is not None and not _by_name(line[key], names):
             return f"{key} is not by domain"
-    for key in ("s", "s_se", "score", "score_se", "P", "P_se", "weights_next", "weights"):
-        value, rank = line.get(key), 1 + key.startswith("P")
-        if isinstance(value, dict) and key == "weights":
-            if not value.keys() <= set(names):
-                return "weights is not by domain"
-        elif value is not None and _shape(value) not in ((K,) * rank, (K,) * (rank + 1)):
+    for key in ("s", "s_se", "score", "score_se", "P", "P_se"):
+        shape = (K,) * (1 + key.startswith("P") + (start.get("target") == "each"))
+        if line.get(key) is not None and _shape(line[key]) != shape:
             return f"{key} has not a number for each domain"
-    for key in ("budgets", "sizes", "holdouts"):
-        if line.get(key) is not None and _shape(line[key]) != (K,):
+    for key in ("weights", "weights_next", "budgets", "sizes", "holdouts"):
+        value = line.get(key)
+        if value is not None and not _by_name(value, names) and _shape(value) != (K,):
             return f"{key} has not a number for each domain"
     return ""

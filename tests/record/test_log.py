@@ -66,7 +66,7 @@ def test_a_torn_last_line_is_left_out_and_overwritten_by_the_next(log):
         (b"not json", r"commute\.jsonl:2: not a JSON line; restore the file or cut it"),
         (b"17", r"commute\.jsonl:2: not a JSON line"),
         (b'{"schema": 2, "event": "loss"}', r"commute\.jsonl:2: schema 2 is not 1; read it with the version"),
-        (b'{"event": "loss"}', r"commute\.jsonl:2: schema None is not 1"),
+        (b'{"event": "loss"}', r"commute\.jsonl:2: schema null is not 1"),
     ],
 )
 def test_a_damaged_line_is_named(log, damage, message):

@@ -217,7 +217,7 @@ def _convert(folder, say, why):
                 f"{folder}: DeepSpeed's ds_to_universal failed; start on the number of ranks that wrote it, "
                 f"or free disk space; it said:\n{told}"
             )
-        (part / _SOURCE).write_text(json.dumps(source))
+        text_files.replace(part / _SOURCE, json.dumps(source))
         os.replace(part, target)
     finally:
         shutil.rmtree(part, ignore_errors=True)

@@ -28,6 +28,10 @@ def fault(line, start):
             return f"{key} is not what a record holds there"
     if event in ("probe", "skip", "loss", "end") and not {"step", "sample"} <= line.keys():
         return "it lacks step or sample"
+    if event == "probe" and any(line.get(key) is None for key in ("s", "weights", "weights_next")):
+        return "it lacks s, weights or weights_next"
+    if event in ("start", "probe") and None in [*line["weights"], *(line.get("weights_next") or [])]:
+        return "it lacks a weight"
     return _of_domains(line, start) if start else ""
 
 

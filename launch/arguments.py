@@ -4,7 +4,6 @@ started or written.
 
 import argparse
 import contextlib
-import json
 import os
 import sys
 from pathlib import Path
@@ -104,7 +103,7 @@ def checkpoint_of(args, world, rank):
     from megatron_commute.adapters import restart
 
     tensor = args.tensor_model_parallel_size
-    stage = json.loads(Path(args.deepspeed_config).read_text()).get("zero_optimization", {}).get("stage", 0)
+    stage = zero_stage(args.deepspeed_config)
     with contextlib.ExitStack() as held:
         try:
             if rank == 0 and args.save:
@@ -115,6 +114,17 @@ def checkpoint_of(args, world, rank):
                 _say(f"error: {error}")
             raise SystemExit(2) from None
         yield told
+
+
+def zero_stage(path):
+    """Stage of ZeRO in a DeepSpeed configuration. Raises ValueError for what is none."""
+    from megatron_commute.settings import text_files
+
+    zero = text_files.read_object(path).get("zero_optimization", {})
+    stage = zero.get("stage", 0) if isinstance(zero, dict) else None
+    if type(stage) is not int or stage not in range(4):
+        raise ValueError(f'{path}: names no stage of ZeRO; write "zero_optimization": {{"stage": 1}}')
+    return stage
 
 
 def _say(line):
@@ -144,11 +154,9 @@ def refuse(args, world):
     if not args.distributed_timeout_minutes > 0:
         raise ConfigError("--distributed-timeout-minutes: write a positive number")
     try:
-        json.loads(Path(args.deepspeed_config).read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"--deepspeed_config {args.deepspeed_config}: {error}; name a JSON file like launch/ds_zero1.json"
-        ) from None
+        zero_stage(args.deepspeed_config)
+    except ValueError as error:
+        raise ConfigError(f"--deepspeed_config {error}, as launch/ds_zero1.json does") from None
     if args.num_workers < 0 or args.save_interval < 0:
         raise ConfigError("--num-workers and --save-interval: write 0 or a positive number")
     tensor = args.tensor_model_parallel_size

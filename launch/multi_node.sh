@@ -10,7 +10,7 @@
 #
 #     --hostfile FILE      one line "NAME slots=RANKS" for each node, see hostfile.example (required)
 #     --node-rank N        this node's line in the hostfile, from 0: start here only, without ssh
-#     --master-addr HOST   address of the first node [the hostfile's first name]
+#     --master-addr HOST   address of the first node [the hostfile's first name, without a user]
 #     --master-port PORT   a free port of the first node [29500]
 #     --ssh-port PORT      port of sshd on the nodes
 #     --env NAME           also carry this variable to the nodes; may be given again
@@ -26,6 +26,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source-path=SCRIPTDIR source=environment.sh
 source "$root/launch/environment.sh"
 
+identifier='^[A-Za-z_][A-Za-z0-9_]*$'
 hostfile='' node='' address='' port=29500 ssh_port='' dry='' names=()
 value() { [[ -n ${2:-} && $2 != --* ]] || fail "$1: write a value after it, see --help"; }
 while (($#)); do
@@ -35,7 +36,12 @@ while (($#)); do
         --master-addr) value "$@"; address=$2; shift 2 ;;
         --master-port) value "$@"; port=$2; shift 2 ;;
         --ssh-port) value "$@"; ssh_port=$2; shift 2 ;;
-        --env) value "$@"; names+=("$2"); shift 2 ;;
+        --env)
+            value "$@"
+            [[ $2 =~ $identifier ]] || fail "--env $2: is no name of a variable; write letters, digits and _ alone"
+            names+=("$2")
+            shift 2
+            ;;
         --dry-run) dry=yes; shift ;;
         -h | --help) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; exit 0 ;;
         --) shift; break ;;
@@ -44,30 +50,26 @@ while (($#)); do
 done
 
 [[ -n $hostfile ]] || fail "--hostfile: missing; write one like $root/launch/hostfile.example"
-[[ -f $hostfile ]] || fail "--hostfile $hostfile: no such file; write one like $root/launch/hostfile.example"
+[[ -e $hostfile ]] || fail "--hostfile $hostfile: no such file; write one like $root/launch/hostfile.example"
 (($#)) || fail "no training script: write -- launch/pretrain_gpt.py and its flags at the end"
 [[ -f $1 ]] || fail "$1: no such training script; name it with its path"
 [[ $port =~ ^[1-9][0-9]{0,4}$ && $port -lt 65536 ]] || fail "--master-port $port: write a port between 1 and 65535"
 
 hosts=() ranks=0
-number=0
-while IFS= read -r line || [[ -n $line ]]; do
-    number=$((number + 1))
-    line=${line%$'\r'}
-    [[ $line =~ ^[[:space:]]*(#.*)?$ ]] && continue
-    [[ $line =~ ^[[:space:]]*([^[:space:]]+)[[:space:]]+slots=([1-9][0-9]*)[[:space:]]*(#.*)?$ ]] ||
-        fail "$hostfile:$number: '$line': write NAME slots=RANKS"
-    for host in "${hosts[@]+"${hosts[@]}"}"; do
-        [[ $host != "${BASH_REMATCH[1]}" ]] || fail "$hostfile:$number: $host a second time; one line for each node"
-    done
-    hosts+=("${BASH_REMATCH[1]}")
-    ranks=$((ranks + BASH_REMATCH[2]))
-done <"$hostfile"
-((${#hosts[@]})) || fail "$hostfile: no node in it; write NAME slots=RANKS for each"
+nodes=$("${PYTHON:-python3}" "$root/launch/hostfile.py" "$hostfile") || exit 2
+while read -r host slots; do
+    hosts+=("$host")
+    ranks=$((ranks + slots))
+done <<<"$nodes"
 
 command -v deepspeed >/dev/null || fail "no deepspeed command: activate the environment that has it, on every node"
-address=${address:-${hosts[0]}}
-command=(deepspeed --hostfile "$hostfile" --master_addr "$address" --master_port "$port")
+first=${hosts[0]##*@} # the rendezvous wants an address, ssh alone a user
+address=${address:-$first}
+# DeepSpeed reads plain lines, whatever encoding and comments the file has
+variables='' plain=$(mktemp)
+trap 'rm -f "$plain" ${variables:+"$variables"}' EXIT
+while read -r host slots; do printf '%s slots=%s\n' "$host" "$slots"; done <<<"$nodes" >"$plain"
+command=(deepspeed --hostfile "$plain" --master_addr "$address" --master_port "$port")
 
 # DeepSpeed reads one file of variables for the nodes; what is set here comes first, the user's own files win.
 carry() {
@@ -86,9 +88,11 @@ carry() {
     for name in "$HOME/.deepspeed_env" ./.deepspeed_env; do
         [[ -f $name ]] || continue
         while IFS= read -r line || [[ -n $line ]]; do
+            line=${line#$'\xef\xbb\xbf'} line=${line%$'\r'}
             [[ $line =~ ^[[:space:]]*(#.*)?$ ]] && continue
-            [[ $line == *=* ]] || fail "$name: '$line': write NAME=VALUE"
-            printf '%s\n' "${line%$'\r'}"
+            [[ $line == *=* && ${line%%=*} =~ ^[[:space:]]*(export[[:space:]]+)?[A-Za-z_][A-Za-z0-9_]*$ ]] ||
+                fail "$name: '$line': write NAME=VALUE"
+            printf '%s\n' "$line"
         done <"$name"
     done
 }
@@ -100,7 +104,6 @@ if [[ -n $node ]]; then
     say "node $node of ${#hosts[@]}, $ranks ranks in all; rendezvous at $address:$port"
 else
     variables=$(mktemp)
-    trap 'rm -f "$variables"' EXIT
     carry >"$variables"
     export DS_ENV_FILE=$variables
     if [[ -z $dry ]]; then
@@ -116,7 +119,7 @@ command+=("$@")
 if [[ -n $dry ]]; then
     printf '%q ' "${command[@]}"
     printf '\n'
-    [[ -z ${variables:-} ]] || cat "$variables"
+    [[ -z $variables ]] || cat "$variables"
     exit 0
 fi
 "${command[@]}" &

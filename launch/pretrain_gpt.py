@@ -12,12 +12,11 @@ import logging
 import os
 import shutil
 import sys
-from pathlib import Path
 
 import numpy as np
 from arguments import checkpoint_of, parse, prepare
 
-from megatron_commute.settings import rates
+from megatron_commute.settings import rates, text_files
 
 KEPT_WORDS = ("normalization", "position_embedding_type", "lr_decay_style", "lr_wsd_decay_style")
 
@@ -33,7 +32,7 @@ def engine_config(args, data_parallel, universal=False):
     """DeepSpeed's configuration: the file's, with batch sizes and precision from the flags.
     universal: of restart.Choice.
     """
-    config = json.loads(Path(args.deepspeed_config).read_text())
+    config = text_files.read_object(args.deepspeed_config)
     config["train_micro_batch_size_per_gpu"] = args.micro_batch_size
     config["gradient_accumulation_steps"] = args.global_batch_size // (args.micro_batch_size * data_parallel)
     config["steps_per_print"] = 10**9

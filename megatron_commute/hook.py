@@ -12,6 +12,7 @@ import time
 import numpy as np
 
 from megatron_commute import reduce
+from megatron_commute.data import resume
 from megatron_commute.decide import control_file, flow_run
 from megatron_commute.decide.laws import LAWS
 from megatron_commute.decide.steering import Steering
@@ -19,6 +20,7 @@ from megatron_commute.measure import probe
 from megatron_commute.record import lines, log
 from megatron_commute.record.clock import Clock
 from megatron_commute.record.tally import Tally
+from megatron_commute.settings import text_files
 from megatron_commute.settings.probe_cost import sequences_drawn
 from megatron_commute.settings.rates import flow_times
 
@@ -187,14 +189,8 @@ class Hook:
     def finish(self, step, going_on="start it again with its last checkpoint to go on"):
         """Write the closing line; of a run that ends early, with what is left and how to go on."""
         left = lines.left(self.plan, self.stream.index, self.stream.served)
-        self._write(
-            "end",
-            step=step,
-            sample=self.stream.index,
-            served=self._named(self.stream.served),
-            **({} if left is None else {"left": left}),
-            timing=self.clock.of_run(),
-        )
+        told = {"served": self._named(self.stream.served)} | ({} if left is None else {"left": left})
+        self._write("end", step=step, sample=self.stream.index, **told, timing=self.clock.of_run())
         if left is not None:
             self.say(f"{lines.left_words(left, self.plan, self.stream.index)}; {going_on}")
 
@@ -248,7 +244,7 @@ class Hook:
             self._skip(step, str(fault), begun)
             return
         except Exception as fault:
-            log.replace(self._fault_file, json.dumps({"step": step}).encode())  # the restart skips it
+            text_files.replace(self._fault_file, json.dumps({"step": step}))  # the restart skips it
             raise RuntimeError(
                 f"a collective failed inside the probe at step {step}; a restart from the last checkpoint "
                 "resumes and skips this probe"
@@ -282,16 +278,9 @@ class Hook:
     def _skip(self, step, reason, begun):
         self.failures += 1
         self.off = self.failures >= MOST_FAILURES
-        spent = self.clock.of_probe(begun)
-        self._write(
-            "skip",
-            step=step,
-            sample=self.stream.index,
-            reason=reason,
-            failures=self.failures,
-            off=self.off,
-            timing=spent,
-        )
+        told = {"reason": reason, "failures": self.failures, "off": self.off}
+        timing = self.clock.of_probe(begun)
+        self._write("skip", step=step, sample=self.stream.index, **told, timing=timing)
         self.say(f"probe at step {step} SKIPPED, weights stay: {reason}")
         if self.off:
             self.say(f"PROBING IS OFF for the rest of this run: {self.failures} probes failed in a row")
@@ -312,6 +301,8 @@ class Hook:
             "off": self.off,
             "tally": self.tally.state_dict(),
             "lines": self.record.lines,
+            "record": self.record.digest if self.speaks else None,
+            "settings": resume.settings(self.config, self.plan),
             "lead": self.plan.lead,
             "seed": self.config.seed,
             "memory": self.memory.mode,
@@ -340,22 +331,19 @@ class Hook:
             self._work_in(state["memory"])  # what is free today must not change the numbers of a run
         self.tally.load_state_dict(state["tally"])
         if branch:
-            self.start((branch,))
-            return
-        problem = ""
+            return self.start((branch,))
+        problem = changed = ""
         if self.speaks:
             try:
-                self.record.rewind(state["lines"])
+                self.fatal_step = log.fault_step(self._fault_file)
+                changed = self.record.rewind(state["lines"], state.get("record"), self.stream.index)
             except (OSError, ValueError) as fault:
                 problem = str(fault)
-        else:
-            self.record.lines = state["lines"]
-        problem = reduce.gather_text(problem, self.groups)[0]
+        problem, changed = (reduce.gather_text(text, self.groups)[0] for text in (problem, changed))
         if problem:  # said by every rank, so that none waits for the first
             raise ValueError(problem)
-        mine = (
-            json.loads(self._fault_file.read_text())["step"]
-            if self.speaks and self._fault_file.exists()
-            else -1
-        )
-        self.fatal_step = int(reduce.broadcast_numbers(np.array([float(mine)]), self.groups)[0])
+        numbers = np.array([float(self.fatal_step or 0), float(self.record.lines)])
+        self.fatal_step, self.record.lines = map(int, reduce.broadcast_numbers(numbers, self.groups))
+        if changed:
+            self._write("note", sample=self.stream.index, text=changed)
+            self.say(f"note: {changed}")

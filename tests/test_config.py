@@ -239,7 +239,7 @@ def test_unreadable_files(tmp_path):
     ):
         load(tmp_path / "none.yaml")
     (tmp_path / "latin.yaml").write_bytes("domains: {é: {path: a}}".encode("latin-1"))
-    with pytest.raises(ConfigError, match=r"latin\.yaml: is not UTF-8 text .*; save it as UTF-8"):
+    with pytest.raises(ConfigError, match=r"latin\.yaml:1: is not UTF-8 text; save it as UTF-8"):
         load(tmp_path / "latin.yaml")
 
 

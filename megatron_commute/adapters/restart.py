@@ -14,12 +14,15 @@ import json
 import os
 import re
 import shutil
+import stat
 import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from megatron_commute.settings import text_files, yaml_checks
 
 _SHARD = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 _MODEL = re.compile(r"(?:zero_pp_rank_\d+_)?mp_rank_(\d+)_model_states\.pt")
@@ -65,8 +68,9 @@ def explained(rank, ranks, folder):
     except RuntimeError as fault:
         if not _LOST.search(f"{fault} {fault.__cause__ or ''}"):
             raise
-        latest, what = Path(folder or "", "latest"), str(fault).splitlines()[0][:200]
-        at = f"from {latest.read_text().strip()}" if folder and latest.exists() else "at the beginning"
+        what, at = str(fault).splitlines()[0][:200], "at the beginning"
+        with contextlib.suppress(RestartError):
+            at = f"from {tag}" if (tag := _newest(folder)) else at
         raise RuntimeError(
             f"rank {rank} of {ranks} has lost the others ({what}): a rank or node has ended or is stuck, "
             f"see its output. Start the same command again on all nodes, it resumes {at}"
@@ -81,8 +85,7 @@ def only_job(folder):
     Raises RestartError where another job holds it. A file system without locks (OSError) is not
     guarded.
     """
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with open(Path(folder, ".lock"), "w") as file:
+    with _lock_file(folder) as file:
         try:
             # not flock, which a data loader's forked workers would keep when this process is killed
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -93,6 +96,44 @@ def only_job(folder):
         except OSError:
             pass
         yield
+
+
+def _lock_file(folder):
+    """The open lock file of a folder, which is made where it is absent; nothing else is followed or
+    written to.
+    """
+    path = Path(folder, ".lock")
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        file = open(os.open(path, flags, 0o644), "r+b", buffering=0)  # noqa: SIM115  the caller closes it
+    except FileExistsError:
+        raise RestartError(f"--save {folder}: is a file; name a folder") from None
+    except OSError as error:
+        strange = Path(folder).is_dir() and os.path.lexists(path)
+        cure = "remove its .lock, which is no file of ours" if strange else "name one that can be written to"
+        raise RestartError(f"--save {folder}: {error.strerror}; {cure}") from None
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise RestartError(f"--save {folder}: a pipe; remove its .lock, which is no file of ours")
+    return file
+
+
+def _newest(load):
+    """The tag of the newest checkpoint under `load`, which `latest` names; None where there is none
+    yet. Raises RestartError.
+    """
+    latest = Path(load or "", "latest")
+    if not load or not os.path.lexists(latest):
+        return None
+    cure = "write the name of a folder beside it, such as global_step100"
+    try:
+        tag = text_files.read(latest, 4096).strip()
+    except text_files.TextFileError as error:
+        raise RestartError(f"{str(error).rpartition('; ')[0]}; {cure}") from None
+    if not tag.isprintable() or tag in ("", ".", "..") or "/" in tag:
+        raise RestartError(f"{latest}: names no checkpoint, {yaml_checks.shown(tag)}; {cure}")
+    return tag
 
 
 def saved(folder):
@@ -152,10 +193,9 @@ def choose(load, data, model, stage, convert=False, say=print):
     RestartError, naming the cure, for another number of tensor-parallel ranks, for a change between
     sharded and whole parameters or optimisers, and for a failed conversion.
     """
-    latest = Path(load or "", "latest")
-    if not load or not latest.exists():
+    tag = _newest(load)
+    if tag is None:
         return Choice(None, False)
-    tag = latest.read_text().strip()
     folder = Path(load, tag)
     found = saved(folder)
     if found.model != model:
@@ -188,8 +228,9 @@ def _convert(folder, say, why):
     source = {
         path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(folder.glob("*.pt"))
     }
-    if (target / _SOURCE).exists() and json.loads((target / _SOURCE).read_text()) == source:
-        return False
+    with contextlib.suppress(ValueError):  # written by no conversion of ours, so it is made again
+        if (target / _SOURCE).exists() and json.loads(text_files.read(target / _SOURCE)) == source:
+            return False
     say(f"the checkpoint {folder.name} is {why}: converting it to DeepSpeed's universal form")
     shutil.rmtree(target, ignore_errors=True)  # of an older checkpoint of the same step
     part, given = (folder.with_name(f".{target.name}.{os.getpid()}{end}") for end in ("", ".given"))
@@ -206,12 +247,12 @@ def _convert(folder, say, why):
                 f"{folder}: DeepSpeed's ds_to_universal failed; start on the number of ranks that wrote it, "
                 f"or free disk space; it said:\n{told}"
             )
-        (part / _SOURCE).write_text(json.dumps(source))
+        text_files.replace(part / _SOURCE, json.dumps(source))
         os.replace(part, target)
     finally:
         shutil.rmtree(part, ignore_errors=True)
         shutil.rmtree(given, ignore_errors=True)
-    (folder.parent / "latest_universal").write_text(target.name)
+    text_files.replace(folder.parent / "latest_universal", target.name)
     return True
 
 

@@ -337,16 +337,13 @@ class Plugin:
             mixture.schedule(weights, at_sample)
 
     def summary(self, run_dir):
-        """Write the report of the run and return its closing table as text."""
-        from tabulate import tabulate
+        """Write the report and return its closing table, or why there is none: training is over
+        and nothing here spoils its exit status.
+        """
+        from megatron_commute.report import plots
 
-        from megatron_commute.report import plots, series
-
-        lines = log.read(run_dir)
-        headers, rows = series.summary_rows(lines)
-        table = tabulate(rows, headers, floatfmt=".4g")
-        end = next(line for line in reversed(lines) if line["event"] in ("end", "loss"))
-        spent, total = end["timing"]["probe_seconds"], end["timing"]["seconds"]
-        share = f"{spent / max(total - spent, 1e-9):.1%} on top of training"
-        cost = f"probes took {spent:.0f} s of {total:.0f} s, {share}"
-        return f"{table}\n{cost}\nreport: {plots.report(run_dir)}"
+        try:
+            return plots.closing(run_dir)
+        except Exception as fault:
+            why = str(fault).partition("\n")[0] or type(fault).__name__
+            return f"the report was not written: {why}; later: megatron-commute report {run_dir}"

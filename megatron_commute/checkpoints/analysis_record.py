@@ -5,6 +5,7 @@ import math
 
 from megatron_commute.checkpoints.files import CheckpointError
 from megatron_commute.record import log
+from megatron_commute.settings import text_files
 
 
 def reopen(written):
@@ -36,4 +37,4 @@ def sort(written):
     pairs.sort(key=lambda pair: (pair[0]["event"] != "start", pair[0].get("step", math.inf)))
     ordered = [line for _, line in pairs]
     if ordered != lines:
-        log.replace(written.path, b"".join(ordered))
+        text_files.replace(written.path, b"".join(ordered))

@@ -5,6 +5,7 @@ import csv
 import numpy as np
 
 from megatron_commute import bracket, intervals
+from megatron_commute.settings import text_files
 
 
 def improvable(line, plan, splits, confidence):
@@ -54,7 +55,7 @@ def write_table(path, probes, names):
     """Every number of every probe as CSV: step, sample, target, quantity, domain, other domain,
     value, standard error.
     """
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    with text_files.replacing(path) as file:
         table = csv.writer(file)
         table.writerow(
             [

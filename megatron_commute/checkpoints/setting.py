@@ -7,12 +7,18 @@ import dataclasses
 import numpy as np
 
 from megatron_commute.adapters import torch_loop
-from megatron_commute.checkpoints.files import CheckpointError, small_file
+from megatron_commute.checkpoints.files import CheckpointError
 from megatron_commute.config import Config, ConfigError, Plan, Run
 from megatron_commute.data.indexed import data_summary, drawer
-from megatron_commute.data.tokenizer_note import json_value
 from megatron_commute.mixture import Mixture
+from megatron_commute.settings import text_files, yaml_checks
 from megatron_commute.settings.probe_cost import holdout_parts, sequences_drawn
+
+_COUNTS = (  # flags of a checkpoint that are whole numbers
+    "iteration", "train_iters", "global_batch_size", "micro_batch_size", "seq_length", "vocab_size",
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
+    "max_position_embeddings", "make_vocab_size_divisible_by", "tensor_model_parallel_size",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,14 +84,15 @@ def extra_flags(asked):
     if asked.arguments is None:
         return {}
     try:
-        found = json_value(small_file(asked.arguments))
-        if not isinstance(found, dict):
-            raise ValueError("it is no object")
-    except (OSError, ValueError, RecursionError) as fault:
-        told = getattr(fault, "strerror", None) or " ".join(str(fault).split())[:160]
-        raise CheckpointError(
-            f"--arguments {asked.arguments}: {told}; write a JSON object of flags"
-        ) from None
+        found = text_files.read_object(asked.arguments, "a JSON object of flags")
+    except text_files.TextFileError as fault:
+        raise CheckpointError(f"--arguments {fault}") from None
+    for flag, value in found.items():
+        if flag in _COUNTS and value is not None:
+            found[flag] = yaml_checks.whole(value)
+            if found[flag] is None or found[flag] < (flag != "iteration"):
+                told = f"{flag} is {yaml_checks.shown(value)}; write a positive whole number"
+                raise CheckpointError(f"--arguments {asked.arguments}: {told}")
     return found
 
 

@@ -1,6 +1,5 @@
 """Before a run: `design` writes a schedule, by law flow alone or proven on proxies of the run."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import click
 from megatron_commute.cli.plan import checked, drawn, of_a_run
 from megatron_commute.cli.words import Refusal, as_json, print_json, table
 from megatron_commute.config import ConfigError
-from megatron_commute.settings import schedule
+from megatron_commute.settings import schedule, text_files
 
 UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 
@@ -20,13 +19,9 @@ def _arguments(context: click.Context, _: Any, path: str | None) -> None:
     if path is None:
         return
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise Refusal(
-            f"--arguments {path}: {error}; name a JSON file of flags, such as arguments.json"
-        ) from error
-    if not isinstance(found, dict):
-        raise Refusal(f"--arguments {path}: no JSON object; write flags as names and values")
+        found = text_files.read_object(path, "a JSON object of flags, such as arguments.json")
+    except text_files.TextFileError as error:
+        raise Refusal(f"--arguments {error}") from error
     known = {option.name for option in context.command.params}
     given = {name.lstrip("-").replace("-", "_"): value for name, value in found.items()}
     context.default_map = {
@@ -96,7 +91,7 @@ def _by_law(file, law, harm, out, as_json, flags):
     asked = checked(file, flags, law=law, **limit)
     Path(out).mkdir(parents=True, exist_ok=True)
     path = Path(out) / "schedule.csv"
-    path.write_text(schedule.written(asked.plan.names, asked.plan.schedule), encoding="utf-8")
+    text_files.replace(path, schedule.written(asked.plan.names, asked.plan.schedule))
     files = [str(path), *drawn(asked, out, with_page=True)]
     if as_json:
         print_json({"files": files, "flow": asked.flow, "warnings": list(asked.plan.warnings)})

@@ -9,7 +9,7 @@ from megatron_commute import __version__
 from megatron_commute.cli.average import average
 from megatron_commute.cli.design import design
 from megatron_commute.cli.plan import plan
-from megatron_commute.cli.words import Refusal, as_json, print_json, table
+from megatron_commute.cli.words import Refusal, as_json, print_json, table, told
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -41,8 +41,8 @@ def report(run: str, out: str | None, export_dir: str | None, as_json: bool) -> 
         path = Path(plots.report(run, out))
         if export_dir:
             plots.export(run, export_dir)
-    except (FileNotFoundError, ValueError) as error:
-        raise Refusal(str(error)) from error
+    except (OSError, ValueError) as error:
+        raise Refusal(told(error)) from error
     if as_json:
         print_json({"report": str(path)})
     else:
@@ -72,8 +72,8 @@ def replay(record: str, law: str | None, guards: tuple[str, ...], out: str | Non
         found = replays.told(record, law, guards)
         if out:
             plots.replayed(record, found, out)
-    except (FileNotFoundError, ValueError) as error:
-        raise Refusal(str(error)) from error
+    except (OSError, ValueError) as error:
+        raise Refusal(told(error)) from error
     if as_json:
         print_json(replays.as_dict(found))
     else:

@@ -20,6 +20,13 @@ class Refusal(click.ClickException):
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 
 
+def told(error: OSError | ValueError) -> str:
+    """What a refusal says of a fault of files."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}; free the disk, or name another place to write to"
+    return str(error)
+
+
 def print_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
 

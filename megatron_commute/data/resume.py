@@ -2,6 +2,8 @@
 over by consent.
 """
 
+import dataclasses
+import json
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -10,6 +12,8 @@ from megatron_commute.config import ConfigError
 from megatron_commute.data import takeover
 from megatron_commute.mixture import Mixture
 
+# keys whose change law flow names itself, when it has planned the weights
+_OF_FLOW = ("target", "controller.law", "controller.strength")
 _EDGE = 1 << 20  # bytes of either end of a .bin file that enter its fingerprint
 
 
@@ -42,6 +46,46 @@ def fingerprint(paths, size):
     return f"{code:08x}-{size}"
 
 
+def settings(config, plan):
+    """What the mixture file says that steers a run, as {dotted key: JSON value}: kept in every
+    checkpoint, so that a restart can name what was changed.
+
+    Left out: what a ledger and a mixture keep (data, budgets, bounds), places of files, and keys
+    that only warn.
+    """
+    found = {"mode": config.mode, "every": config.every, "lead": plan.lead, "seed": config.seed}
+    found["target"] = None if config.target is None else config.target
+    found["schedule"] = None if config.schedule is None else "a file"
+    for section in ("probe", "controller"):
+        fields = dataclasses.asdict(getattr(config, section))
+        found |= {f"{section}.{key}": value for key, value in fields.items()}
+    for key in ("floors", "caps"):
+        named = zip(plan.names, found.pop(f"controller.{key}"), strict=True)
+        found |= {f"controller.{key}.{name}": value for name, value in named}
+    for domain, weight in zip(config.domains, plan.weights, strict=True):
+        found[f"domains.{domain.name}.weight"] = float(f"{weight:.9g}")
+        found[f"domains.{domain.name}.holdout"] = (
+            "a prefix of its own" if isinstance(domain.holdout, str) else domain.holdout
+        )
+    return json.loads(json.dumps(found))
+
+
+def _changed_settings(state, config, plan, also):
+    """Sentences about settings that differ from those of the checkpoint, of domains in both."""
+    before = state.get("settings", {"lead": state["lead"], "seed": state["seed"]})  # 0.2.0 kept those alone
+    now = settings(config, plan)
+    skipped = _OF_FLOW if also else ()
+    return [
+        f"{key} was {_said(before[key])}, it is {_said(now[key])}"
+        for key in now
+        if key in before and before[key] != now[key] and key not in skipped
+    ]
+
+
+def _said(value):
+    return value if isinstance(value, str) else json.dumps(value)
+
+
 def resumed(config, plan, fresh, state, consumed=0, stock=None, *, accept=False, attach=False, also=()):
     """The Resumed of a run that has consumed `consumed` samples.
 
@@ -66,22 +110,29 @@ def resumed(config, plan, fresh, state, consumed=0, stock=None, *, accept=False,
     if fresh.samples is None:
         limits = {name: state["mixture"][name] for name in limits}
     names = list(plan.names)
-    found = takeover.differences(state["mixture"], book, names, prints, budgets, **limits)
-    for what, now in (("lead", plan.lead), ("seed", config.seed)):
-        if state[what] != now:
-            found.append(f"{what} was {state[what]}, it is {now}")
+    other = takeover.differences(state["mixture"], book, names, prints, budgets, **limits)
+    changed = _changed_settings(state, config, plan, also)
     index, also = state["mixture"]["index"], list(also)
     coming = [[at, list(w)] for at, w in plan.schedule if at > index]
-    if plan.schedule and coming != state["mixture"]["pending"]:
+    followed = state.get("settings", {}).get("schedule") is not None
+    if (plan.schedule or followed) and coming != state["mixture"]["pending"]:
         also.append("the schedule's coming changes are others")
-    found += also
+    found = other + changed + also
     if not found:
         return Resumed(Mixture.from_state(state["mixture"]), book, [])
+    # between the host's data path and the plug-in's, which shuffle each in their own way
+    anew = (state["mixture"]["samples"] is None) != (fresh.samples is None)
+    order = [
+        f"every domain goes on in a NEW order from sample {index} on, that of the other data path"
+    ] * anew
     if not accept:
         raise ConfigError(
             f"{config.file}: it differs from the checkpoint: {'; '.join(found)}; put it back, or start with "
-            f"--commute-accept to let it hold from sample {index} on"
+            f"--commute-accept to let it hold from sample {index} on{''.join(': ' + one for one in order)}"
         )
+    if not other and not also and not anew and not any(".weight was " in one for one in changed):
+        return Resumed(Mixture.from_state(state["mixture"]), book, found)
+    found += order
     kept = state["mixture"] | ({"pending": []} if also else {})
     try:
         both = takeover.changed(kept, book, names, prints, plan.weights, budgets, **limits)

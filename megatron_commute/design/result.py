@@ -14,8 +14,9 @@ from megatron_commute import reduce
 from megatron_commute.decide import flow
 from megatron_commute.design import plan, verify
 from megatron_commute.design import run as work
-from megatron_commute.record.log import line, replace
+from megatron_commute.record.log import line
 from megatron_commute.settings import schedule
+from megatron_commute.settings.text_files import replace
 
 RECORD, TABLE, SCHEDULE, REPORT = "design.jsonl", "design.csv", "schedule.csv", "report.html"
 SENTENCES = {
@@ -57,12 +58,12 @@ def written(design, run, cost, out, processes, say):
     segments = _of_the_run(design, run, found) if found["outcome"] == verify.GAIN else None
     lines.append(line("outcome", {"outcome": found["outcome"], "schedule": segments}))
     text = "".join(f"{_json(each)}\n" for each in lines)
-    replace(folder / RECORD, text.encode())
-    replace(folder / TABLE, _table(found).encode())
+    replace(folder / RECORD, text)
+    replace(folder / TABLE, _table(found))
     files = [folder / RECORD, folder / TABLE]
     path = folder / SCHEDULE
     if segments is not None:
-        replace(path, schedule.written(design.names, segments).encode())
+        replace(path, schedule.written(design.names, segments))
         files.insert(0, path)
     elif path.exists():
         os.replace(path, path.with_suffix(".csv.old"))  # of an earlier design of this folder
@@ -124,7 +125,7 @@ def _claim(folder, about):
             raise ValueError(f"--out {folder}: holds a design of something else; give another folder")
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace(path, _json(asked).encode())
+    replace(path, _json(asked))
 
 
 def _lines(event, found, design):

@@ -26,6 +26,7 @@ from megatron_commute.experiments import bilingual_flow as flow
 from megatron_commute.experiments import bilingual_paper as paper
 from megatron_commute.experiments import bilingual_tables as tables
 from megatron_commute.experiments.bilingual_trainer import Settings
+from megatron_commute.settings import text_files
 
 MODULES = {"paper": paper, "end-to-end": end_to_end, "flow": flow, "design": design}
 ALONE = ("end-to-end", "flow", "design")  # studies of one process, without an estimate
@@ -140,7 +141,7 @@ def _claim(folder, wanted):
     with reduce.agreed(reduce.everyone()):
         if reduce.rank() == 0 and not path.exists():
             folder.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
+            text_files.replace(path, json.dumps(wanted, indent=1) + "\n")
     with reduce.agreed(reduce.everyone()):
         if not path.exists():
             raise ValueError(

@@ -5,6 +5,8 @@ import math
 
 import numpy as np
 
+from megatron_commute.settings import text_files
+
 
 def loss_of(losses, target, settings, weights):
     """Held-out loss of a target from {name: loss}: a domain, or "mixture", the trained domains by
@@ -29,7 +31,7 @@ def mean_and_error(values):
 def write_csv(path, rows):
     """Rows (dicts) as CSV, columns in order of first appearance, numbers in full precision."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    with text_files.replacing(path) as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

@@ -8,6 +8,7 @@ import numpy as np
 
 from megatron_commute import bracket
 from megatron_commute.experiments.quadratic_domains import Quadratic, sample
+from megatron_commute.settings import text_files
 
 STARTS, WINDOWS = (0.1, 0.3, 1.0, 3.0), (0.001, 0.01, 0.1)
 PRINTED = (  # the paper's Table 1: (ratio, +-) for every start (row) and window (column)
@@ -138,7 +139,7 @@ def summary(values):
 
 def write_csv(path, rows):
     """Writes flat dicts of the same keys, one a line, numbers to six digits; returns the path."""
-    with open(path, "w", newline="") as file:
+    with text_files.replacing(path) as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in r.items()} for r in rows)

@@ -71,10 +71,13 @@ class Picture:
         element = element[element.index("<svg") :]
         return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{self.name}-", element)
 
-    def save_png(self, path):
+    def png(self):
+        """The figure as the bytes of a PNG file."""
+        content = io.BytesIO()
         with house_style():
             _lay_out(self.figure)
-            self.figure.savefig(path, format="png", metadata={"Software": None})
+            self.figure.savefig(content, format="png", metadata={"Software": None})
+        return content.getvalue()
 
 
 def _lay_out(figure):

@@ -25,10 +25,8 @@ from megatron_commute.report.markup import (
 from megatron_commute.settings.memory import in_units
 
 
-def page(run, pictures, torn=0):
-    """The report as HTML text. run: series.Run; pictures: drawing.Picture each; torn: unreadable
-    lines.
-    """
+def page(run, pictures):
+    """The report as HTML text. run: series.Run; pictures: drawing.Picture each."""
     shown = f'<div class="pictures">{"".join(map(figure, pictures))}</div>' if pictures else ""
     if run.analysis:
         tables = [section("Checkpoints", report_analysis.checkpoints(run))]
@@ -38,7 +36,7 @@ def page(run, pictures, torn=0):
         header(run),
         loud(run),
         section("Summary", summary(run)),
-        section("What this record lacks", missing(run, torn)),
+        section("What this record lacks", missing(run)),
         section("Pictures", shown),
         *tables,
         section("Interventions", interventions(run)),
@@ -66,7 +64,7 @@ def header(run):
         "parameters": f"{start['parameters']:,}" if start.get("parameters") else None,
         "target": target,
         "checkpoints": f"{len(run.probes)} analysed" if run.analysis else None,
-        "probes": None if run.analysis else f"{len(run.probes)} finished, {len(run.skips)} skipped",
+        "probes": None if run.analysis else _finished(run),
         "samples of a probe": f"{last['samples']} a domain" if last.get("samples") else None,
         "method": ", ".join(str(last[key]) for key in ("method", "metric", "direction") if last.get(key))
         or None,
@@ -81,6 +79,10 @@ def header(run):
     told = start["analysis"].get("notes") if run.analysis else start.get("warnings")
     notes = "".join(f"<p>Note: {text(note)}</p>\n" for note in told or [])
     return f"<header>\n<h1>{text(title(run))}</h1>\n{listed(facts)}\n{notes}</header>\n"
+
+
+def _finished(run):
+    return f"{run.count('probe', run.probes):,} finished, {run.count('skip', run.skips):,} skipped"
 
 
 def loud(run):
@@ -106,17 +108,21 @@ def summary(run):
     return f'{table(headers, cells, "summary")}\n<p class="soft">{text(note)}</p>'
 
 
-def missing(run, torn):
-    notes = lacks(run, torn)
+def missing(run):
+    notes = lacks(run)
     return "<ul>" + "".join(f"<li>{text(note)}</li>" for note in notes) + "</ul>" if notes else ""
 
 
-def lacks(run, torn=0):
-    """What the record cannot show, one plain sentence each. torn: lines at the end that could not
-    be read.
-    """
-    notes = []
-    if torn:
+def lacks(run):
+    """What the record cannot show, one plain sentence each."""
+    notes = [line.get("text") for line in run.notes if line.get("text")]
+    for event, kept in (("loss", run.losses), ("probe", run.probes)):
+        if run.count(event, kept) > len(kept):
+            notes.append(
+                f"This page shows {len(kept):,} of the {run.count(event, kept):,} {event} lines, evenly "
+                "spaced; --export writes all of them."
+            )
+    if run.torn:
         notes.append("The last line is torn: the run was ended while writing it. It is left out.")
     if not run.analysis:  # losses of training, decisions and their cost belong to a run
         notes += _lacks_of_a_run(run)

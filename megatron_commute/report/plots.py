@@ -7,6 +7,7 @@ The same record gives the same bytes.
 from __future__ import annotations
 
 import csv
+import dataclasses
 import pathlib
 
 from megatron_commute.record import log as record
@@ -17,13 +18,15 @@ from megatron_commute.report import (
     picture_flow,
     picture_run,
     series,
+    thinning,
 )
 from megatron_commute.report.drawing import house_style
 from megatron_commute.report.page import page
 from megatron_commute.report.series import summary_rows
 from megatron_commute.report.tables import tables
+from megatron_commute.settings import text_files
 
-__all__ = ["designed", "export", "pictures", "planned", "replayed", "report", "summary_rows"]
+__all__ = ["closing", "designed", "export", "pictures", "planned", "replayed", "report", "summary_rows"]
 
 
 def report(run, out=None):
@@ -35,12 +38,22 @@ def report(run, out=None):
     """
     file = record.find(run)
     out = pathlib.Path(out) if out else file.with_name("report.html")
-    lines = record.read(file)
-    written = sum(1 for text in file.read_bytes().split(b"\n") if text)
-    events = series.by_event(lines, file)
+    events = shortened(file)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page(events, pictures(events), torn=written - len(lines)), encoding="utf-8")
+    text_files.replace(out, page(events, pictures(events)))
     return out
+
+
+def shortened(file):
+    """The series.Run of a record, long ones thinned to what a page can show."""
+    torn = []
+    lines = (line for line in record.checked(file) if line is not None or torn.append(True))
+    kept, totals = thinning.thinned(lines)
+    return dataclasses.replace(series.by_event(kept, file), totals=totals, torn=bool(torn))
+
+
+def _whole(run):
+    return series.by_event([line for line in record.checked(run) if line is not None], run)
 
 
 def export(run, out_dir):
@@ -49,17 +62,17 @@ def export(run, out_dir):
 
     run: a record, or the folder that holds one; errors as in `report`.
     """
-    events = series.by_event(record.read(run), run)
+    events, shown = _whole(run), shortened(record.find(run))
     folder = pathlib.Path(out_dir)
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for picture in pictures(events):
+    for picture in pictures(shown):
         paths += [folder / f"{picture.name}.svg", folder / f"{picture.name}.png"]
-        paths[-2].write_text(picture.svg(), encoding="utf-8")
-        picture.save_png(paths[-1])
+        text_files.replace(paths[-2], picture.svg())
+        text_files.replace(paths[-1], picture.png())
     for name, (headers, rows) in tables(events).items():
         paths.append(folder / f"{name}.csv")
-        with open(paths[-1], "w", newline="", encoding="utf-8") as file:
+        with text_files.replacing(paths[-1]) as file:
             csv.writer(file).writerows([headers, *rows])
     return paths
 
@@ -76,9 +89,22 @@ def planned(start, out_dir, with_page=False):
     paths = [folder / "flow.png"]
     if with_page:
         paths.append(folder / "report.html")
-        paths[-1].write_text(design.page(run, picture), encoding="utf-8")
-    picture.save_png(paths[0])
+        text_files.replace(paths[-1], design.page(run, picture))
+    text_files.replace(paths[0], picture.png())
     return paths
+
+
+def closing(run_dir):
+    """Write the report of a run that is over and return its closing table as text."""
+    from tabulate import tabulate
+
+    found = shortened(record.find(run_dir))
+    headers, rows = summary_rows(found)
+    timing = (found.end or found.losses[-1])["timing"]
+    spent, total = timing["probe_seconds"], timing["seconds"]
+    share = f"{spent / max(total - spent, 1e-9):.1%} on top of training"
+    cost = f"probes took {spent:.0f} s of {total:.0f} s, {share}"
+    return f"{tabulate(rows, headers, floatfmt='.4g')}\n{cost}\nreport: {report(run_dir)}"
 
 
 def designed(path):
@@ -89,7 +115,7 @@ def designed(path):
     with house_style():
         drawn = picture_design.pictures(events)
     out = pathlib.Path(path) / "report.html"
-    record.replace(out, design.proven(events, drawn).encode())
+    text_files.replace(out, design.proven(events, drawn))
     return out
 
 
@@ -106,14 +132,11 @@ def replayed(run, found, out):
     """Draw a replay.Told beside what happened and write it to `out` (.png or .svg). run: a record
     or its folder.
     """
-    events, out = series.by_event(record.read(run), run), pathlib.Path(out)
+    events, out = _whole(run), pathlib.Path(out)
     if out.suffix not in (".png", ".svg"):
         raise ValueError(f"--out {out}: write a name that ends in .png or .svg")
     with house_style():
         picture = picture_run.replayed(events, found)
     out.parent.mkdir(parents=True, exist_ok=True)
-    if out.suffix == ".svg":
-        out.write_text(picture.svg(), encoding="utf-8")
-    else:
-        picture.save_png(out)
+    text_files.replace(out, picture.svg() if out.suffix == ".svg" else picture.png())
     return out

@@ -36,6 +36,16 @@ class Run:
     # largest sample any line speaks of
     interventions: list = dataclasses.field(default_factory=list)
     # versions of the control file
+    notes: list = dataclasses.field(default_factory=list)
+    # what happened to the record itself
+    totals: dict = dataclasses.field(default_factory=dict)
+    # lines of each event in the record, where only some are kept here
+    torn: bool = False
+    # whether the last line could not be read
+
+    def count(self, event, kept):
+        """Lines of `event` in the record, of which `kept` are here."""
+        return self.totals.get(event, len(kept))
 
     @property
     def analysis(self):
@@ -103,6 +113,7 @@ def by_event(records, source="the record"):
         end=groups["end"][-1] if groups["end"] else None,
         samples=max([0, *(line["sample"] for line in records if line.get("sample") is not None)]),
         interventions=groups.get("control", []),
+        notes=groups.get("note", []),
     )
 
 

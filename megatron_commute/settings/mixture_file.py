@@ -5,14 +5,15 @@ becomes.
 import os
 import re
 from collections.abc import Mapping
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from megatron_commute.settings import memory
 from megatron_commute.settings.cut_keys import refuse_cut
+from megatron_commute.settings.schedule import SCALE
 from megatron_commute.settings.values import Budget, Config, Controller, Domain, Probe
 from megatron_commute.settings.yaml_checks import (
+    LARGEST_NUMBER,
     Check,
     Document,
     Refused,
@@ -23,6 +24,8 @@ from megatron_commute.settings.yaml_checks import (
     one_of,
     or_null,
     text,
+    whole,
+    written_number,
 )
 
 MODES = ("shadow", "fixed", "act")
@@ -32,8 +35,21 @@ MEMORIES = ("auto", *memory.MODES)
 SHARE_TOLERANCE = 1e-6
 
 
+def _path(cure: str) -> Check:
+    def check(value: Any) -> str:
+        written = text(cure)(value)
+        try:
+            if "\0" in os.fsdecode(os.fsencode(Path(written).expanduser())):
+                raise Refused(cure)
+        except (RuntimeError, UnicodeEncodeError):  # a home that nobody has, half a character
+            raise Refused(cure) from None
+        return written
+
+    return check
+
+
 def _prefix(value: Any) -> str:
-    prefix = text("write the prefix of a .bin/.idx pair")(value)
+    prefix = _path("write the prefix of a .bin/.idx pair")(value)
     if prefix.endswith((".bin", ".idx")):
         raise Refused(f"write the prefix without its ending: {prefix[:-4]}")
     return prefix
@@ -47,14 +63,13 @@ def _prefixes(value: Any) -> tuple[str, ...]:
 
 
 def _budget(value: Any) -> Budget:
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-        return Budget(amount=value)
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGBT]?)tok(?:ens)?", str(value), flags=re.ASCII)
-    scale = {"": 0, "k": 3, "M": 6, "G": 9, "B": 9, "T": 12}
-    tokens = Decimal(match[1]).scaleb(scale[match[2]]) if match else Decimal(0)
-    if tokens <= 0 or tokens != int(tokens):
+    amount, unit = whole(value), "sequences"
+    match = re.fullmatch(r"([\d_.]+(?:[eE][+-]?\d+)?)\s*([kMGBT]?)tok(?:ens)?", str(value), flags=re.ASCII)
+    if match and (tokens := written_number(match[1])) is not None and tokens <= LARGEST_NUMBER:
+        amount, unit = whole(tokens.scaleb(SCALE[match[2]])), "tokens"
+    if amount is None or amount <= 0:
         raise Refused("write a positive number of sequences (12000), of tokens (3.1Mtok), or null")
-    return Budget(amount=int(tokens), unit="tokens")
+    return Budget(amount=amount, unit=unit)
 
 
 def _holdout(value: Any) -> int | str:
@@ -109,7 +124,7 @@ FILE_KEYS: dict[str, Check] = {
     "seed": integer("write an integer that is not negative", 0),
     "probe": anything,
     "controller": anything,
-    "schedule": or_null(text("write the path of a CSV file, or null")),
+    "schedule": or_null(_path("write the path of a CSV file, or null")),
     "measure_budget": number("write a share of the training compute, such as 0.005", lambda x: 0 < x <= 1),
 }
 DOMAIN_KEYS: dict[str, Check] = {

@@ -13,14 +13,17 @@ for `at`. Before the first point the run's own weights hold.
 """
 
 import csv
+import io
 import itertools
 import math
 import re
 from decimal import Decimal
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+from megatron_commute.settings import text_files
+from megatron_commute.settings.yaml_checks import LARGEST_NUMBER, one_line, shown, written_number
 
 WAYS = ("hold", "linear", "cosine")
 SCALE = {"": 0, "k": 3, "M": 6, "G": 9, "B": 9, "T": 12}
@@ -28,6 +31,7 @@ BARS = " ▁▂▃▄▅▆▇█"
 TOLERANCE = 1e-6
 MOST_ROUNDING = 1e-3  # beyond it a sum is a slip, however few the digits
 BUDGET_TOLERANCE = 0.01
+LARGEST = 16 << 20  # bytes of a file
 
 
 class Point(NamedTuple):
@@ -46,72 +50,85 @@ def read(path, names, samples: int, seq_length: int) -> tuple[Point, ...]:
     ValueError naming file, line and cure for what cannot be read or is no schedule of the domains
     `names`.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}; name a CSV file") from error
-    return of_text(text, path, names, samples, seq_length)
+    return of_text(text_files.read(path, LARGEST, "a CSV file"), path, names, samples, seq_length)
 
 
 def of_text(text: str, path, names, samples: int, seq_length: int) -> tuple[Point, ...]:
     """The points of the text of such a file; as `read`."""
-    table = csv.DictReader(text.splitlines(), skipinitialspace=True)
-    header = table.fieldnames or []
-    where = "sample" if "sample" in header else "at"
-    if sorted(set(header) - {"then"}) != sorted([where, *names]) or len(set(header)) != len(header):
-        wanted = ",".join(["at", "then", *names])
-        raise ValueError(f"{path}:1: the columns are {','.join(header) or 'missing'}; write {wanted}")
+    table = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True, strict=True)
     points: list[Point] = []
-    for row in table:
-        try:
-            point = _point(row, row[where], names, samples, seq_length)
+    try:
+        header = [cell.strip() for cell in next(table, [])]
+        where = "sample" if "sample" in header else "at"
+        if sorted(set(header) - {"then"}) != sorted([where, *names]) or len(set(header)) != len(header):
+            wanted = ",".join(["at", "then", *names])
+            told = shown(",".join(header)) if header else "missing"
+            apart = " (commas between the columns)" if len(header) == 1 else ""
+            raise ValueError(f"the columns are {told}; write {wanted}{apart}")
+        for cells in table:
+            if not any(cell.strip() for cell in cells):
+                continue  # spreadsheets leave such rows below a table
+            point = _point(header, cells, names, (where, samples, seq_length))
             if points and point.sample <= points[-1].sample:
-                raise ValueError(f"{row[where]} is sample {point.sample}; write points that rise")
-        except ValueError as error:
-            raise ValueError(f"{path}:{table.line_num}: {error}") from error
-        points.append(point)
+                at = cells[header.index(where)]
+                raise ValueError(f"{at} is sample {point.sample}; write points that rise")
+            points.append(point)
+    except csv.Error as error:
+        raise ValueError(f"{path}:{table.line_num}: {error}; correct the quotes of the line") from error
+    except ValueError as error:
+        raise ValueError(one_line(f"{path}:{max(table.line_num, 1)}: {error}")) from error
     if not points:
         raise ValueError(f"{path}: no points; write a row such as 0,hold,{','.join(['0.5'] * len(names))}")
     return tuple(points)
 
 
-def _point(row, at, names, samples, seq_length) -> Point:
-    if None in row or None in row.values():
+def _point(header, cells, names, place) -> Point:
+    """The Point of one row. place: name of the column of places, samples of the run, length of a
+    sequence.
+    """
+    if len(cells) != len(header):
         raise ValueError("the row has not as many columns as the header; write one number for each domain")
-    try:
-        weights = np.array([float(row[name]) for name in names])
-    except ValueError as error:
-        raise ValueError(f"{error}; write a number for each domain") from error
-    total = math.fsum(weights)
-    told = [row[name] for name in names]
-    if not (np.isfinite(weights) & (weights >= 0)).all() or abs(total - 1) > _rounding(told):
-        raise ValueError(f"weights {weights.tolist()} sum to {total:.6g}; write numbers >= 0 that sum to 1")
+    row = dict(zip(header, cells, strict=True))
+    found = {name: written_number(row[name]) for name in names}
+    for name, weight in found.items():
+        if weight is None:
+            raise ValueError(f"{shown(row[name])} is no number; write a number for each domain, such as 0.5")
+    weights = np.array([float(weight) for weight in found.values()])
+    total, told = math.fsum(weights), [row[name] for name in names]
+    if not (weights >= 0).all() or abs(total - 1) > _rounding(told):
+        numbers = shown(weights.tolist())
+        raise ValueError(f"weights {numbers} sum to {total:.6g}; write numbers >= 0 that sum to 1")
     then = (row.get("then") or "hold").strip()
     if then not in WAYS:
-        raise ValueError(f"then: {then}; write one of {', '.join(WAYS)}")
-    return Point(_sample(at.strip(), samples, seq_length), weights / total, then)
+        raise ValueError(f"then: {shown(then)}; write one of {', '.join(WAYS)}")
+    return Point(_sample(row[place[0]].strip(), *place[1:]), weights / total, then)
 
 
 def _rounding(written) -> float:
     """How far from 1 the sum of weights may be that were rounded to the digits in which they are
     `written`.
     """
-    halves = [Decimal(5).scaleb(Decimal(text.strip()).as_tuple().exponent - 1) for text in written]
+    halves = [Decimal(5).scaleb(written_number(text).as_tuple().exponent - 1) for text in written]
     return min(float(sum(halves)) + TOLERANCE, MOST_ROUNDING)
 
 
 def _sample(at: str, samples: int, seq_length: int) -> int:
     """The sample that `at` names; fractions of a sample count as the next whole one."""
-    number = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%|([kMGBT]?)tok(?:ens)?)?", at, flags=re.ASCII)
-    if number is None or (number[2] is None and "." in at) or (number[2] == "%" and Decimal(number[1]) > 100):
+    match = re.fullmatch(r"([\d_.]+(?:[eE][+-]?\d+)?)\s*(%|([kMGBT]?)tok(?:ens)?)?", at, flags=re.ASCII)
+    value = written_number(match[1]) if match else None
+    if value is None or value > LARGEST_NUMBER or (match[2] == "%" and value > 100):
+        value = None
+    elif match[2] is None:
+        value = value if value == int(value) else None
+    elif match[2] == "%":
+        value = value / 100 * samples
+    else:
+        value = value.scaleb(SCALE[match[3]]) / seq_length
+    if value is None:
         raise ValueError(
-            f"{at!r} is no point of a run; write samples (12000), tokens (3.1Mtok) or a part (50%)"
+            f"'{shown(at)}' is no point of a run; write samples (12000), tokens (3.1Mtok) or a part (50%)"
         )
-    value = Decimal(number[1])
-    if number[2] is None:
-        return int(value)
-    exact = value / 100 * samples if number[2] == "%" else value.scaleb(SCALE[number[3]]) / seq_length
-    return math.ceil(exact)
+    return math.ceil(value)
 
 
 def next_batch(sample: int, global_batch: int) -> int:

@@ -1,6 +1,7 @@
 """A run saved on two ranks goes on with four and with one, under every ZeRO stage; what cannot go on is refused."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -193,6 +194,63 @@ def test_two_jobs_do_not_write_into_one_folder(tmp_path):
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1 and "another job writes there" in done.stderr
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def locked(run):
+    with pytest.raises(restart.RestartError) as told, restart.only_job(run):
+        pass
+    assert "\n" not in str(told.value) and f"--save {run}" in str(told.value)
+    return str(told.value)
+
+
+def test_a_lock_that_is_no_file_of_ours_is_refused_and_what_it_names_stays(tmp_path):
+    run, stranger = tmp_path / "run", tmp_path / "stranger"
+    run.mkdir()
+    stranger.write_text("precious")
+    lock = run / ".lock"
+    for make in (lambda: lock.symlink_to(stranger), lock.mkdir, lambda: os.mkfifo(lock)):
+        make()
+        assert "remove its .lock" in locked(run)
+        lock.rmdir() if lock.is_dir() else lock.unlink()  # the cure
+        with restart.only_job(run):
+            pass
+        lock.unlink()
+    assert stranger.read_text() == "precious"
+    assert "is a file; name a folder" in locked(stranger) and stranger.read_text() == "precious"
+    assert "name one that can be written to" in locked(stranger / "below")
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"\xff\xfe\xff", "is no whole UTF-16 text"),
+        (b"global_step\xe9", "is not UTF-8 text"),
+        (b"", "names no checkpoint, an empty text"),
+        (b"../elsewhere", "names no checkpoint, ../elsewhere"),
+        (b"/etc", "names no checkpoint, /etc"),
+        (b"..", "names no checkpoint"),
+        (b"a\nb", r"names no checkpoint, a\nb"),
+        (b"x" * 5000, "holds more than 4 KiB"),
+        (b"global_step11", "no checkpoint here, though `latest` names it"),
+    ],
+)
+def test_a_latest_that_names_no_checkpoint_of_the_folder_is_refused(tmp_path, content, told):
+    (tmp_path / "latest").write_bytes(content)
+    message = refused(tmp_path, 1, 1, 1)
+    assert told in message and "\n" not in message and "; " in message
+    known = r"resumes (at the beginning|from global_step11)"
+    with pytest.raises(RuntimeError, match=known), restart.explained(3, 8, tmp_path):
+        raise RuntimeError("NCCL timeout")
+
+
+def test_a_latest_that_is_no_file_is_refused(tmp_path):
+    latest = tmp_path / "latest"
+    for make in (latest.mkdir, lambda: os.mkfifo(latest), lambda: latest.symlink_to("/dev/zero")):
+        make()
+        assert "write the name of a folder beside it" in refused(tmp_path, 1, 1, 1)
+        latest.rmdir() if latest.is_dir() else latest.unlink()
+    latest.write_bytes("global_step11\r\n".encode("utf-16"))  # a name all the same
+    assert "global_step11: no checkpoint here" in refused(tmp_path, 1, 1, 1)
 
 
 @pytest.mark.parametrize(

@@ -340,3 +340,26 @@ def test_shadow_mode_wants_the_blend_that_the_host_trains_on(data):
 def test_one_prefix_is_a_blend():
     assert blend.read(["x"]) == (["x"], [1.0])
     assert blend.read(["2", "x", "6", "y"]) == (["x", "y"], [2.0, 6.0])
+
+
+@pytest.mark.parametrize("how", ["garbage", "gone", "no place", "a folder in its place"])
+def test_nothing_in_the_closing_report_spoils_the_end_of_a_run(data, how, monkeypatch):
+    """The run is trained and saved: what is wrong with its record or disk is told, and nothing is raised."""
+    plugin, run = torch_loop.Plugin(mixture_file(data), Run(LENGTH, 4, 2, 1, 24)), data / "run"
+    own_loop(data, mixture_file(data), stop=6)
+    path, report = run / record.NAME, run / "report.html"
+    if how == "garbage":
+        path.write_bytes(b"garbage\n" + path.read_bytes())
+    elif how == "gone":
+        path.unlink()
+    elif how == "no place":
+        report.write_text("older")
+        monkeypatch.setattr(
+            "os.fsync", lambda handle: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+        )
+    else:
+        report.mkdir()
+    told = plugin.summary(run)
+    assert told.startswith("the report was not written: ") and f"later: megatron-commute report {run}" in told
+    assert "\n" not in told and not list(run.glob(".report*"))
+    assert how != "no place" or report.read_text() == "older"

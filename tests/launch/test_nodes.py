@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import jobs
@@ -14,6 +15,9 @@ import ranks
 from megatron_commute.record import log as record
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "launch"))
+import hostfile
+
 SCRIPT = ROOT / "launch" / "multi_node.sh"
 ITERS, DIES = 20, 13  # the second node dies before this step; checkpoints are written every 5 steps
 
@@ -94,6 +98,19 @@ REFUSALS = {
     "no script": (["--hostfile", "hosts", "--"], "launch/pretrain_gpt.py"),
     "script is missing": (["--hostfile", "hosts", "--", "nowhere.py"], "no such training script"),
     "bad line": (["--hostfile", "bad", "--", "trainer.py"], "bad:2: 'b 4': write NAME slots=RANKS"),
+    "slots that are none": (
+        ["--hostfile", "none", "--", "trainer.py"],
+        "none:1: 'a slots=0': write NAME slots=RANKS",
+    ),
+    "an option for ssh": (
+        ["--hostfile", "option", "--", "trainer.py"],
+        "option:1: '-oProxyCommand=x slots=2': write",
+    ),
+    "a folder": (["--hostfile", ".", "--", "trainer.py"], "is a folder; name a hostfile"),
+    "another encoding": (
+        ["--hostfile", "latin", "--", "trainer.py"],
+        "latin:1: is not UTF-8 text; save it as UTF-8",
+    ),
     "node twice": (["--hostfile", "twice", "--", "trainer.py"], "twice:2: a a second time"),
 }
 
@@ -102,6 +119,9 @@ REFUSALS = {
 def test_what_cannot_start_is_refused_with_the_cure(folder, case):
     words, cure = REFUSALS[case]
     (folder[0] / "bad").write_text("a slots=4\nb 4\n")
+    (folder[0] / "none").write_text("a slots=0\n")
+    (folder[0] / "option").write_text("-oProxyCommand=x slots=2\n")
+    (folder[0] / "latin").write_bytes(b"\xe9 slots=2\n")
     (folder[0] / "twice").write_text("a slots=4\na slots=2\n")
     done = subprocess.run(["bash", SCRIPT, *words], cwd=folder[0], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and cure in done.stderr
@@ -135,3 +155,46 @@ def test_shell_scripts_parse_and_the_configurations_name_their_stage():
     for stage in range(4):
         text = (ROOT / "launch" / f"ds_zero{stage}.json").read_text()
         assert f'"stage": {stage}' in text
+
+
+HOSTFILES = {
+    "plain": "node-0 slots=4\nnode-1 slots=2\n",
+    "with users": "user@10.0.0.10 slots=2\nuser@10.0.0.11 slots=2\n",
+    "comments and blanks": "# nodes\n\n  node-0\tslots=4\n   # end\nnode-1   slots=02\n",
+    "behind the slots": "node-0 slots=4 # eight are broken\nnode-1 slots=4 max_slots=8\n",
+    "addresses": "fe80::1 slots=1\n[fe80::2] slots=1\nnode.example.org slots=1\n",
+    "one without a line end": "node-0 slots=8",
+}
+ENCODINGS = ("utf-8", "utf-8-sig", "utf-16", "utf-32")
+
+
+@pytest.mark.parametrize("name", HOSTFILES)
+def test_a_hostfile_is_read_as_deepspeed_reads_it_in_every_encoding(name, tmp_path):
+    """Oracle: the parser of DeepSpeed's own launcher, on the text in its own encoding."""
+    runner = pytest.importorskip("deepspeed.launcher.runner")
+    hosts = runner._parse_hostfile(HOSTFILES[name].splitlines(keepends=True))
+    (tmp_path / "trainer.py").write_text("")
+    for encoding in ENCODINGS:
+        for end in ("\n", "\r\n", "\r"):
+            (tmp_path / "hosts").write_bytes(HOSTFILES[name].replace("\n", end).encode(encoding))
+            assert list(hostfile.nodes(tmp_path / "hosts").items()) == list(hosts.items()), (encoding, end)
+    if shutil.which("deepspeed") is None:
+        return
+    command = ["bash", SCRIPT, "--hostfile", "hosts", "--dry-run", "--", "trainer.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    first = next(iter(hosts)).rpartition("@")[2]
+    assert f"--master_addr {first} " in done.stdout.replace("\\", ""), done.stdout
+
+
+def test_names_of_variables_are_names_and_run_nothing(folder, tmp_path):
+    for name in ("a[$(touch ran)]", "x; touch ran", "9", "A-B", "A=B"):
+        command = ["bash", SCRIPT, "--hostfile", folder[0] / "hosts", "--env", name, "--dry-run", "--"]
+        command += [folder[0] / "trainer.py"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 2 and "is no name of a variable; write" in done.stderr
+    (tmp_path / ".deepspeed_env").write_text("a[$(touch ran)]=1\n")
+    command[command.index("--env") : command.index("--env") + 2] = []
+    if shutil.which("deepspeed") is not None:
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 2 and "write NAME=VALUE" in done.stderr
+    assert not (tmp_path / "ran").exists()

@@ -66,7 +66,7 @@ def test_a_torn_last_line_is_left_out_and_overwritten_by_the_next(log):
         (b"not json", r"commute\.jsonl:2: not a JSON line; restore the file or cut it"),
         (b"17", r"commute\.jsonl:2: not a JSON line"),
         (b'{"schema": 2, "event": "loss"}', r"commute\.jsonl:2: schema 2 is not 1; read it with the version"),
-        (b'{"event": "loss"}', r"commute\.jsonl:2: schema None is not 1"),
+        (b'{"event": "loss"}', r"commute\.jsonl:2: schema null is not 1"),
     ],
 )
 def test_a_damaged_line_is_named(log, damage, message):
@@ -136,3 +136,81 @@ def test_a_write_that_fails_half_way_leaves_no_half_line(log, monkeypatch):
     assert steps(log.path) == [0, 1, 2]
     log.append("loss", step=4)
     assert steps(log.path) == [0, 1, 2, 4]
+
+
+def garbage(lines):
+    return [*lines[:1], b"garbage \xff", *lines[1:]]
+
+
+CHANGED = {  # what a hand did to six lines, a checkpoint after four -> how many of the four are kept
+    "a line doubled": (lambda lines: [*lines[:2], lines[1], *lines[2:]], 4),
+    "garbage between": (garbage, 4),
+    "other line ends": (lambda lines: [line + b"\r" for line in lines], 4),
+    "old Mac line ends": (lambda lines: [b"\r".join(lines), b"", b"", b""], 4),
+    "layout": (
+        lambda lines: [json.dumps(json.loads(line), separators=(",", ":")).encode() for line in lines],
+        4,
+    ),
+    "a line damaged": (lambda lines: [*lines[:1], lines[1][:-4], *lines[2:]], 3),
+    "a number edited": (lambda lines: [*lines[:1], lines[1].replace(b"2.5", b"9.5"), *lines[2:]], 4),
+}
+
+
+@pytest.mark.parametrize("how", CHANGED)
+def test_a_record_changed_by_another_hand_is_noticed_mended_and_kept_whole_beside(tmp_path, how):
+    change, kept = CHANGED[how]
+    log = Record(tmp_path / record.NAME)
+    log.start_fresh()
+    for step in range(6):
+        if step == 4:
+            digest = log.digest
+        log.append("loss", step=step, sample=8 * step, loss=2.5)
+    lines = log.path.read_bytes().splitlines()
+    found = b"".join(line + b"\n" for line in change(lines))
+    log.path.write_bytes(found)
+    again = Record(log.path)
+    told = again.rewind(4, digest, 24)
+    assert (
+        f"{kept} of its 4 lines are kept" in told
+        and "lies in commute.jsonl.discarded-1" in told
+        and "\n" not in told
+    )
+    assert log.path.with_name("commute.jsonl.discarded-1").read_bytes() == found
+    left = [line["step"] for line in record.read(log.path)]
+    assert left == ([0, 2, 3] if kept == 3 else [0, 1, 2, 3])
+    again.append("loss", step=9)
+    assert record.read(log.path)[-1]["step"] == 9 and again.lines == kept + 1
+    same = Record(log.path)
+    assert same.rewind(again.lines, again.digest, 80) == "" and same.digest == again.digest
+
+
+def test_a_record_of_a_checkpoint_without_a_digest_is_read_line_by_line(log):
+    lines = log.path.read_bytes().splitlines(keepends=True)
+    assert Record(log.path).rewind(3) == ""
+    log.path.write_bytes(lines[0] + b"garbage\n" + lines[2])
+    assert "2 of its 3 lines are kept" in Record(log.path).rewind(3)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "garbage", "{}", "[1]", '{"step": "x"}', '{"step": 1.5}', "[" * 100_000]
+)
+def test_a_fault_file_that_says_nothing_is_refused_with_its_cure(tmp_path, text):
+    path = tmp_path / "commute.fault"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"commute\.fault: does not say .*; write .*, or remove the file"):
+        record.fault_step(path)
+    path.write_text('{"step": 7}')  # the cure that the message prints
+    assert record.fault_step(path) == 7
+    path.unlink()
+    assert record.fault_step(path) == -1
+    path.mkdir()
+    with pytest.raises(ValueError, match="is a folder"):
+        record.fault_step(path)
+
+
+def test_a_new_record_never_follows_a_link(tmp_path):
+    (tmp_path / record.NAME).symlink_to(tmp_path / "elsewhere")
+    log = Record(tmp_path / record.NAME)
+    log.start_fresh()
+    log.append("start", step=0)
+    assert not (tmp_path / "elsewhere").exists() and log.path.is_file() and not log.path.is_symlink()

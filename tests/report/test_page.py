@@ -40,9 +40,9 @@ class Page(HTMLParser):
         return re.sub(r"\s+", " ", " ".join(self.words))
 
 
-def words(lines, torn=0):
+def words(lines):
     """The page without pictures."""
-    return Page(report.page(series.by_event(lines), [], torn))
+    return Page(report.page(series.by_event(lines), []))
 
 
 def page(folder, torn=False, lines=None, **options):

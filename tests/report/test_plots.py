@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import records
 
+from megatron_commute.record import log as record
 from megatron_commute.report import page as report
-from megatron_commute.report import plots, series
+from megatron_commute.report import plots, series, tables
 
 
 def run_of(**options):
@@ -184,3 +185,27 @@ def test_a_record_without_a_start_names_the_file(tmp_path):
         plots.report(record)
     with pytest.raises(FileNotFoundError, match="no decision log"):
         plots.report(tmp_path / "elsewhere")
+
+
+def test_a_long_record_is_thinned_for_its_page_and_whole_in_the_export(tmp_path):
+    lines = records.lines(K=2, steps=30_000, log_every=5, probe_every=10)
+    path = plots.report(records.write(tmp_path, lines))
+    run = plots.shortened(record.find(tmp_path))
+    probes = [line for line in lines if line["event"] == "probe"]
+    losses = [line for line in lines if line["event"] == "loss"]
+    assert len(run.probes) <= 1601 and len(run.losses) <= 4002
+    assert run.count("probe", run.probes) == len(probes) and run.count("loss", run.losses) == len(losses)
+    assert (run.probes[0], run.probes[-1]) == (probes[0], probes[-1]) and run.losses[-1] == losses[-1]
+    assert series.summary_rows(run)[1] == series.summary_rows(lines)[1]
+    text = path.read_text()
+    assert path.stat().st_size < 5e6 and f"{len(probes):,} finished" in text
+    assert f"of the {len(losses):,} loss lines, evenly spaced; --export writes all of them" in text
+    assert len(tables.tables(plots._whole(tmp_path))["train_loss"][1]) == len(losses)
+
+
+def test_a_short_record_is_not_thinned(tmp_path):
+    lines = records.lines()
+    run = plots.shortened(record.find(records.write(tmp_path, lines)))
+    assert run.losses == [line for line in lines if line["event"] == "loss"] and "evenly" not in str(
+        run.notes
+    )

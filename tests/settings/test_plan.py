@@ -206,7 +206,9 @@ def test_bad_schedule(tmp_path, table, message):
 
 def test_schedule(tmp_path):
     content = TWO + "mode: fixed\nschedule: s.csv\n"
-    with pytest.raises(ConfigError, match=r"s\.csv: No such file or directory; name a CSV file"):
+    with pytest.raises(
+        ConfigError, match=r"s\.csv: cannot be read: No such file or directory; name a CSV file"
+    ):
         plan(tmp_path, content)
     (tmp_path / "s.csv").write_text("at,ru,en\n0,0.25,0.75\n75%,0.75,0.25\n")
     planned = plan(tmp_path, content)

@@ -95,7 +95,7 @@ def test_before_the_first_point_the_runs_own_weights_hold(written):
         ("at,en,de\n0,1\n", ":2: the row has not as many columns"),
         ("at,en,de\n0,x,1\n", ":2: .*write a number for each domain"),
         ("at,en,de\n0,0.5,0.4\n", r":2: weights \[0.5, 0.4\] sum to 0.9; write numbers >= 0 that sum to 1"),
-        ("at,en,de\n0,nan,1\n", "write numbers >= 0"),
+        ("at,en,de\n0,nan,1\n", ":2: nan is no number; write a number for each domain"),
         ("at,then,en,de\n0,jump,0,1\n", "then: jump; write one of hold, linear, cosine"),
         ("at,en,de\n0,0,1\n0%,1,0\n", ":3: 0% is sample 0; write points that rise"),
         ("at,en,de\n2.5,0,1\n", "'2.5' is no point of a run; write samples"),
@@ -107,7 +107,9 @@ def test_what_is_no_schedule_is_refused_with_its_line(written, text, cure):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"nowhere.csv: No such file or directory; name a CSV file"):
+    with pytest.raises(
+        ValueError, match=r"nowhere.csv: cannot be read: No such file or directory; name a CSV file"
+    ):
         schedule.read(tmp_path / "nowhere.csv", NAMES, 10, 1)
 
 

@@ -39,9 +39,7 @@ def test_weights_rounded_to_their_digits_are_scaled_to_1(written, rounded):
     assert point.weights[0] / point.weights[1] == pytest.approx(one / two, rel=1e-15)
 
 
-@pytest.mark.parametrize(
-    "wrong", ["0.33334,0.66668", "0.3,0.6", "0.51,0.5", "inf,0.5", "nan,0.5", "0.333333,0.66666"]
-)
+@pytest.mark.parametrize("wrong", ["0.33334,0.66668", "0.3,0.6", "0.51,0.5", "0.333333,0.66666"])
 def test_a_sum_beyond_rounding_is_refused_and_told(written, wrong):
     total = sum(float(text) for text in wrong.split(","))
     with pytest.raises(ValueError, match=rf":2: weights \[.*\] sum to {total:.6g}; write numbers >= 0"):

@@ -283,7 +283,7 @@ class Hook:
 
     def state_dict(self):
         """What a checkpoint keeps: JSON, a few numbers per domain. Collective-free, equal on all
-        ranks.
+        ranks but for the digest of the record, which rank 0 alone has.
         """
         return {
             "version": STATE_VERSION,

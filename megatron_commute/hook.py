@@ -287,8 +287,10 @@ class Hook:
         self._decided(step, self.steering.decide(None))
 
     def state_dict(self):
-        """What a checkpoint keeps: JSON, a few numbers per domain, equal on all ranks. Collective:
-        every rank calls it, though one may write it.
+        """What a checkpoint keeps: JSON, a few numbers per domain, equal on all ranks but for the
+        record's digest. Collective: every rank calls it, though one may write it.
+        """
+        self.settle()
         """
         self.settle()
         return {

@@ -291,8 +291,6 @@ class Hook:
         record's digest. Collective: every rank calls it, though one may write it.
         """
         self.settle()
-        """
-        self.settle()
         return {
             "version": STATE_VERSION,
             "config": self.config.digest,

@@ -17,7 +17,7 @@ import ranks
 from megatron_commute import reduce
 from megatron_commute.config import Run
 from megatron_commute.decide import control_file
-from megatron_commute.record import log as record
+from megatron_commute.settings import text_files
 
 STEPS, BATCH, MICRO, SAVED = 48, 8, 2, 3
 BUDGETS = [230, 39, 115]
@@ -65,7 +65,7 @@ def life(rank, folder, place, number, doom):
                 hook.log_losses(step + 1)
                 text = json.dumps({"step": step + 1, "hook": hook.state_dict()}).encode()
                 if rank == 0:
-                    record.replace(kept, text)
+                    text_files.replace(kept, text)
         hook.finish(STEPS)
     return [line for line in said if "OTHER SAMPLES" in line], hook.stream.served.tolist()
 

@@ -71,7 +71,9 @@ def test_plan_says_in_one_line_that_the_default_target_changes_nothing(mixture):
 
 def test_a_design_is_read_as_a_schedule_with_exact_budgets(mixture, tmp_path):
     mixture.write_text(MIXTURE.replace("mode: fixed", "mode: act").replace("{law: flow}", "{law: tilt}"))
-    done = invoke("design", mixture, *SIZE.split(), *RATES.split(), "--out", tmp_path / "out")
+    done = invoke(
+        "design", mixture, "--law", "flow", *SIZE.split(), *RATES.split(), "--out", tmp_path / "out"
+    )
     assert done.exit_code == 0, done.output
     names = ["schedule.csv", "flow.png", "report.html"]
     assert done.output.splitlines()[-3:] == [f"{tmp_path}/out/{name}" for name in names]
@@ -95,14 +97,27 @@ def test_a_design_is_read_as_a_schedule_with_exact_budgets(mixture, tmp_path):
 
 def test_a_limit_of_harm_sets_the_strength(mixture, tmp_path):
     out = "--out", tmp_path / "out"
-    done = invoke("design", mixture, *SIZE.split(), *RATES.split(), *out, "--harm", "0.002")
+    done = invoke("design", mixture, "--law", "flow", *SIZE.split(), *RATES.split(), *out, "--harm", "0.002")
     assert done.exit_code == 0 and "strength 0.4" in done.output.splitlines()
     less = json.loads(
-        invoke("design", mixture, *SIZE.split(), *RATES.split(), *out, "--harm", "0.002", "--json").output
+        invoke(
+            "design",
+            mixture,
+            "--law",
+            "flow",
+            *SIZE.split(),
+            *RATES.split(),
+            *out,
+            "--harm",
+            "0.002",
+            "--json",
+        ).output
     )
-    full = json.loads(invoke("design", mixture, *SIZE.split(), *RATES.split(), *out, "--json").output)
+    full = json.loads(
+        invoke("design", mixture, "--law", "flow", *SIZE.split(), *RATES.split(), *out, "--json").output
+    )
     assert less["flow"]["ranges"] == pytest.approx([0.4 * reach for reach in full["flow"]["ranges"]])
-    done = invoke("design", mixture, *SIZE.split(), *RATES.split(), *out, "--harm", "0")
+    done = invoke("design", mixture, "--law", "flow", *SIZE.split(), *RATES.split(), *out, "--harm", "0")
     assert (
         done.exit_code == 2
         and done.stderr == "error: --harm: harm 0.0: write a part of the loss above 0, such as 0.005\n"

@@ -24,6 +24,7 @@ from megatron_commute.checkpoints.files import (
 )
 from megatron_commute.checkpoints.mean_files import make_fresh, mean_file
 from megatron_commute.checkpoints.rewriting import save
+from megatron_commute.settings import text_files
 
 NAME = "average.json"
 # files of a Hugging Face folder that go along as they are; other weights would be the last one's
@@ -107,7 +108,7 @@ def average(found, out, say=print):
         # the record in it names no place of one machine
         here = {name: told[name] for name in ("steps", "tensors", "layout")}
         here["checkpoints"] = [folder.name for folder in folders]
-        (written / NAME).write_text(json.dumps(here, indent=2) + "\n", encoding="utf-8")
+        text_files.replace(written / NAME, json.dumps(here, indent=2) + "\n")
         if out.exists():
             raise CheckpointError(f"--out {out}: came meanwhile and is not written to; name a new folder")
         written.rename(out)
@@ -185,14 +186,14 @@ def _beside(last, place, parts, out):
     """Write what goes along with the means; {layout, load, left_out} of the result."""
     if hugging_face(last):
         return _beside_hugging_face(last, place, parts, out)
-    (place.parent / "latest").write_text(place.name, encoding="utf-8")
+    text_files.replace(place.parent / "latest", place.name)
     files = checkpoint_files.files(last)
     host = "Megatron-DeepSpeed" if _megatron(parts) else "launch/pretrain_gpt.py"
     ranks = zero.layout(files, len({*files.model} or {model for _, model in files.shards}))
     how = f"--load {out} goes on at the iteration of the last, with fresh optimiser state"
     if host == "Megatron-DeepSpeed":
         number = place.name.rpartition("global_step")[2]
-        (place.parent / "latest_checkpointed_iteration.txt").write_text(number, encoding="utf-8")
+        text_files.replace(place.parent / "latest_checkpointed_iteration.txt", number)
         # under ZeRO 3 the host cannot take its own checkpoints that way either
         how += "" if files.shards else "; add --finetune to begin at iteration 0"
     return {"layout": f"{host}, {ranks}", "load": how, "left_out": []}

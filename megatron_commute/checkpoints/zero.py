@@ -165,7 +165,7 @@ def _of_fragments(shards, state, module):
     first = shards[0][0]
     with reading(first):
         shapes = {n: s for group in state.get("param_shapes") or [] for n, s in group.items()}
-    pieces, decays, steps, complete = {}, {}, [], True
+    pieces, decays, steps, complete, met = {}, {}, [], True, {}
     for path, shard in shards:
         with reading(path):
             optimizer = _expected(shard, "optimizer_state_dict", path)
@@ -186,7 +186,8 @@ def _of_fragments(shards, state, module):
                 complete &= flat is not None
                 for name, place in mapping.items():
                     begin, length = place.start, place.numel
-                    before = sum(part.numel() for part in pieces.get(name, ()))
+                    before = met.get(name, 0)  # numbers of it in the shards before
+                    met[name] = before + length
                     if i < len(masters):
                         master = masters[i].reshape(-1)[begin : begin + length]
                         _refuse_other_weights(path, name, master, module.get(name), before)

@@ -20,6 +20,7 @@ from megatron_commute.experiments import bilingual_criterion as criterion
 from megatron_commute.experiments import bilingual_design_tables as tables
 from megatron_commute.experiments.bilingual_flow import BATCH, rate_of
 from megatron_commute.experiments.bilingual_flow_variants import BASE, UNTRAINED_TEXT
+from megatron_commute.settings import text_files
 from megatron_commute.settings.rates import rates
 
 STYLES = ("WSD", "cosine", "constant")
@@ -75,7 +76,7 @@ def designed(settings, folder, size, style, **changes):
         "mode": "fixed",
         "probe": {"samples": 8, "splits": 2},
     }
-    path.write_text(json.dumps(told), encoding="utf-8")  # JSON is YAML
+    text_files.replace(path, json.dumps(told))  # JSON is YAML
     config = load(str(path))
     a_run = Run(
         seq_length=settings.sequence,

@@ -2,7 +2,6 @@
 what torch, pydantic and transformers make of the same files."""
 
 import argparse
-import contextlib
 import json
 
 import mutations
@@ -13,7 +12,6 @@ from mutations import Difference, Reader, require_line
 
 from megatron_commute.checkpoints.files import CheckpointError
 from megatron_commute.checkpoints.readers import read
-from megatron_commute.checkpoints.setting import Asked, extra_flags
 
 WIDTH, HEADS, INNER, WORDS, PLACES, STEP, BETA = 8, 2, 12, 20, 16, 8, 0.999
 FLAGS = {
@@ -292,27 +290,6 @@ def require_same_tensors(ours, theirs, flags, what):
     require_equal(dict(enumerate(pairs[0])), dict(enumerate(pairs[1])), what)
 
 
-# flags of --arguments
-
-
-def write_flags(folder):
-    (folder / "flags.json").write_text(json.dumps(FLAGS, indent=1))
-
-
-def read_flags(folder, known):
-    path = folder / "flags.json"
-    try:
-        found = extra_flags(Asked(arguments=str(path)))
-    except CheckpointError as fault:
-        return require_line(fault, path)
-    raw = path.read_bytes()
-    for encoding in ("utf-8-sig", "utf-16", "utf-32", "utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"):
-        with contextlib.suppress(ValueError):
-            if repr(pydantic_core.from_json(raw.decode(encoding))) == repr(found):
-                return "same"
-    raise Difference(f"{found} of {raw!r}")
-
-
 MUTATIONS = mutations.BYTES | {f"structure {n}": structure for n in range(16)}
 KINDS = {
     "pretrain_gpt": (write_ours, read_ours),
@@ -322,12 +299,4 @@ KINDS = {
 READERS = [
     Reader(name=f"checkpoint of {name}", prepare=prepare, attempt=attempted, mutations=MUTATIONS)
     for name, (prepare, attempted) in KINDS.items()
-]
-READERS += [
-    Reader(
-        name="run flags",
-        prepare=write_flags,
-        attempt=read_flags,
-        mutations=mutations.TEXT | {"structure": structure},
-    )
 ]

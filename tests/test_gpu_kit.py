@@ -72,7 +72,7 @@ def test_what_is_impossible_here_does_not_fail_the_kit(tmp_path, monkeypatch):
 def test_a_wrong_operator_is_found(monkeypatch):
     right = ops.displace
     monkeypatch.setattr(ops, "displace", lambda *given: [1.001 * t for t in right(*given)])
-    monkeypatch.setitem(gpu_parts.SIZES["cpu"], "operators", ((3, 8),))
+    monkeypatch.setitem(gpu_parts.SIZES["cpu"], "operators", ((3, 12),))
     rows = list(gpu_parts.operators("cpu"))
     wrong = {row["what"].split(",")[0] for row in rows if not row["ok"]}
     assert wrong == {"displace"} and len(rows) == 20

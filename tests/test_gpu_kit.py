@@ -43,6 +43,10 @@ def test_a_part_beyond_its_time_is_survived_and_fails_the_kit(tmp_path, monkeypa
     assert "operators  FAILED" in capsys.readouterr().out
 
 
+def test_the_limits_of_all_parts_are_twenty_minutes():
+    assert sum(part.seconds for part in gpu_kit.PARTS.values()) <= 1200
+
+
 BROKEN = """
 import pathlib
 pathlib.Path({kept!r}).write_text('{{"part": "p", "what": "before", "value": 1, "limit": 2, "ok": true}}\\n')

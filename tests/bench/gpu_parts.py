@@ -205,6 +205,8 @@ def products(device):
     """H u in units of a gradient of the same batch."""
     for name, size in SIZES[device]["products"].items():
         parameters = 12 * size[3] * size[1] ** 2 + size[0] * size[1]
+        if device == "cuda":
+            torch.cuda.empty_cache()
         if device == "cuda" and torch.cuda.mem_get_info()[0] < 40 * parameters:
             yield impossible("products", f"{name}: less than {40 * parameters / 1e9:.0f} GB are free")
             continue
@@ -313,7 +315,8 @@ def quickstart(device):
         if count > cards:
             yield impossible("quickstart", f"{where}: this machine has {cards}")
             continue
-        visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(count)))}
+        named = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")[:count]
+        visible = {"CUDA_VISIBLE_DEVICES": ",".join(named)}
         with tempfile.TemporaryDirectory() as folder:
             events = quickstart_job(Path(folder), visible if count else {"CXX": "none"}, 100 if count else 4)
         yield row(

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# What only a GPU can show, in one table and one JSON file: bash tests/gpu.sh [--cpu] [--parts a,b] [--out FILE]
-# With --cpu the same parts at tiny sizes, to see that they work. Environment and installation as in tests/run.sh.
+# What only a GPU can show, in one table and one JSON file:
+#     bash tests/gpu.sh [--cpu] [--parts a,b] [--out FILE]
+# With --cpu the same parts at tiny sizes, to see that they work. Environment as in tests/run.sh.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=../launch/environment.sh

@@ -1,4 +1,4 @@
-"""The GPU kit on the CPU: its fastest parts to their rows, and that a part which fails or hangs takes no other with it."""
+"""The GPU kit on the CPU: fast parts to their rows; a part that fails takes no other along."""
 
 import json
 import subprocess

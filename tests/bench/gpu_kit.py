@@ -1,10 +1,12 @@
-"""Everything that a GPU has to show, for the day one is at hand: `bash tests/gpu.sh [--parts a,b] [--out FILE]`.
+"""Everything that a GPU has to show, for the day one is at hand: `bash tests/gpu.sh`; see --help.
 
-Prints one table and writes one JSON file. `--cpu` runs the same parts at tiny sizes on the CPU: its rows say that the
-parts work, and nothing about a GPU. Each part runs in a process of its own and has a limit of time: one that fails, or is
-impossible on this machine, says so in its row, and the others run. Exit status 1 where a part that was possible failed.
+Prints one table and writes one JSON file. `--cpu` runs the same parts at tiny sizes on the CPU: its
+rows say that the parts work, and nothing about a GPU. Each part runs in a process of its own and
+has a limit of time: one that fails, or is impossible on this machine, says so in its row, and the
+others run. Exit status 1 where a part that was possible failed.
 
-Limits of errors are those of the tests; limits of times are twice what is counted, beyond which something is broken.
+Limits of errors are those of the tests; limits of times are twice what is counted, beyond which
+something is broken.
 """
 
 import argparse
@@ -61,7 +63,7 @@ def alone(name, device, kept):
 
 
 def survived(name, command, seconds, kept, environment=None):
-    """Rows of a part that runs as a command and keeps them in a file; its failure is the last of them."""
+    """Rows of a part that runs as a command and keeps them in a file; a failure is the last."""
     begun, late = time.monotonic(), False
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as told:
         words = {"stdout": told, "stderr": subprocess.STDOUT, "env": environment, "start_new_session": True}

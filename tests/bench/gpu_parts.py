@@ -161,7 +161,7 @@ def vectors(device, dtype):
 
 
 def criterion(device):
-    """P by every method, at weights of both precisions, against double backward in float64 on the CPU."""
+    """P by every method, at weights of both precisions, against float64 on the CPU."""
     size = SIZES[device]["criterion"]
     stack, shapes = rop_cases.build(rop_cases.GPT2 | {"groups": size["heads"]}, **size)
     for name, dtype in DTYPES.items():

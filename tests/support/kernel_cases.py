@@ -78,8 +78,8 @@ def compiled(function, given):
 
 
 def errors(function, arguments, dtype, run=compiled):
-    """(error, limit) of every result against float64; limit: twice what plain PyTorch errs in this dtype, and
-    eight roundings."""
+    """(error, limit) of every result against float64; limit: twice what plain PyTorch errs in this
+    dtype, and eight roundings."""
     given = converted(arguments, dtype)
     exact = [t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in given]
     truth = results(getattr(reference, function)(*exact))

@@ -51,7 +51,7 @@ class Case:
     def logits(self, p):
         """[b * s, vocabulary] from a list of parameters."""
         b, s = self.inputs.shape
-        mask = torch.ones(s, s, dtype=torch.bool).triu(1)
+        mask = torch.ones(s, s, dtype=torch.bool, device=self.inputs.device).triu(1)
         x = F.embedding(self.inputs, p[self.stack.words]) + p[self.stack.positions][:s]
 
         def linear(layer, x):

@@ -52,6 +52,7 @@ def text(part, domain, numbers):
 
 
 def loss(module, tokens):
+    tokens = tokens.to(next(module.parameters()).device)
     return oracles.cross_entropy(module(tokens[:, :-1]), tokens[:, 1:])
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_cases import cases, converted, draw, heads
+from kernel_cases import cases, compiled, converted, distance, draw, errors, heads, results
 
 from megatron_commute import ops
 from megatron_commute.kernels import compiled as _kernels
@@ -26,32 +26,9 @@ HEADS += [(1, 1, 1, 97, 128)]
 MACHINES = {"portable": 0, "avx2": 1, "newest": 2}
 
 
-def results(found):
-    return [t for t in (found if isinstance(found, tuple) else (found,)) if t is not None]
-
-
-def distance(found, truth):
-    """|found - truth| over |truth|, or over 0.1 an element where truth is small."""
-    size = max(truth.double().norm().item(), 0.1 * truth.numel() ** 0.5)
-    return (found.double() - truth.double()).norm().item() / size if truth.numel() else 0.0
-
-
-def compiled(function, given):
-    return results(getattr(ops, function)(*given))
-
-
 def check(name, function, arguments, dtype, run=compiled):
-    """Against float64: no more than twice what plain PyTorch errs in this dtype, and eight roundings."""
-    given = converted(arguments, dtype)
-    exact = [t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in given]
-    truth = results(getattr(reference, function)(*exact))
-    plain = results(getattr(reference, function)(*given))
-    for i, (f, p, t) in enumerate(zip(run(function, given), plain, truth, strict=True)):
-        assert f.dtype is p.dtype and f.shape == t.shape, f"{name} result {i}"
-        # float32 sums do not suffer from the dtype of the rows
-        rounding = 1e-13 if f.dtype is torch.float64 else 8 * torch.finfo(torch.float32).eps
-        limit = 2 * distance(p, t) + rounding
-        assert distance(f, t) <= limit, f"{name} result {i}: {distance(f, t):.1e} of {limit:.1e}"
+    for i, (error, limit) in enumerate(errors(function, arguments, dtype, run)):
+        assert error <= limit, f"{name} result {i}: {error:.1e} of {limit:.1e}"
 
 
 @pytest.fixture(params=MACHINES)

@@ -2,6 +2,7 @@
 
 import torch
 
+from megatron_commute import ops
 from megatron_commute.kernels import reference
 
 
@@ -60,3 +61,31 @@ def converted(arguments, dtype):
         return t.to(wide if kept else dtype).contiguous()
 
     return tuple(one(t) for t in arguments)
+
+
+def results(found):
+    return [t for t in (found if isinstance(found, tuple) else (found,)) if t is not None]
+
+
+def distance(found, truth):
+    """|found - truth| over |truth|, or over 0.1 an element where truth is small."""
+    size = max(truth.double().norm().item(), 0.1 * truth.numel() ** 0.5)
+    return (found.double() - truth.double()).norm().item() / size if truth.numel() else 0.0
+
+
+def compiled(function, given):
+    return results(getattr(ops, function)(*given))
+
+
+def errors(function, arguments, dtype, run=compiled):
+    """(error, limit) of every result against float64; limit: twice what plain PyTorch errs in this
+    dtype, and eight roundings."""
+    given = converted(arguments, dtype)
+    exact = [t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in given]
+    truth = results(getattr(reference, function)(*exact))
+    plain = results(getattr(reference, function)(*given))
+    for f, p, t in zip(run(function, given), plain, truth, strict=True):
+        assert f.dtype is p.dtype and f.shape == t.shape, function
+        # float32 sums do not suffer from the dtype of the rows
+        rounding = 1e-13 if f.dtype is torch.float64 else 8 * torch.finfo(torch.float32).eps
+        yield distance(f, t), 2 * distance(p, t) + rounding

@@ -159,7 +159,7 @@ def attended(stack, block, x):
     if block.rotary:
         q, k = turned(q, stack.rotary), turned(k, stack.rotary)
     q, k, v = (t.transpose(1, 2).repeat_interleave(a // t.shape[2], 1) for t in (q, k, v))
-    score = (q @ k.mT * block.scale).masked_fill(torch.ones(s, s).triu(1).bool(), -math.inf)
+    score = (q @ k.mT * block.scale).masked_fill(torch.ones(s, s, device=x.device).triu(1).bool(), -math.inf)
     return (score.softmax(-1) @ v).transpose(1, 2).reshape(b, s, -1)
 
 

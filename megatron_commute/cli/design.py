@@ -10,8 +10,7 @@ from megatron_commute.cli.plan import checked, drawn, of_a_run
 from megatron_commute.cli.words import Refusal, as_json, print_json, table
 from megatron_commute.config import ConfigError
 from megatron_commute.settings import schedule, text_files
-
-UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
+from megatron_commute.settings.memory import in_units
 
 
 def _arguments(context: click.Context, _: Any, path: str | None) -> None:
@@ -116,17 +115,17 @@ def _on_proxies(file, out, as_json, flags, own):
     chosen = options.parsed(own["proxy"], own["quick"])
     harm = 0.005 if own["harm"] is None else own["harm"]
     first = reduce.rank() == 0
-    alone = reduce.size(reduce.everyone()) > 1 or torch.cuda.is_available()
-    processes = own["processes"] or (1 if alone else os.cpu_count() or 1)
+    ranks = reduce.size(reduce.everyone())
+    processes = own["processes"] or (1 if ranks > 1 or torch.cuda.is_available() else os.cpu_count() or 1)
     about = {"config": asked.config, "plan": asked.plan, "run": asked.run, "rates": asked.rates}
     about |= {"untrained": _texts(own["untrained"]), "harm": harm, "quick": own["quick"]}
     found = options.design(options=chosen, **about)
     step = run.measured_step(found)
     if own["minutes"]:
         losses = len(found.source.names)
-        chosen = options.within(chosen, own["minutes"], step, losses, processes)
+        chosen = options.within(chosen, own["minutes"], step, losses, processes * ranks)
         found = options.design(options=chosen, **about)
-    found, cost = run.within_memory(found, step, processes)
+    found, cost = run.within_memory(found, step, processes * ranks)
     if first:
         click.echo(_announced(found, cost), err=True)
     bar = tqdm(total=result.cells(found), unit="run", dynamic_ncols=True, disable=as_json or not first)
@@ -150,9 +149,7 @@ def _texts(words):
 def _announced(found, cost):
     """What will run, for how long, with how much memory."""
     shape = found.proxy.shape
-    size = next(
-        (f"{cost['bytes'] / unit:.1f} {word}" for unit, word in UNITS if cost["bytes"] >= unit), "0 KiB"
-    )
+    size = in_units(cost["bytes"])
     rows = [[row["part"], f"{row['runs']:g}", f"{row['seconds'] / 60:.1f}"] for row in cost["parts"]]
     again = ", states recomputed" if found.recompute else ""
     return (

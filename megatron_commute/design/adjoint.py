@@ -62,8 +62,9 @@ def influences(run, weights, held, *, recompute=False, method="difference", earl
         last = begin + stride >= steps
         tape = [] if last else None
         run.advance(state, weights, begin, min(begin + stride, steps), tape)
-    ends = [_slope(run.model, state.theta, tokens.to(run.model.device)) for tokens in held.values()]
-    losses = np.array([run.model.mean_loss(state.theta, t.to(run.model.device)) for t in held.values()])
+    held = {name: tokens.to(run.model.device) for name, tokens in held.items()}
+    ends = [run.model.mean_gradient(state.theta, tokens) for tokens in held.values()]
+    losses = np.array([run.model.mean_loss(state.theta, tokens) for tokens in held.values()])
     pulled = [[end.clone(), torch.zeros_like(end), torch.zeros_like(end)] for end in ends]
     found, reached = np.zeros((len(held), steps, K)), steps
     floor = int(early * steps)
@@ -82,14 +83,6 @@ def influences(run, weights, held, *, recompute=False, method="difference", earl
             break
     values = _filled(found, reached)
     return Influences(names=tuple(held), values=values, reached=reached, losses=losses)
-
-
-def _slope(model, theta, tokens, at_once=64):
-    total = torch.zeros_like(theta)
-    for part in tokens.split(at_once):
-        scale = torch.full((len(part),), 1 / len(tokens), dtype=model.dtype, device=model.device)
-        total += model.gradient(theta, part, scale)[0]
-    return total
 
 
 def _back(run, step, weights, kept, pulled, method):

@@ -37,6 +37,16 @@ class Shape:
             raise ValueError(f"hidden={self.hidden}: write a multiple of 2 x heads = {2 * self.heads}")
 
 
+def parts(shape):
+    """{name: size} of the parameters of a Shape."""
+    return _gpt2(shape) if shape.flavour == "gpt2" else _llama(shape)
+
+
+def parameters(shape):
+    """How many parameters a Shape has."""
+    return sum(math.prod(size) for size in parts(shape).values())
+
+
 class Model:
     """A model of P parameters, whose gradients and products are functions of theta [P]; it holds
     no weights.
@@ -44,7 +54,7 @@ class Model:
 
     def __init__(self, *, shape, dtype=torch.float32, device="cpu"):
         self.shape, self.dtype, self.device = shape, dtype, device
-        self.parts = _gpt2(shape) if shape.flavour == "gpt2" else _llama(shape)
+        self.parts = parts(shape)
         self.sizes = [math.prod(size) for size in self.parts.values()]
         self.size = sum(self.sizes)
         self._buffer = torch.zeros(self.size, dtype=dtype, device=device)
@@ -105,6 +115,14 @@ class Model:
         along = sum((g * d).sum() for g, d in zip(weighted, self.unflat(direction), strict=True))
         found = torch.autograd.grad(along, self._leaves)
         return torch.cat([g.reshape(-1) for g in found]), slopes.detach()
+
+    def mean_gradient(self, theta, tokens, at_once=64):
+        """Gradient [P] of the mean loss over tokens i64[n, t + 1]."""
+        total = torch.zeros_like(theta)
+        for part in tokens.split(at_once):
+            scale = torch.full((len(part),), 1 / len(tokens), dtype=self.dtype, device=self.device)
+            total += self.gradient(theta, part, scale)[0]
+        return total
 
     @torch.no_grad()
     def mean_loss(self, theta, tokens, at_once=64):

@@ -18,19 +18,9 @@ LEAST_STEPS, MOST_STEPS = 125, 2000  # that --minutes may choose
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-    """Of the proxy; the words of --proxy."""
+class Options(Shape):
+    """Of the proxy; the words of --proxy. Raises ValueError for a model that cannot be built."""
 
-    flavour: str = "gpt2"
-    # or "llama"
-    layers: int = 2
-    # blocks
-    hidden: int = 48
-    # width
-    heads: int = 2
-    # of attention
-    sequence: int = 32
-    # tokens
     vocabulary: int = 2048
     # tokens at most: the rarest of more become one
     steps: int = 500
@@ -62,7 +52,10 @@ def parsed(words, quick=False):
             raise ConfigError(f"--proxy {word}: write {_word(fields[name])} for {name}") from None
         if fields[name] is not str and not (math.isfinite(found[name]) and found[name] >= 0):
             raise ConfigError(f"--proxy {word}: write a number that is not negative")
-    options = Options(**found)
+    try:
+        options = Options(**found)
+    except ValueError as error:
+        raise ConfigError(f"--proxy {error}") from None
     for name in ("steps", "batch", "lr", "clip"):
         if not getattr(options, name) > 0:
             raise ConfigError(f"--proxy {name}={getattr(options, name):g}: write a number above 0")
@@ -83,17 +76,9 @@ def design(*, config, plan, run, rates, options, untrained=(), harm=0.005, quick
     _refuse(config, plan, options, harm)
     source = Source(config=config, plan=plan, seq_length=run.seq_length, untrained=tuple(untrained))
     kept, known = vocabulary(source, options.vocabulary)
-    try:
-        shape = Shape(
-            flavour=options.flavour,
-            layers=options.layers,
-            hidden=options.hidden,
-            heads=options.heads,
-            sequence=min(options.sequence, run.seq_length),
-            vocabulary=known,
-        )
-    except ValueError as error:
-        raise ConfigError(f"--proxy {error}") from error
+    of_model = {field.name: getattr(options, field.name) for field in dataclasses.fields(Shape)}
+    sequence = min(options.sequence, run.seq_length)
+    shape = Shape(**of_model | {"sequence": sequence, "vocabulary": known})
     own = tuple(rates_of(rates, options.steps, options.lr).tolist())
     recipe = Recipe(rates=own, weight_decay=options.weight_decay, clip=options.clip)
     proxy = Proxy(

@@ -31,7 +31,9 @@ class Road:
     pattern: np.ndarray
     # f64[M, K]; 0 in the segments that are kept
     memory: float | None
-    # of law flow's profile
+    # of law flow's profile; None for free segments
+    ranges: np.ndarray | None
+    # f64[K] of law flow, the greatest of them 1
     explained: float
     # part of the centred influences' variance that the pattern has
 
@@ -47,6 +49,13 @@ def binned(values, steps):
     """Means f64[J, M, K] of influences f64[J, T, K] in at most BINS parts of about one length."""
     edges = np.arange(min(BINS, steps) + 1) * steps // min(BINS, steps)
     return np.add.reduceat(values, edges[:-1], axis=1) / np.diff(edges)[:, None]
+
+
+def of_target(values, target):
+    """Influences f64[B, K] on the target f64[K] over the trained domains, from those on every loss
+    f64[J, B, K], in which the trained domains stand first.
+    """
+    return np.tensordot(np.asarray(target), np.asarray(values)[: len(target)], 1)
 
 
 def centred(values, weights, sizes, rounds=50):
@@ -93,10 +102,9 @@ def of_flow(values, shares, rates, kept):
         explained = 1 - float((rest**2 * shares).sum()) / total if total else 0.0
         if best is None or explained > best.explained:
             p[:first] = 0.0
-            pattern = np.outer(p, ranges / max(np.abs(ranges).max(), np.finfo(float).tiny))
-            best = Road(
-                name="flow", edges=edges / steps, pattern=pattern, memory=float(memory), explained=explained
-            )
+            ranges = ranges / max(np.abs(ranges).max(), np.finfo(float).tiny)
+            about = {"memory": float(memory), "ranges": ranges, "explained": explained}
+            best = Road(name="flow", edges=edges / steps, pattern=np.outer(p, ranges), **about)
     return best
 
 
@@ -106,7 +114,7 @@ def free(values, shares, steps, kept):
     helped = wish(values, shares, steps, edges, kept)
     largest = np.abs(helped).max()
     pattern = helped / largest if largest else helped
-    return Road(name="free", edges=edges / steps, pattern=pattern, memory=None, explained=1.0)
+    return Road(name="free", edges=edges / steps, pattern=pattern, memory=None, ranges=None, explained=1.0)
 
 
 def weights(road, strength, shares, low, high):
@@ -157,9 +165,9 @@ def strength_within(strengths, of_target, of_domains, harm):
     return float(strengths[best]), float(of_target[best])
 
 
-def marginal(values, shares):
-    """What one percent more samples of each domain, less of all others, does to a loss f64[K], from
-    its influences f64[B, K], in nats for a run of T steps per step: multiply by T.
+def marginal(values, shares, steps):
+    """What one percent more samples of each domain, less of all others, does to a loss f64[K], in
+    nats, from its influences f64[B, K] in a run of `steps`.
     """
-    mean = np.asarray(values).mean(0)
+    mean = steps * np.asarray(values).mean(0)
     return 0.01 * np.asarray(shares) * (mean - mean @ shares)

@@ -5,6 +5,7 @@ gain.
 import csv
 import dataclasses
 import io
+import json
 import os
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from megatron_commute.record.log import line
 from megatron_commute.settings import schedule
 from megatron_commute.settings.text_files import replace
 
-RECORD, TABLE, SCHEDULE, REPORT = "design.jsonl", "design.csv", "schedule.csv", "report.html"
+RECORD, TABLE, SCHEDULE = "design.jsonl", "design.csv", "schedule.csv"
 SENTENCES = {
     verify.GAIN: "the schedule gains; schedule.csv is written",
     verify.NOTHING: "NOTHING TO GAIN HERE: the target's interval holds zero; no schedule is written",
@@ -45,7 +46,7 @@ def written(design, run, cost, out, processes, say):
     about = _about(design, run, cost)
     with reduce.agreed(reduce.everyone()):
         if first:
-            _claim(folder, about)
+            _claim(folder, about, _texts(design.source))
     lines.append(line("design", about))
 
     def tell(event, found):
@@ -67,14 +68,12 @@ def written(design, run, cost, out, processes, say):
         files.insert(0, path)
     elif path.exists():
         os.replace(path, path.with_suffix(".csv.old"))  # of an earlier design of this folder
-    rows = [dataclasses.asdict(change) for change in changes]
+    rows = [change.as_dict() for change in changes]
     words = "\n".join([*_words(changes), SENTENCES[found["outcome"]]])
     return {"outcome": found["outcome"], "text": words, "files": [str(f) for f in files], "changes": rows}
 
 
 def _json(value):
-    import json
-
     return json.dumps(value, allow_nan=False)
 
 
@@ -110,13 +109,17 @@ def _about(design, run, cost):
     }
 
 
-def _claim(folder, about):
-    """A folder's cells belong to one design."""
-    path = folder / "work" / "asked.json"
-    asked = line("asked", {key: value for key, value in about.items() if key != "timing"})
-    if path.exists():
-        import json
+def _texts(source):
+    """Where every text lies."""
+    domains = [[*domain.path, domain.holdout] for domain in source.config.domains]
+    return [*domains, *source.untrained]
 
+
+def _claim(folder, about, texts):
+    """A folder's cells belong to one design of the same texts."""
+    path = folder / "work" / "asked.json"
+    asked = line("asked", {key: value for key, value in about.items() if key != "timing"} | {"texts": texts})
+    if path.exists():
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
@@ -132,63 +135,50 @@ def _lines(event, found, design):
     """Lines of the record about one result."""
     if event == "planned":
         base, shares = found["recorded"], np.array(design.proxy.shares)
-        values = np.array(base["influences"])
-        of_target = np.tensordot(np.array(design.target), values[: len(shares)], 1)
+        values, steps = np.array(base["influences"]), design.proxy.steps
         yield line(
             "influences",
             {
                 "values": values,
                 "reached": base["reached"],
                 "losses": base["losses"],
-                "marginal": [plan.marginal(each, shares) * design.proxy.steps for each in values],
-                "marginal_target": plan.marginal(of_target, shares) * design.proxy.steps,
+                "marginal": [plan.marginal(each, shares, steps) for each in values],
+                "marginal_target": plan.marginal(plan.of_target(values, design.target), shares, steps),
             },
         )
         for i, entry in enumerate(found["roads"]):
             road = dataclasses.asdict(entry["road"])
             yield line("road", {**entry, "road": road, "chosen": i == found["chosen"]})
     elif event == "proof":
-        looks = [{**look, "changes": [_change(c) for c in look["changes"]]} for look in found["looks"]]
+        looks = [{**look, "changes": [c.as_dict() for c in look["changes"]]} for look in found["looks"]]
         yield line("proof", {**found, "looks": looks})
     else:
         yield line(event, found)
 
 
-def _change(change):
-    return {
-        **dataclasses.asdict(change),
-        "percent": change.percent,
-        "percent_interval": change.percent_interval,
-    }
-
-
 def _of_the_run(design, run, found):
     """Changes [(sample, weights)] of the run itself, budgets and bounds exact."""
-    proof, entry = found["proofs"][-1], found["planned"]["roads"][found["planned"]["chosen"]]
-    samples, owner = run.train_iters * run.global_batch, design.source.plan
+    proof, road = found["proofs"][-1], found["planned"]["roads"][found["planned"]["chosen"]]["road"]
+    owner, batch = design.source.plan, run.global_batch
     low, high = np.array(design.low), np.array(design.high)
-    if entry["road"].name == "flow":
-        last = np.argmax(np.abs(entry["road"].pattern).max(1))
-        p = flow.profile(
-            np.array(design.proxy.recipe.rates),
-            entry["road"].memory,
-            flow.scale_of(np.array(design.proxy.recipe.rates), entry["road"].memory, design.kept),
-        )
-        edges = np.round(entry["road"].edges * design.proxy.steps).astype(int)
-        mean = p[edges[last] : edges[last + 1]].mean()
-        planned = flow.planned(
+    if road.name == "flow":
+        return flow.planned(
             rates=np.array(design.run_rates),
-            batches=np.full(run.train_iters, run.global_batch),
+            batches=np.full(run.train_iters, batch),
             budgets=owner.budgets,
             weights=owner.weights,
             target=np.array(design.target),
             low=low,
             high=high,
-            memory=entry["road"].memory,
-            reach=proof["strength"] * entry["road"].pattern[last] / mean,
-        )
-        return [(at, weights) for at, weights in planned.changes]
-    return plan.by_sample(entry["road"].edges, proof["weights"], samples, run.global_batch)
+            memory=road.memory,
+            reach=proof["strength"] * road.ranges,
+        ).changes
+    edges = np.unique(np.round(road.edges * run.train_iters))
+    if len(edges) < len(road.edges):
+        raise ValueError(f"--train-iters {run.train_iters}: too few steps for {len(road.edges) - 1} segments")
+    road = dataclasses.replace(road, edges=edges / run.train_iters)
+    weights = plan.weights(road, proof["strength"], owner.shares, low, high)
+    return plan.by_sample(road.edges, weights, run.train_iters * batch, batch)
 
 
 def _words(changes):
@@ -211,14 +201,15 @@ def _words(changes):
 
 def _table(found):
     """CSV text: every look's changes."""
+    rows = [
+        {**{key: proof[key] for key in ("attempt", "strength")}, "seeds": look["seeds"], **change.as_dict()}
+        for proof in found["proofs"]
+        for look in proof["looks"]
+        for change in look["changes"]
+    ]
     text = io.StringIO()
-    fields = [field.name for field in dataclasses.fields(verify.Change)]
-    table = csv.writer(text)
-    table.writerow(["attempt", "strength", "seeds", "verdict", *fields, "percent", "percent_interval"])
-    for proof in found["proofs"]:
-        for look in proof["looks"]:
-            for change in look["changes"]:
-                about = [proof["attempt"], proof["strength"], look["seeds"], look["verdict"]]
-                own = [getattr(change, name) for name in fields]
-                table.writerow([*about, *own, change.percent, change.percent_interval])
+    if rows:
+        table = csv.DictWriter(text, rows[0])
+        table.writeheader()
+        table.writerows(rows)
     return text.getvalue()

@@ -10,8 +10,10 @@ import time
 import numpy as np
 import torch
 
+from megatron_commute import reduce
 from megatron_commute.decide import flow
 from megatron_commute.design import adjoint, cells, plan, verify
+from megatron_commute.design.model import parameters
 from megatron_commute.design.proxy import Proxy, Run, rates_of, text_of
 from megatron_commute.design.text import Source
 
@@ -117,14 +119,17 @@ def _losses(run, theta, held):
 
 
 def measured_step(design):
-    """Seconds of one training step of the proxy, the median of a few."""
+    """Seconds of one training step of the proxy, the median of a few, those of the first rank on
+    all; collective.
+    """
     run = Run(proxy=design.proxy, seed=0, stream=_Random(design.proxy.shape))
     state, weights, spent = run.start(), np.tile(design.proxy.shares, (6, 1)), []
     for step in range(6):
         begun = time.perf_counter()
         run.advance(state, weights, step % design.proxy.steps, step % design.proxy.steps + 1)
         spent.append(time.perf_counter() - begun)
-    return float(np.median(spent[1:]))
+    median = np.array([np.median(spent[1:])])
+    return float(reduce.broadcast_numbers(median, reduce.Groups(world=reduce.everyone()))[0])
 
 
 class _Random:
@@ -142,29 +147,19 @@ def cost(design, step_seconds, processes=1):
     "least_seconds"}. runs: in plain runs of the proxy.
     """
     J, a_run = len(design.source.names), design.proxy.steps * step_seconds
+    first, last = design.looks[0], design.looks[-1]
     parts = [
         ("recorded run and sweep", (2 if design.recompute else 1) + 2 * J, 1),
         ("line search", 2 * len(plan.RANGES), processes),
-        (f"proof, first look ({design.looks[0]} seeds)", 2 * design.looks[0], processes),
-        (
-            f"proof, to the last look ({design.looks[-1]} seeds)",
-            2 * (design.looks[-1] - design.looks[0]),
-            processes,
-        ),
+        (f"proof, first look ({first} seeds)", 2 * first, processes),
         ("equal gains by data and length", COMPARED * (len(MORE_DATA) + LONGER), processes),
+        (f"proof, to the last look ({last} seeds), where needed", 2 * (last - first), processes),
     ]
     rows = [{"part": name, "runs": runs, "seconds": runs * a_run / at_once} for name, runs, at_once in parts]
+    seconds, size = [row["seconds"] for row in rows], parameters(design.proxy.shape)
     vectors = adjoint.vectors_held(design.proxy.steps, J, design.recompute)
-    size = Run(proxy=design.proxy, seed=0, stream=_Random(design.proxy.shape)).model.size
-    least = sum(row["seconds"] for row in rows if "last look" not in row["part"])
-    total = sum(row["seconds"] for row in rows)
-    return {
-        "parts": rows,
-        "bytes": 4 * vectors * size,
-        "parameters": size,
-        "seconds": total,
-        "least_seconds": least,
-    }
+    about = {"bytes": 4 * vectors * size, "parameters": size}
+    return {"parts": rows, **about, "seconds": sum(seconds), "least_seconds": sum(seconds[:-1])}
 
 
 def planned(design, folder, processes, say):
@@ -177,7 +172,7 @@ def planned(design, folder, processes, say):
     seed, shares = PLANNING_SEED, np.array(design.proxy.shares)
     key = f"recorded/{seed}"
     base = cells.dealt(folder, design, [(key, recorded, {"seed": seed})], 1, say)[key]
-    values = np.tensordot(np.array(design.target), np.array(base["influences"])[: len(shares)], 1)
+    values = plan.of_target(base["influences"], design.target)
     rates = np.array(design.proxy.recipe.rates)
     roads = [
         plan.of_flow(values, shares, rates, design.kept),
@@ -210,8 +205,8 @@ def _entry(design, road, base, found):
 
 def proven(design, road, strength, folder, processes, say, attempt=0):
     """Prove a road at a strength on fresh pairs of seeds: {"verdict", "looks": [{"seeds",
-    "changes": [verify.Change]}], "weights": f64[M, K], "losses"}. changes: target, trained domains,
-    mixture, what is untrained.
+    "changes": [verify.Change]}], "weights": f64[M, K], "attempt", "strength"}. changes: as of
+    `changes_of`.
     """
     shares = np.array(design.proxy.shares)
     segments = plan.weights(road, strength, shares, np.array(design.low), np.array(design.high))
@@ -225,7 +220,7 @@ def proven(design, road, strength, folder, processes, say, attempt=0):
             jobs.append((f"judged/{road.name}/{strength:.6g}/{seed}", judged, {"seed": seed, **ours}))
         found = cells.dealt(folder, design, jobs, processes, say)
         pairs = [[found[key]["losses"] for key, _, _ in jobs[half::2]] for half in (1, 0)]
-        changes = _changes(design, pairs)
+        changes = changes_of(design, pairs)
         last = i + 1 == len(design.looks)
         verdict = verify.verdict(changes[0], changes[1 : 1 + len(shares)], design.harm, last)
         looks.append({"seeds": count, "verdict": verdict, "changes": changes})
@@ -234,8 +229,11 @@ def proven(design, road, strength, folder, processes, say, attempt=0):
     return {"verdict": verdict, "looks": looks, "weights": segments, "attempt": attempt, "strength": strength}
 
 
-def _changes(design, pairs):
-    """Changes of the target, of every domain, of the mixture and of what is untrained."""
+def changes_of(design, pairs):
+    """[verify.Change] of the target, of every domain, of the mixture and of what is untrained.
+
+    pairs: ([losses of one run by name], [those of the constant mixture]), seeds in one order.
+    """
     both = [np.array([[one[name] for name in design.source.names] for one in half]) for half in pairs]
     K, mixtures = len(design.names), {"target": design.target, "mixture": design.proxy.shares}
     read = {name: [half[:, :K] @ np.array(w) for half in both] for name, w in mixtures.items()}
@@ -311,18 +309,18 @@ def carried_out(design, folder, processes, say, tell):
 
 def tokens_a_parameter(design):
     """Tokens that the proxy trains on for each of its parameters."""
-    shape, size = (
-        design.proxy.shape,
-        Run(proxy=design.proxy, seed=0, stream=_Random(design.proxy.shape)).model.size,
-    )
-    return design.proxy.steps * design.proxy.batch * shape.sequence / size
+    shape = design.proxy.shape
+    return design.proxy.steps * design.proxy.batch * shape.sequence / parameters(shape)
 
 
 def within_memory(design, step_seconds, processes):
     """(design, its cost), with states recomputed where all of them do not fit. ValueError where
-    neither does.
+    neither does. Collective.
     """
-    free = _free_bytes()
+    world = reduce.everyone()
+    free = -float(
+        reduce.max_of_numbers(np.array([-float(_free_bytes())]), world)[0]
+    )  # the least of all ranks
     for recompute in (False, True):
         found = dataclasses.replace(design, recompute=recompute)
         told = cost(found, step_seconds, processes)

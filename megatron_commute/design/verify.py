@@ -30,6 +30,11 @@ class Change:
     worse: float
     # one-sided probability of so low a change, were there no gain
 
+    def as_dict(self):
+        """Fields and percentages."""
+        percents = {"percent": self.percent, "percent_interval": self.percent_interval}
+        return dataclasses.asdict(self) | percents
+
     @property
     def percent(self):
         return 100 * self.change / self.constant
@@ -76,11 +81,7 @@ def verdict(target, domains, harm, last):
 
 def equivalent(gain, at, gains):
     """The x at which a curve through (0, 0) and (at, gains), straight between them, reaches `gain`;
-    None beyond it.
+    None beyond it. at, gains: lists; a gain that falls is noise and counts as the one before.
     """
-    before = (0.0, 0.0)
-    for x, y in zip(at, gains, strict=True):
-        if y >= gain > before[1] or (gain <= before[1] and x == at[0] and y >= gain):
-            return before[0] + (x - before[0]) * (gain - before[1]) / (y - before[1])
-        before = (x, y)
-    return None
+    reached = np.maximum.accumulate([0.0, *gains])
+    return None if gain > reached[-1] else float(np.interp(gain, reached, [0.0, *at]))

@@ -30,7 +30,10 @@ def measured(design, folder, seed):
     run = Run(proxy=design.proxy, seed=seed, text=text)
     held = {name: text.held(name, False)[:READ] for name in design.names}
     end = run.advance(run.start(), weights, 0, steps)
-    last = _direction(run, end, held, design.target)
+    last = sum(
+        share * run.model.mean_gradient(end.theta, held[name])
+        for name, share in zip(held, design.target, strict=True)
+    )
     at = np.linspace(0.1, 0.97, POINTS) * steps
     state, before = run.start(), 0
     found = {"steps": [int(step) for step in at], "curvature": [], "local": [], "end": []}
@@ -38,7 +41,7 @@ def measured(design, folder, seed):
         state = run.advance(state, weights, before, step)
         before = step
         D = _metric(run, state, step)
-        gradients = torch.stack([_gradient(run, state.theta, held[name]) for name in design.names])
+        gradients = torch.stack([run.model.mean_gradient(state.theta, tokens) for tokens in held.values()])
         target = torch.tensor(design.target, dtype=gradients.dtype) @ gradients
         found["local"].append(_scores(run, state, held, design, D, gradients, D * target))
         found["end"].append(_scores(run, state, held, design, D, gradients, D * last))
@@ -53,22 +56,11 @@ def _metric(run, state, step):
     return (root + run.proxy.recipe.eps).reciprocal_()
 
 
-def _gradient(run, theta, tokens):
-    scale = torch.full((64,), 1 / len(tokens), dtype=run.model.dtype)
-    return sum(run.model.gradient(theta, part, scale[: len(part)])[0] for part in tokens.split(64))
-
-
-def _direction(run, state, held, target):
-    return sum(
-        share * _gradient(run, state.theta, held[name]) for name, share in zip(held, target, strict=True)
-    )
-
-
 def _products(run, state, held, u):
     """H_k u f32[K, P], by a central difference."""
     h = STEP / float(u.norm())
-    above = [_gradient(run, state.theta + h * u, tokens) for tokens in held.values()]
-    below = [_gradient(run, state.theta - h * u, tokens) for tokens in held.values()]
+    above = [run.model.mean_gradient(state.theta + h * u, tokens) for tokens in held.values()]
+    below = [run.model.mean_gradient(state.theta - h * u, tokens) for tokens in held.values()]
     return torch.stack([(a - b) / (2 * h) for a, b in zip(above, below, strict=True)])
 
 
@@ -125,7 +117,7 @@ def criterion_rows(design, cell, recorded, about):
     """
     from scipy.stats import spearmanr
 
-    values = np.tensordot(np.array(design.target), np.array(recorded["influences"])[: len(design.names)], 1)
+    values = plan.of_target(recorded["influences"], design.target)
     free = slopes(design, values)
     rows = []
     for direction in ("local", "end"):
@@ -160,6 +152,6 @@ def recorded_jobs(seeds):
 def fitted_memory(design, recorded):
     """(memory of law flow that explains a recorded cell's influences best, how much of them)."""
     shares = np.array(design.proxy.shares)
-    values = np.tensordot(np.array(design.target), np.array(recorded["influences"])[: len(shares)], 1)
+    values = plan.of_target(recorded["influences"], design.target)
     road = plan.of_flow(values, shares, np.array(design.proxy.recipe.rates), design.kept)
     return road.memory, road.explained

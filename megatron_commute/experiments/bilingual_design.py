@@ -14,12 +14,13 @@ import numpy as np
 from megatron_commute.config import Run, load, resolve
 from megatron_commute.data.indexed import inspect_data
 from megatron_commute.decide import flow
-from megatron_commute.design import cells, options, plan, verify
+from megatron_commute.design import cells, options, plan
 from megatron_commute.design import run as work
 from megatron_commute.experiments import bilingual_criterion as criterion
 from megatron_commute.experiments import bilingual_design_tables as tables
 from megatron_commute.experiments.bilingual_flow import BATCH, rate_of
 from megatron_commute.experiments.bilingual_flow_variants import BASE, UNTRAINED_TEXT
+from megatron_commute.experiments.bilingual_tables import refuse_unknown_parts, write_csv
 from megatron_commute.settings import text_files
 from megatron_commute.settings.rates import rates
 
@@ -96,9 +97,7 @@ def study(settings, folder, size, processes, say):
     """Run what is missing of the parts and write their tables and pictures; (text, files)."""
     parts = {"main": _main, "length": _length, "size": _size, "rate": _rate, "memory": _memory}
     parts |= {"averaging": _averaging, "folding": _folding, "criterion": _criterion}
-    unknown = sorted(set(size.parts) - set(parts))
-    if unknown:
-        raise ValueError(f"--set parts={','.join(unknown)}: write some of {','.join(parts)}")
+    refuse_unknown_parts(size.parts, parts)
     tell = lambda cell: say(f"{cell['key']}: {cell['timing']['seconds']:.0f} s")  # noqa: E731
     text, files = [], []
     for part in size.parts:
@@ -110,67 +109,49 @@ def study(settings, folder, size, processes, say):
 
 
 def roads(settings, folder, size, style, processes, tell):
-    """{name: (edges, weights)} of the schedules compared under a style: law flow as it is, and the
-    roads at the strengths that a design chooses.
+    """({name: (edges, weights)} of the schedules compared under a style: law flow as it is, and the
+    roads at the strengths that a design chooses; rows about these).
     """
     design = designed(settings, folder, size, style)
     found = work.planned(design, folder / style, processes, tell)
     shares, low, high = (np.array(x) for x in (design.proxy.shares, design.low, design.high))
-    own = flow.planned(
-        rates=np.array(design.proxy.recipe.rates),
-        batches=np.full(size.steps, BATCH),
-        budgets=design.proxy.budgets,
-        weights=shares,
-        target=np.array(design.target),
-        low=low,
-        high=high,
-    )
-    result = {"flow": (own.edges / size.steps, own.weights)}
-    for entry in found["roads"]:
-        name = "fitted flow" if entry["road"].name == "flow" else "free"
-        result[name] = (
-            entry["road"].edges,
-            plan.weights(entry["road"], entry["strength"], shares, low, high),
-        )
-    best = found["chosen"]
-    if best is not None:
-        result["design"] = result["fitted flow" if found["roads"][best]["road"].name == "flow" else "free"]
-    return result
+    result, rows = {"flow": designed_flow(design)}, []
+    for number, entry in enumerate(found["roads"]):
+        road, strength = entry["road"], entry["strength"]
+        name = "fitted flow" if road.name == "flow" else road.name
+        result[name] = road.edges, plan.weights(road, strength, shares, low, high)
+        row = {"style": style, "road": name, "memory": road.memory, "explained": road.explained}
+        row |= {"strength": strength, "foreseen": entry["gain"], "chosen": number == found["chosen"]}
+        rows.append(row)
+    return result, rows
 
 
 def _judged(design, folder, schedules, seeds, about, processes, tell):
-    """Rows of the change of every loss under each of the schedules {name: (edges, weights)}."""
-    jobs = {}
+    """Rows of the change of every loss under the schedules {name: (edges, weights)}, against the
+    constant mixture and against law flow.
+    """
+    jobs = []
     for seed in seeds:
-        jobs["constant", seed] = (f"constant/{seed}", {"seed": seed, "edges": None, "weights": None})
-        for name, (edges, weights) in schedules.items():
-            told = {
-                "seed": seed,
-                "edges": np.asarray(edges).tolist(),
-                "weights": np.asarray(weights).tolist(),
-            }
-            jobs[name, seed] = (f"{name}/{seed}", told)
-    distinct = {key: (key, work.judged, told) for (name, _), (key, told) in jobs.items() if name != "design"}
-    found = cells.fill(folder, design, list(distinct.values()), processes, tell)
-    same = {name: next(n for n in schedules if schedules[n] is schedules[name]) for name in schedules}
-    rows = []
-    for name in schedules:
-        pairs = [[found[jobs[who, seed][0]]["losses"] for seed in seeds] for who in (same[name], "constant")]
-        rows += [{**about, "schedule": name, **row} for row in _changes(design, pairs)]
-    return rows
+        for name, segments in {"constant": (None, None), **schedules}.items():
+            edges, weights = (None if part is None else np.asarray(part).tolist() for part in segments)
+            told = {"seed": seed, "edges": edges, "weights": weights}
+            jobs.append((f"{name}/{seed}", work.judged, told))
+    found = cells.fill(folder, design, jobs, processes, tell)
+    losses = {
+        name: [found[f"{name}/{seed}"]["losses"] for seed in seeds] for name in ("constant", *schedules)
+    }
+    pairs = [(name, "constant") for name in schedules]
+    pairs += [(name, "flow") for name in schedules if name != "flow"]
+    return [
+        {**about, "schedule": ours, "against": base, **row}
+        for ours, base in pairs
+        for row in _changes(design, [losses[ours], losses[base]])
+    ]
 
 
 def _changes(design, pairs):
-    """Rows of verify.Change with plain 95 % intervals, for the target, every domain and mixture."""
-    names, K = design.source.names, len(design.names)
-    both = [np.array([[one[name] for name in names] for one in half]) for half in pairs]
-    reads = {"target": np.array(design.target), "mixture": np.array(design.proxy.shares)}
-    read = {name: [half[:, :K] @ w for half in both] for name, w in reads.items()}
-    read |= {name: [half[:, j] for half in both] for j, name in enumerate(names)}
-    found = [verify.change(name, *both, looks=(1,)) for name, both in read.items()]
-    return [
-        {**dataclasses.asdict(c), "percent": c.percent, "percent_interval": c.percent_interval} for c in found
-    ]
+    """Rows of changes with plain 95 % intervals; pairs as of work.changes_of."""
+    return [change.as_dict() for change in work.changes_of(dataclasses.replace(design, looks=(1,)), pairs)]
 
 
 def _seeds(count):
@@ -178,11 +159,13 @@ def _seeds(count):
 
 
 def _main(settings, folder, size, processes, tell):
-    rows = []
+    rows, planned = [], []
     for style in STYLES:
-        schedules = roads(settings, folder, size, style, processes, tell)
+        schedules, found = roads(settings, folder, size, style, processes, tell)
+        planned += found
         design, about = designed(settings, folder, size, style), {"x": "main", "style": style}
         rows += _judged(design, folder / style, schedules, _seeds(size.seeds), about, processes, tell)
+    write_csv(folder / "roads.csv", planned)
     return rows
 
 
@@ -190,7 +173,7 @@ def _carried(settings, folder, size, processes, tell, variants):
     """Schedules found at size.steps in other runs. variants: {x: changes of Options}."""
     rows = []
     for style in TWO:
-        schedules = roads(settings, folder, size, style, processes, tell)
+        schedules, _ = roads(settings, folder, size, style, processes, tell)
         for x, changes in variants.items():
             design = designed(settings, folder, size, style, **changes)
             if "steps" in changes:  # law flow as it is knows how long its run is

@@ -30,14 +30,15 @@ def short(rows):
         return rows
     lines = {}
     for row in rows:
-        line = lines.setdefault((row["x"], row["style"], row["schedule"]), {})
-        line |= {key: row[key] for key in ("x", "style", "schedule", "peak") if key in row}
+        line = lines.setdefault((row["x"], row["style"], row["schedule"], row.get("against")), {})
+        line |= {key: row[key] for key in ("x", "style", "schedule", "against", "peak") if key in row}
         line[row["name"]] = f"{row['percent']:+.2f} ± {row['percent_interval']:.2f}"
     return list(lines.values())
 
 
 def draw_changes(figure, rows):
     """Change of the target and of what else is trained, a panel for each rate schedule."""
+    rows = [row for row in rows if row.get("against") in (None, "constant")]
     styles = list(dict.fromkeys(row["style"] for row in rows))
     panels = figure.subplots(1, len(styles), sharey=True, squeeze=False)[0]
     for panel, style in zip(panels, styles, strict=True):

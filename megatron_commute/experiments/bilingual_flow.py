@@ -18,6 +18,7 @@ from megatron_commute.design import cells
 from megatron_commute.experiments import bilingual_flow_tables as tables
 from megatron_commute.experiments.bilingual_flow_variants import UNTRAINED_TEXT, VARIANTS
 from megatron_commute.experiments.bilingual_schedules import Decider, Pace, changes
+from megatron_commute.experiments.bilingual_tables import refuse_unknown_parts, write_csv
 from megatron_commute.experiments.bilingual_trainer import Text, Trainer
 from megatron_commute.mixture import Mixture
 from megatron_commute.settings.rates import RateSchedule, rates
@@ -305,16 +306,15 @@ def jobs(wanted):
 
 def study(settings, folder, size, processes, say):
     """Run what is missing of the parts, write for each its table and pictures; (text, files)."""
-    unknown = sorted(set(size.parts) - set(PARTS))
-    if unknown:
-        raise ValueError(f"--set parts={','.join(unknown)}: write some of {','.join(PARTS)}")
+    refuse_unknown_parts(size.parts, PARTS)
     tell = lambda cell: say(f"{cell['key']}: {cell['timing']['seconds']:.0f} s")  # noqa: E731
     text, files = [], []
     for part in size.parts:
         if part == "main":
             first = [case for case in cases(part, size, {}) if case.kind == "flow"]
             cells.fill(folder, settings, jobs(first), processes, tell)
-            cells.fill(folder, settings, jobs(_windows(size)), processes, tell)
+            tried = cells.fill(folder, settings, jobs(_windows(size)), processes, tell)
+            write_csv(folder / "windows.csv", tables.rows(tried, _windows(size)))
         wanted = cases(part, size, cells.read(folder))
         found = cells.fill(folder, settings, jobs(wanted), processes, tell)
         shown, written = tables.written(folder, part, found, wanted)

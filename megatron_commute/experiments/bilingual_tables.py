@@ -35,3 +35,10 @@ def write_csv(path, rows):
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def refuse_unknown_parts(asked, known):
+    """Raises ValueError for parts of a study that it does not have."""
+    unknown = sorted(set(asked) - set(known))
+    if unknown:
+        raise ValueError(f"--set parts={','.join(unknown)}: write some of {','.join(known)}")

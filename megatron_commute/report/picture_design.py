@@ -23,7 +23,7 @@ def pictures(events):
         drawn.append(_schedule(asked, outcome["schedule"]))
     proofs = events.get("proof", [])
     if proofs:
-        drawn.append(_effects(proofs[-1]))
+        drawn.append(_effects(asked, proofs[-1]))
     if events.get("road"):
         drawn.append(_trade(asked, events["road"], proofs))
     return drawn
@@ -97,7 +97,7 @@ def _schedule(asked, changes):
     return Picture(name="schedule", title="The schedule beside the mixture", caption=caption, figure=figure)
 
 
-def _effects(proof):
+def _effects(asked, proof):
     changes = proof["looks"][-1]["changes"]
     figure, (axes,) = _figure(1, 0.5 + 0.32 * len(changes))
     for row, change in enumerate(reversed(changes)):
@@ -110,7 +110,7 @@ def _effects(proof):
     seeds = proof["looks"][-1]["seeds"]
     caption = (
         f"Against the constant mixture, {seeds} fresh pairs of seeds, on held-out text that planned nothing; "
-        f"bars: 95 % intervals over all looks at the proof (at most {len(proof['looks'])} so far)."
+        f"bars: 95 % intervals, whose error all {len(asked['looks'])} looks share."
     )
     return Picture(
         name="effects", title="What the schedule changes on fresh seeds", caption=caption, figure=figure

@@ -84,7 +84,7 @@ def test_the_schedule_is_one_that_a_run_takes(file, tmp_path, two_looks, monkeyp
     assert told.exit_code == 0, told.output
     changes = json.loads(told.output)["schedule"]
     samples = np.diff([at for at, _ in changes] + [4000])
-    np.testing.assert_allclose(samples @ np.array([w for _, w in changes]), [3200, 800], atol=2)
+    np.testing.assert_allclose(samples @ np.array([w for _, w in changes]), [3200, 800], atol=1e-6)
 
 
 REFUSALS = [

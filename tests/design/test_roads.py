@@ -111,7 +111,7 @@ def test_marginal_values_are_those_of_a_quadratic():
     """Loss (w @ a)^2 of mean weights: one percent more of a domain, less of all others."""
     a, T = np.array([1.0, -2.0, 0.5]), 100
     values = np.tile(2 * (SHARES @ a) * a / T, (100, 1))
-    found = plan.marginal(values, SHARES) * T
+    found = plan.marginal(values, SHARES, T)
     for k in range(3):
         moved = SHARES - 0.01 * SHARES[k] * SHARES
         moved[k] += 0.01 * SHARES[k]

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from megatron_commute.data.tokenizer_note import json_value
+from megatron_commute.settings import text_files
 
 _STEP = re.compile(r"(?:global_step|iter_|checkpoint-)(\d+)")
 _OPTIMIZER = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
@@ -70,9 +71,9 @@ _STAND_INS = [
 ]
 # of the random states that Megatron-DeepSpeed keeps
 _NUMPY = [
-    *((np.empty(0).__reduce__()[0], f"numpy.{name}.multiarray._reconstruct") for name in ("core", "_core")),
-    *(np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in ("u4", "u1", "i8", "f8"))),
+    (np.empty(0).__reduce__()[0], f"numpy.{name}.multiarray._reconstruct") for name in ("core", "_core")
 ]
+_NUMPY += [np.ndarray, np.dtype] + [type(np.dtype(kind)) for kind in ("u4", "u1", "i8", "f8")]
 
 
 def series(paths, unnamed=0):
@@ -145,24 +146,15 @@ def whole_step(step, where):
 def read_json(path):
     """The object in a JSON file. Raises CheckpointError for a damaged one."""
     try:
-        found = json_value(small_file(path))
+        found = json_value(text_files.read_bytes(path, LARGEST_JSON, "a JSON file"))
         if not isinstance(found, dict):
             raise ValueError("it is no object")
-    except (OSError, ValueError, RecursionError) as fault:
-        told = getattr(fault, "strerror", None) or " ".join(str(fault).split())[:160]
+    except text_files.TextFileError as fault:
+        raise CheckpointError(str(fault)) from None
+    except (ValueError, RecursionError) as fault:
+        told = " ".join(str(fault).split())[:160]
         raise CheckpointError(f"{path}: damaged ({told}); copy it again") from None
     return found
-
-
-def small_file(path):
-    """Content of a small file, and of nothing that would be waited for or has no end."""
-    if not Path(path).is_file():
-        raise OSError(0, "it is no regular file")
-    with open(path, "rb") as file:
-        content = file.read(LARGEST_JSON + 1)
-    if len(content) > LARGEST_JSON:
-        raise ValueError(f"it is larger than {LARGEST_JSON} bytes")
-    return content
 
 
 def files(folder):

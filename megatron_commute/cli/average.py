@@ -2,7 +2,7 @@
 
 import click
 
-from megatron_commute.cli.words import Refusal, as_json, print_json, table
+from megatron_commute.cli.words import Refusal, as_json, of_checkpoints, print_json, table
 
 
 @click.command()
@@ -17,12 +17,7 @@ from megatron_commute.cli.words import Refusal, as_json, print_json, table
 )
 @click.option("--data", type=click.Path(), help="A mixture file: also the held-out losses of mean and last.")
 @click.option("--samples", type=int, help="Held-out sequences per domain; default the file's probe.samples.")
-@click.option("--tokens", type=click.IntRange(min=1), help="Length of the run; default the checkpoints' own.")
-@click.option(
-    "--train-iters", type=click.IntRange(min=1), help="Steps of the run; default the checkpoints' own."
-)
-@click.option("--micro-batch-size", "micro_batch", type=click.IntRange(min=1), help="Sequences at once.")
-@click.option("--arguments", type=click.Path(), help="JSON flags for checkpoints that keep none.")
+@of_checkpoints
 @as_json
 def average(checkpoints, out, last, data, as_json, **asked) -> None:
     """Write the mean of checkpoints (global_stepN, checkpoint-N, or a folder of many) as a new one

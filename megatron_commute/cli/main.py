@@ -9,7 +9,7 @@ from megatron_commute import __version__
 from megatron_commute.cli.average import average
 from megatron_commute.cli.design import design
 from megatron_commute.cli.plan import plan
-from megatron_commute.cli.words import Refusal, as_json, print_json, table, told
+from megatron_commute.cli.words import Refusal, as_json, of_checkpoints, print_json, table, told
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -158,12 +158,7 @@ def bilingual(out_dir, data, study, quick, processes, changes, estimate, tflops,
 @click.option("--method", type=click.Choice(["difference", "exact", "fused"]), help="Default the file's.")
 @click.option("--metric", type=click.Choice(["adam", "identity"]), help="Default the file's.")
 @click.option("--target", help="`each`, or NAME=SHARE,NAME=SHARE; default the file's.")
-@click.option("--tokens", type=click.IntRange(min=1), help="Length of the run; default the checkpoints' own.")
-@click.option(
-    "--train-iters", type=click.IntRange(min=1), help="Steps of the run; default the checkpoints' own."
-)
-@click.option("--micro-batch-size", "micro_batch", type=click.IntRange(min=1), help="Sequences at once.")
-@click.option("--arguments", type=click.Path(), help="JSON flags for checkpoints that keep none.")
+@of_checkpoints
 @as_json
 def analyze(checkpoints, data, out, as_json, **asked) -> None:
     """Measure the criterion along checkpoints (global_stepN, checkpoint-N, or a folder of many);

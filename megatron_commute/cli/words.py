@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -25,6 +26,25 @@ def told(error: OSError | ValueError) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}; free the disk, or name another place to write to"
     return str(error)
+
+
+OF_CHECKPOINTS = (
+    click.option(
+        "--tokens", type=click.IntRange(min=1), help="Length of the run; default the checkpoints' own."
+    ),
+    click.option(
+        "--train-iters", type=click.IntRange(min=1), help="Steps of the run; default the checkpoints' own."
+    ),
+    click.option("--micro-batch-size", "micro_batch", type=click.IntRange(min=1), help="Sequences at once."),
+    click.option("--arguments", type=click.Path(), help="JSON flags for checkpoints that keep none."),
+)
+
+
+def of_checkpoints(command: Callable) -> Callable:
+    """Adds what a command asks of checkpoints that do not say it themselves."""
+    for option in reversed(OF_CHECKPOINTS):
+        command = option(command)
+    return command
 
 
 def print_json(value: Any) -> None:

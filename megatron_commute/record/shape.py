@@ -1,14 +1,11 @@
 """What the fields of a record's lines look like: which of them no version can have written."""
 
 MOST = 2**53  # samples, steps and other counts
-NUMBERS = {  # finite, null, in nested lists or by name
-    *("lr", "decay", "score", "score_se", "gap_se", "s", "s_se", "P", "P_se", "M", "u_g", "h_theta"),
-    *("weights", "weights_next", "numerical", "difference_step", "train", "valid", "served"),
-}
-COUNTS = {
-    *("step", "sample", "effective_sample", "samples", "global_batch", "seq_length", "train_iters"),
-    *("every", "lead", "seed", "parameters", "failures", "splits"),
-}
+# finite, null, in nested lists or by name
+NUMBERS = {"lr", "decay", "score", "score_se", "gap_se", "s", "s_se", "P", "P_se", "M", "u_g", "h_theta"}
+NUMBERS |= {"weights", "weights_next", "numerical", "difference_step", "train", "valid", "served"}
+COUNTS = {"step", "sample", "effective_sample", "samples", "global_batch", "seq_length", "train_iters"}
+COUNTS |= {"every", "lead", "seed", "parameters", "failures", "splits"}
 TEXTS = {"event", "mode", "reason", "config", "method", "metric", "direction", "error", "text", "law"}
 OBJECTS = {"timing", "probe", "controller", "memory", "flow", "analysis", "situation", "laws"}
 LISTS = {"names", "budgets", "sizes", "holdouts", "warnings", "news", "windows"}

@@ -47,5 +47,7 @@ def test_rows_are_those_of_the_cells(settings, tmp_path, monkeypatch):
     ]
     table = (tmp_path / "design" / "main.csv").read_text().splitlines()
     head = table[0].split(",")
-    row = next(dict(zip(head, line.split(","), strict=True)) for line in table if ",flow,constant,russian," in line)
+    row = next(
+        dict(zip(head, line.split(","), strict=True)) for line in table if ",flow,constant,russian," in line
+    )
     assert float(row["change"]) == pytest.approx(np.mean(moved))

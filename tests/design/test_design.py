@@ -73,18 +73,29 @@ def test_a_killed_design_goes_on_to_the_same_numbers(file, tmp_path, two_looks):
         assert a == b
 
 
-def test_the_schedule_is_one_that_a_run_takes(file, tmp_path, two_looks, monkeypatch):
+@pytest.mark.parametrize("road", ["flow", "free"])
+def test_the_schedule_is_one_that_a_run_takes(file, tmp_path, two_looks, monkeypatch, road):
+    """Its steps are no multiple of the proxy's, and its budgets are met all the same."""
     monkeypatch.setattr(work.verify, "verdict", lambda *_: work.verify.GAIN)
     monkeypatch.setattr(work.plan, "strength_within", lambda *_: (1.0, -0.1))
-    out = tmp_path / "out"
-    assert design(file, out, "--proxy", PROXY).exit_code == 0
-    content = json.loads(file.read_text()) | {"schedule": str(out / "schedule.csv")}
+    if road == "free":
+        monkeypatch.setattr(work.plan, "of_flow", lambda *_: None)
+    content = json.loads(file.read_text())
+    content["domains"]["a"]["budget"] = 2940
     file.write_text(json.dumps(content))
-    told = CliRunner().invoke(main, ["plan", str(file), *RUN.split(), "--json"])
+    out, run = tmp_path / "out", RUN.replace("--train-iters 200", "--train-iters 187")
+    told = design(file, out, "--proxy", PROXY, flags=f"{run} {RATES}")
+    assert told.exit_code == 0, told.output
+    assert [line["road"]["name"] for line in lines(out)["road"] if line["chosen"]] == [road]
+    file.write_text(json.dumps(content | {"schedule": str(out / "schedule.csv")}))
+    told = CliRunner().invoke(main, ["plan", str(file), *run.split(), "--json"])
     assert told.exit_code == 0, told.output
     changes = json.loads(told.output)["schedule"]
-    samples = np.diff([at for at, _ in changes] + [4000])
-    np.testing.assert_allclose(samples @ np.array([w for _, w in changes]), [3200, 800], atol=1e-6)
+    samples = np.diff([at for at, _ in changes] + [3740])
+    weights = np.array([w for _, w in changes])
+    np.testing.assert_allclose(samples @ weights, [2940, 800], atol=1e-6)
+    proven = np.array(lines(out)["proof"][-1]["weights"])
+    np.testing.assert_allclose(np.ptp(weights, axis=0), np.ptp(proven, axis=0), rtol=0.1)
 
 
 REFUSALS = [

@@ -6,7 +6,7 @@ import torch
 from proxies import STEPS, mixture_file, run_of
 
 from megatron_commute.design.model import Model, Shape
-from megatron_commute.design.proxy import rates_of
+from megatron_commute.design.proxy import BETWEEN, Run, rates_of
 from megatron_commute.design.text import Source, Text, epochs, vocabulary
 from megatron_commute.settings.rates import RateSchedule, rates
 
@@ -30,6 +30,21 @@ def test_training_is_that_of_torch_adamw(flavour, clip):
         optimizer.step()
     theirs = torch.cat([p.detach().reshape(-1) for p in leaves])
     assert (ours - theirs).abs().max() < 1e-9
+
+
+def test_the_mean_of_the_last_part_is_that_of_its_every_fifth_step(monkeypatch):
+    run, seen, update = run_of(), [], Run.update
+
+    def noted(self, state, gradient, step):
+        update(self, state, gradient, step)
+        seen.append(state.theta.clone())
+
+    monkeypatch.setattr(Run, "update", noted)
+    state, mean = run.sampled([], averaged=0.5)
+    assert torch.equal(state.theta, seen[-1])
+    wanted = torch.stack(seen[STEPS // 2 + BETWEEN - 1 :: BETWEEN]).mean(0)
+    assert (mean - wanted).abs().max() < 1e-12
+    assert run.sampled([])[1] is None
 
 
 def test_llama_is_that_of_transformers():

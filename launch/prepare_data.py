@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Text to Megatron: domains as NAME_train and NAME_valid .bin/.idx, one byte-level BPE for all.
 
-python launch/prepare_data.py --out quickstart/data                    # english, russian
-(parallel), code python launch/prepare_data.py --out study/data --by-package --vocab-size 512 python
-launch/prepare_data.py --out mydata --text a=a.txt --text b=folder
+    python launch/prepare_data.py --out quickstart/data    # english, russian (parallel), code
+    python launch/prepare_data.py --out study/data --by-package --vocab-size 512
+    python launch/prepare_data.py --out mydata --text a=a.txt --text b=folder
 
 Beside the data lie tokenizer.json, data.json (sources, packages, licences, bytes, tokens) and, for
 each prefix, PREFIX.json with the tokenizer's sha256 and the vocabulary size.
@@ -13,14 +13,12 @@ import argparse
 import dataclasses
 import hashlib
 import json
-import logging
 import os
 import re
 import sys
 import tempfile
 import textwrap
 import time
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,9 +32,9 @@ from text_sources import (
     standard_library_code,
     standard_library_prose,
 )
+from text_tokens import END_OF_DOCUMENT, train_tokenizer, write
 from tqdm import tqdm
 
-END_OF_DOCUMENT = "<|endoftext|>"
 PARALLEL_NOTE = (
     "english and russian are the same pages block by block: topic and genre are held fixed between them"
 )
@@ -151,65 +149,6 @@ def split(names: list[str], valid_share: float, seed: int) -> tuple[list[str], l
     count = max(1, round(valid_share * len(names)))
     valid = set(sorted(names, key=lambda name: _rank(seed, "split", name))[:count])
     return [name for name in names if name not in valid], [name for name in names if name in valid]
-
-
-def train_tokenizer(domains: list[list[str]], vocab_size: int):
-    """Byte-level BPE on equally many bytes of each domain (a list of texts); equal texts give equal
-    files.
-    """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    share = min(sum(len(text.encode()) for text in texts) for texts in domains)
-    portions = []
-    for texts in domains:
-        left = share
-        for text in texts:
-            portion = text.encode()[:left]
-            left -= len(portion)
-            portions.append(portion.decode(errors="ignore"))
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_DOCUMENT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(portions, trainer)
-    return tokenizer
-
-
-def _builder(path: Path):
-    import numpy
-
-    # Both packages warn at import of accelerators that are absent; preparing data needs none of
-    # them.
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-    return IndexedDatasetBuilder(str(path), dtype=numpy.uint16)
-
-
-def write(prefix: Path, texts: list[str], tokenizer, progress) -> int:
-    """PREFIX.bin and .idx: uint16, one sequence a document, each ended by END_OF_DOCUMENT; returns
-    tokens.
-    """
-    import numpy
-
-    end = tokenizer.token_to_id(END_OF_DOCUMENT)
-    builder = _builder(prefix.with_suffix(".bin"))
-    tokens = 0
-    for start in range(0, len(texts), 64):
-        batch = texts[start : start + 64]
-        for text, encoding in zip(batch, tokenizer.encode_batch(batch), strict=True):
-            ids = numpy.array([*encoding.ids, end], dtype=numpy.uint16)
-            builder.add_document(ids, [len(ids)])
-            tokens += len(ids)
-            progress.update(len(text.encode()))
-    builder.finalize(str(prefix.with_suffix(".idx")))
-    return tokens
 
 
 def build(collection: Collection, options: dict, folder: Path) -> dict:

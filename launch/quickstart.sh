@@ -18,6 +18,7 @@
 #   QUICKSTART_DECAY  learning rate after the warm-up, cosine, linear, constant or WSD (decay in the last fifth)
 #                     [cosine]; a change needs a new folder
 #   QUICKSTART_SEED   of weights and order of samples [1234]; a change needs a new folder
+#   QUICKSTART_RANKS  processes, 1, 2 or 4, one GPU each where there are GPUs [2; 1 on a machine with one GPU]
 #   PYTHON            interpreter that makes .venv, 3.10 or newer [python3]
 #   OMP_NUM_THREADS   threads of each rank [1]
 set -euo pipefail
@@ -46,6 +47,7 @@ done
 [[ $decay =~ ^(cosine|linear|constant|WSD)$ ]] ||
     fail "QUICKSTART_DECAY=$decay: write cosine, linear, constant or WSD"
 [[ $seed =~ ^[0-9]+$ ]] || fail "QUICKSTART_SEED=$seed: write a whole number"
+[[ ${QUICKSTART_RANKS:-2} =~ ^[124]$ ]] || fail "QUICKSTART_RANKS=$QUICKSTART_RANKS: write 1, 2 or 4"
 mkdir -p "$dir"
 dir=$(cd "$dir" && pwd)
 
@@ -69,7 +71,7 @@ use_environment "$root"
 install_extra "$root" demo tokenizers tensorboard
 
 devices=$(python -c 'import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)')
-ranks=$((devices == 1 ? 1 : 2))
+ranks=${QUICKSTART_RANKS:-$((devices == 1 ? 1 : 2))}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 if ((devices == 0)); then
     export DS_ACCELERATOR=cpu

@@ -108,7 +108,7 @@ def _on_proxies(file, out, as_json, flags, own):
     from tqdm import tqdm
 
     from megatron_commute import reduce
-    from megatron_commute.design import options, result, run
+    from megatron_commute.design import cost, options, result
     from megatron_commute.report import plots
 
     asked = checked(file, flags, law="flow")
@@ -120,17 +120,17 @@ def _on_proxies(file, out, as_json, flags, own):
     about = {"config": asked.config, "plan": asked.plan, "run": asked.run, "rates": asked.rates}
     about |= {"untrained": _texts(own["untrained"]), "harm": harm, "quick": own["quick"]}
     found = options.design(options=chosen, **about)
-    step = run.measured_step(found)
+    step = cost.measured_step(found)
     if own["minutes"]:
         losses = len(found.source.names)
         chosen = options.within(chosen, own["minutes"], step, losses, processes * ranks)
         found = options.design(options=chosen, **about)
-    found, cost = run.within_memory(found, step, processes * ranks)
+    found, needed = cost.within_memory(found, step, processes * ranks)
     if first:
-        click.echo(_announced(found, cost), err=True)
+        click.echo(_announced(found, needed), err=True)
     bar = tqdm(total=result.cells(found), unit="run", dynamic_ncols=True, disable=as_json or not first)
     with bar:
-        told = result.written(found, asked.run, cost, out, processes, lambda cell: bar.update())
+        told = result.written(found, asked.run, needed, out, processes, lambda cell: bar.update())
     if told:
         told["files"].append(str(plots.designed(out)))
     return told

@@ -15,8 +15,8 @@ from megatron_commute.feasible import nearest_schedule
 BINS = 100  # of the influences that are kept of a run
 SEGMENTS = 20  # of a free schedule, after the kept ones: finer ones would fit noise
 MEMORIES = np.linspace(0.0, 12.0, 49)  # tried for the profile
-RANGES = (1.5, 3.5)  # greatest moves of a logarithm tried on the proxy, of both roads
-FURTHEST = 1.25  # times the greatest of them: how far a parabola through three runs is trusted
+FIRST = 3.5  # strength at which every road is tried, law flow's own range
+FURTHER, NEARER = 4.5, 1.75  # the better road is tried at one of these as well
 CAUTION = 0.8  # part of the harm that is planned for
 
 
@@ -140,17 +140,23 @@ def by_sample(edges, values, samples, batch):
     return flow.changes_of(at, np.asarray(values))
 
 
-def curve(strengths, losses):
-    """Parabolas through 0 and what two strengths changed: (strengths f64[S], changes f64[S, L]).
-
-    losses f64[3, L]: at strength 0 and at the two `strengths`.
+def curve(tried, moved):
+    """The polynomial through 0 and what the strengths tried, f64[n], changed, moved f64[n, L]:
+    (strengths f64[S] from 0 to the greatest tried, changes f64[S, L]).
     """
-    a, b = strengths
-    moved = np.asarray(losses)[1:] - np.asarray(losses)[0]
-    bend = (moved[1] / b - moved[0] / a) / (b - a)
-    slope = moved[0] / a - bend * a
-    at = np.linspace(0.0, FURTHEST * b, 51)
-    return at, at[:, None] * slope + (at * at)[:, None] * bend
+    tried = np.asarray(tried, dtype=np.float64)
+    powers = np.arange(1, len(tried) + 1)
+    parts = np.linalg.solve(tried[:, None] ** powers, np.asarray(moved, dtype=np.float64))
+    at = np.linspace(0.0, tried.max(), 51)
+    return at, at[:, None] ** powers @ parts
+
+
+def second_strength(of_target, of_domains, harm):
+    """Where a road is tried next, from what FIRST changed: the target and, as parts of their
+    losses f64[K], the domains.
+    """
+    room = FURTHER / FIRST * np.max(of_domains) <= CAUTION * harm  # harm grows about with the strength
+    return FURTHER if of_target < 0 and room else NEARER
 
 
 def strength_within(strengths, of_target, of_domains, harm):

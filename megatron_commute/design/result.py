@@ -32,7 +32,7 @@ SENTENCES = {
 
 def cells(design):
     """Units of work of a design that gains at its first look."""
-    return 1 + 2 * len(plan.RANGES) + 2 * design.looks[0] + work.COMPARED * (1 + len(work.MORE_DATA))
+    return 1 + work.LINE_SEARCH + 2 * design.looks[0] + work.COMPARED * (1 + len(work.MORE_DATA))
 
 
 def written(design, run, cost, out, processes, say):

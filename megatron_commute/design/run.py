@@ -4,13 +4,9 @@ fresh seeds. K domains, J losses.
 
 import dataclasses
 import math
-import os
-import time
 
 import numpy as np
-import torch
 
-from megatron_commute import reduce
 from megatron_commute.decide import flow
 from megatron_commute.design import adjoint, cells, plan, verify
 from megatron_commute.design.model import parameters
@@ -18,12 +14,12 @@ from megatron_commute.design.proxy import Proxy, Run, rates_of, text_of
 from megatron_commute.design.text import Source
 
 PLANNING_SEED = 1001  # of the recorded run and of what is tried; those that prove are 1 and up
+LINE_SEARCH = 4  # runs: the constant mixture, both roads, the better one once more
 ATTEMPTS = 3  # proofs at most, at lower and lower strengths
 LOWER = 0.5  # times the strength, where a domain lost more than it may
 MORE_DATA = (1.2, 1.5)  # times the samples of the target's domains, at the cost of the others
 LONGER = 1.25  # times the steps
 COMPARED = 4  # seeds of these
-MOST_MEMORY = 0.6  # part of the free memory that recorded states may take
 SHORT = 3.0  # tokens a parameter, below which a proxy that sees no gain is too short to say so
 
 
@@ -80,11 +76,13 @@ def recorded(design, folder, seed):
 
 
 def tried(design, folder, seed, edges, weights):
-    """Cell: final losses, on what plans, of a run under segments that act on the loss."""
-    text = text_of(design.source, design.proxy)
-    run = Run(proxy=design.proxy, seed=seed, text=text)
-    state = run.advance(run.start(), plan.by_step(edges, weights, design.proxy.steps), 0, design.proxy.steps)
-    return {"losses": _losses(run, state.theta, _held(design, text, False))}
+    """Cell: final losses, on what plans, of a run whose batches Mixture serves under segments, None
+    for the constant mixture.
+
+    Weights that act on the loss would make of a strong schedule a noisy one: few sequences count
+    much. Their runs see too little gain and twice the harm.
+    """
+    return {"losses": _served(design, design.proxy, seed, edges, weights, judging=False)[0]}
 
 
 def judged(design, folder, seed, edges, weights, more=1.0, longer=1.0, averaged=0.0):
@@ -104,69 +102,34 @@ def judged(design, folder, seed, edges, weights, more=1.0, longer=1.0, averaged=
         steps = round(longer * proxy.steps)
         rates = tuple(rates_of(design.run_rates, steps, max(proxy.recipe.rates)).tolist())
         proxy = dataclasses.replace(proxy, recipe=dataclasses.replace(proxy.recipe, rates=rates))
+    last, mean = _served(design, proxy, seed, edges, weights, averaged=averaged)
+    return {"losses": last} if mean is None else {"losses": last, "averaged": mean}
+
+
+def _served(design, proxy, seed, edges, weights, judging=True, averaged=0.0):
+    """(final losses, those of the mean of the last parameters or None) of a run with sampled
+    batches.
+    """
     text = text_of(design.source, proxy)
     run = Run(proxy=proxy, seed=seed, text=text, weighted=False)
     changes = []
     if weights is not None:
         changes = plan.by_sample(edges, weights, proxy.steps * proxy.batch, proxy.batch)
     state, mean = run.sampled(changes, averaged)
-    found = {"losses": _losses(run, state.theta, _held(design, text, True))}
-    return found if mean is None else {**found, "averaged": _losses(run, mean, _held(design, text, True))}
+    held = _held(design, text, judging)
+    return _losses(run, state.theta, held), None if mean is None else _losses(run, mean, held)
 
 
 def _losses(run, theta, held):
     return {name: run.model.mean_loss(theta, tokens.to(run.model.device)) for name, tokens in held.items()}
 
 
-def measured_step(design):
-    """Seconds of one training step of the proxy, the median of a few, those of the first rank on
-    all; collective.
-    """
-    run = Run(proxy=design.proxy, seed=0, stream=_Random(design.proxy.shape))
-    state, weights, spent = run.start(), np.tile(design.proxy.shares, (6, 1)), []
-    for step in range(6):
-        begun = time.perf_counter()
-        run.advance(state, weights, step % design.proxy.steps, step % design.proxy.steps + 1)
-        spent.append(time.perf_counter() - begun)
-    median = np.array([np.median(spent[1:])])
-    return float(reduce.broadcast_numbers(median, reduce.Groups(world=reduce.everyone()))[0])
-
-
-class _Random:
-    """Sequences of any tokens."""
-
-    def __init__(self, shape):
-        self.shape = shape
-
-    def take(self, k, first, count):
-        return torch.randint(0, self.shape.vocabulary, (count, self.shape.sequence + 1))
-
-
-def cost(design, step_seconds, processes=1):
-    """What a design will run: {"parts": [{"part", "runs", "seconds"}], "bytes", "seconds",
-    "least_seconds"}. runs: in plain runs of the proxy.
-    """
-    J, a_run = len(design.source.names), design.proxy.steps * step_seconds
-    first, last = design.looks[0], design.looks[-1]
-    parts = [
-        ("recorded run and sweep", (2 if design.recompute else 1) + 2 * J, 1),
-        ("line search", 2 * len(plan.RANGES), processes),
-        (f"proof, first look ({first} seeds)", 2 * first, processes),
-        ("equal gains by data and length", COMPARED * (len(MORE_DATA) + LONGER), processes),
-        (f"proof, to the last look ({last} seeds), where needed", 2 * (last - first), processes),
-    ]
-    rows = [{"part": name, "runs": runs, "seconds": runs * a_run / at_once} for name, runs, at_once in parts]
-    seconds, size = [row["seconds"] for row in rows], parameters(design.proxy.shape)
-    vectors = adjoint.vectors_held(design.proxy.steps, J, design.recompute)
-    about = {"bytes": 4 * vectors * size, "parameters": size}
-    return {"parts": rows, **about, "seconds": sum(seconds), "least_seconds": sum(seconds[:-1])}
-
-
 def planned(design, folder, processes, say):
-    """Record, differentiate, try: {"recorded": cell, "roads": [...], "chosen": index or None}.
+    """Record, differentiate, search along the roads: {"recorded": cell, "roads": [...], "chosen":
+    index or None}.
 
     A road's entry has "road" (plan.Road), "strengths" f64[S], "target" f64[S] and "domains" f64[S,
-    K] (changes by the parabolas; the latter as parts of the losses), "tried" [{"strength",
+    K] (changes between what was tried; the latter as parts of the losses), "tried" [{"strength",
     "losses"}], "strength" and "gain".
     """
     seed, shares = PLANNING_SEED, np.array(design.proxy.shares)
@@ -179,27 +142,38 @@ def planned(design, folder, processes, say):
         plan.free(values, shares, design.proxy.steps, design.kept),
     ]
     roads = [road for road in roads if road is not None and road.pattern.any()]
-    jobs = []
-    for road in roads:
-        for strength in plan.RANGES:
-            segments = plan.weights(road, strength, shares, np.array(design.low), np.array(design.high))
-            arguments = {"seed": seed, "edges": road.edges.tolist(), "weights": segments.tolist()}
-            jobs.append((f"tried/{road.name}/{strength:g}/{seed}", tried, arguments))
+    if not roads:
+        return {"recorded": base, "roads": [], "chosen": None}
+    jobs = [("tried/constant", tried, {"seed": seed, "edges": None, "weights": None})]
+    jobs += [_job(design, road, plan.FIRST) for road in roads]
     found = cells.dealt(folder, design, jobs, processes, say)
-    entries = [_entry(design, road, base, found) for road in roads]
-    gains = [entry["gain"] for entry in entries]
-    best = int(np.argmin(gains)) if gains and min(gains) < 0 else None
-    return {"recorded": base, "roads": entries, "chosen": best}
+    entries = [_entry(design, road, found, (plan.FIRST,)) for road in roads]
+    best = int(np.argmin([entry["gain"] or entry["target"][-1] for entry in entries]))
+    asked = plan.second_strength(entries[best]["target"][-1], entries[best]["domains"][-1], design.harm)
+    found = cells.dealt(folder, design, [_job(design, roads[best], asked)], 1, say)
+    entries[best] = _entry(design, roads[best], found, (plan.FIRST, asked))
+    return {"recorded": base, "roads": entries, "chosen": best if entries[best]["gain"] < 0 else None}
 
 
-def _entry(design, road, base, found):
-    own = [found[f"tried/{road.name}/{strength:g}/{PLANNING_SEED}"] for strength in plan.RANGES]
-    losses = np.array([[cell["losses"][name] for name in design.names] for cell in (base, *own)])
-    strengths, moved = plan.curve(plan.RANGES, losses)
-    of_target, parts = moved @ np.array(design.target), moved / losses[0]
-    strength, gain = plan.strength_within(strengths, of_target, parts, design.harm)
-    tries = [{"strength": s, "losses": c["losses"]} for s, c in zip(plan.RANGES, own, strict=True)]
-    about = {"road": road, "strengths": strengths, "target": of_target, "domains": parts, "tried": tries}
+def _job(design, road, strength):
+    shares, low, high = (np.array(x) for x in (design.proxy.shares, design.low, design.high))
+    segments = plan.weights(road, strength, shares, low, high)
+    arguments = {"seed": PLANNING_SEED, "edges": road.edges.tolist(), "weights": segments.tolist()}
+    return f"tried/{road.name}/{strength:g}/sampled", tried, arguments
+
+
+def _entry(design, road, found, strengths):
+    base, *own = (
+        found[key]["losses"]
+        for key in ("tried/constant", *(f"tried/{road.name}/{s:g}/sampled" for s in strengths))
+    )
+    start = np.array([base[name] for name in design.names])
+    moved = np.array([[losses[name] for name in design.names] for losses in own]) - start
+    at, moved = plan.curve(strengths, moved)
+    of_target, parts = moved @ np.array(design.target), moved / start
+    strength, gain = plan.strength_within(at, of_target, parts, design.harm)
+    tries = [{"strength": s, "losses": losses} for s, losses in zip(strengths, own, strict=True)]
+    about = {"road": road, "strengths": at, "target": of_target, "domains": parts, "tried": tries}
     return {**about, "strength": strength, "gain": gain}
 
 
@@ -311,28 +285,3 @@ def tokens_a_parameter(design):
     """Tokens that the proxy trains on for each of its parameters."""
     shape = design.proxy.shape
     return design.proxy.steps * design.proxy.batch * shape.sequence / parameters(shape)
-
-
-def within_memory(design, step_seconds, processes):
-    """(design, its cost), with states recomputed where all of them do not fit. ValueError where
-    neither does. Collective.
-    """
-    world = reduce.everyone()
-    free = -float(
-        reduce.max_of_numbers(np.array([-float(_free_bytes())]), world)[0]
-    )  # the least of all ranks
-    for recompute in (False, True):
-        found = dataclasses.replace(design, recompute=recompute)
-        told = cost(found, step_seconds, processes)
-        if told["bytes"] <= MOST_MEMORY * free:
-            return found, told
-    raise ValueError(
-        f"the proxy's states need {told['bytes'] / 2**30:.1f} GiB, {free / 2**30:.1f} are free: write a "
-        "smaller --proxy, such as steps=250 or hidden=32"
-    )
-
-
-def _free_bytes():
-    if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

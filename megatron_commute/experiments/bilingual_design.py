@@ -18,6 +18,7 @@ from megatron_commute.design import cells, options, plan
 from megatron_commute.design import run as work
 from megatron_commute.experiments import bilingual_criterion as criterion
 from megatron_commute.experiments import bilingual_design_tables as tables
+from megatron_commute.experiments import bilingual_halves as halves
 from megatron_commute.experiments.bilingual_flow import BATCH, rate_of
 from megatron_commute.experiments.bilingual_flow_variants import BASE, UNTRAINED_TEXT
 from megatron_commute.experiments.bilingual_tables import refuse_unknown_parts, write_csv
@@ -29,14 +30,14 @@ TWO = STYLES[:2]
 PEAKS = (1e-3, 2e-3, 4e-3)  # tried for each rate schedule before averaging is judged
 AVERAGED = 0.1  # last part of a run
 CHOOSING = (101, 102)  # seeds of these peaks
-HALVES = ("english:1/2", "english:2/2")  # two domains that are one text: nothing is to gain
+DESIGNS = 20  # of random halves of one text: nothing is to gain there
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
     """How much of the study is run."""
 
-    parts: tuple = ("main", "length", "size", "rate", "memory", "averaging", "folding", "criterion")
+    parts: tuple = ("main", "length", "size", "rate", "memory", "averaging", "folding", "criterion", "halves")
     # of the study, in their order
     steps: int = 500
     # of a proxy that plans
@@ -48,9 +49,13 @@ class Size:
     # steps of runs whose memory is fitted
     hidden: int = 48
     # width of the proxy that plans
+    designs: int = DESIGNS
+    # of random halves
+    short: int = 150
+    # steps of their proxies
 
 
-QUICK = Size(steps=20, seeds=2, few=2, lengths=(20, 40), hidden=16)
+QUICK = Size(steps=20, seeds=2, few=2, lengths=(20, 40), hidden=16, designs=2, short=20)
 
 
 def designed(settings, folder, size, style, **changes):
@@ -96,7 +101,7 @@ def designed(settings, folder, size, style, **changes):
 def study(settings, folder, size, processes, say):
     """Run what is missing of the parts and write their tables and pictures; (text, files)."""
     parts = {"main": _main, "length": _length, "size": _size, "rate": _rate, "memory": _memory}
-    parts |= {"averaging": _averaging, "folding": _folding, "criterion": _criterion}
+    parts |= {"averaging": _averaging, "folding": _folding, "criterion": _criterion, "halves": _halves}
     refuse_unknown_parts(size.parts, parts)
     tell = lambda cell: say(f"{cell['key']}: {cell['timing']['seconds']:.0f} s")  # noqa: E731
     text, files = [], []
@@ -328,3 +333,8 @@ def _folding(settings, folder, size, processes, tell):
             fit = _fitted(design, cell)
             rows.append({"x": known, "style": style, "correlation": alike, **fit})
     return rows
+
+
+def _halves(settings, folder, size, processes, tell):
+    """False alarms."""
+    return halves.rows(settings, folder, size.short, TWO, size.designs, processes, tell)

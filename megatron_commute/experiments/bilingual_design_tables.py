@@ -19,7 +19,7 @@ def written(folder, part, rows):
         files.append(figures.save(folder / "curvature.png", (6.4, 3.2), lambda f: draw_curvature(f, rows)))
     elif part == "memory":
         files.append(figures.save(folder / "memory.png", (6.4, 3.2), lambda f: draw_memory(f, rows)))
-    elif part not in ("folding", "criterion"):
+    elif part not in ("folding", "criterion", "halves"):
         files.append(figures.save(folder / f"{part}.png", (7.4, 3.6), lambda f: draw_changes(f, rows)))
     return text, files
 

@@ -144,7 +144,7 @@ def _trade(asked, roads, proofs):
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2)
     caption = (
-        "Lines: parabolas through the constant mixture and two strengths of each road, on the recorded seed. "
+        "Lines: through the constant mixture and the strengths tried of each road, on the recorded seed. "
         "Points: proofs on fresh seeds, 95 % intervals. Dashed: the harm that is allowed. Dotted: the "
         "strength chosen."
     )

@@ -6,8 +6,7 @@ import ranks
 import torch
 from proxies import run_of
 
-from megatron_commute.design import cells
-from megatron_commute.design import run as work
+from megatron_commute.design import cells, cost
 
 
 def dealt_on(rank, folder):
@@ -35,7 +34,7 @@ def test_ranks_share_the_cells_and_all_see_them(tmp_path):
 def timed(rank):
     """A step's time as every rank is told it; ranks measure their own."""
     proxy = run_of(dtype=torch.float32).proxy
-    return work.measured_step(types.SimpleNamespace(proxy=proxy))
+    return cost.measured_step(types.SimpleNamespace(proxy=proxy))
 
 
 def test_ranks_agree_on_the_time_of_a_step():

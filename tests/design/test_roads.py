@@ -94,8 +94,17 @@ def test_by_step_follows_edges():
 
 
 def test_a_parabola_is_found_again():
-    at, moved = plan.curve((1.0, 2.0), [[5.0], [5.0 - 3 + 1], [5.0 - 6 + 4]])
+    at, moved = plan.curve((2.0, 1.0), [[-6.0 + 4], [-3.0 + 1]])
     np.testing.assert_allclose(moved[:, 0], -3 * at + at * at, atol=1e-12)
+    at, moved = plan.curve((2.0,), [[-6.0, 1.0]])
+    np.testing.assert_allclose(moved, np.outer(at, [-3.0, 0.5]), atol=1e-12)
+    assert at[0] == 0 and at[-1] == 2
+
+
+def test_the_next_strength_is_further_only_where_it_gains_and_the_harm_has_room():
+    assert plan.second_strength(-0.1, [0.001, -0.02], 0.005) == plan.FURTHER
+    assert plan.second_strength(-0.1, [0.0035, -0.02], 0.005) == plan.NEARER
+    assert plan.second_strength(0.1, [0.001, -0.02], 0.005) == plan.NEARER
 
 
 def test_strength_stays_within_the_harm():

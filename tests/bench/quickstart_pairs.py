@@ -5,16 +5,17 @@ learning-rate schedules.
     python tests/bench/quickstart_pairs.py OUT [--seeds 5] [--at-once 2]
 
 Every pair is `bash launch/quickstart.sh --compare` in a folder of its own, on one rank and without
-probes, which change no loss. It goes on where it was stopped; finished runs are read again. Writes
-launch/results/pairs.csv and pairs.png.
+probes, which change no loss. Each finished pair is added to launch/results/pairs.csv; those that are
+there are not trained again. Draws launch/results/pairs.png.
 """
 
 import argparse
+import csv
 import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
@@ -98,26 +99,39 @@ def drawn(rows, path):
     figure.savefig(path, dpi=160)
 
 
+def kept():
+    """Rows of the pairs that are in the table already."""
+    if not (RESULTS / "pairs.csv").exists():
+        return []
+    with open(RESULTS / "pairs.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        row["seed"] = int(row["seed"])
+        row |= {name: float(row[name]) for name in ("share", "run", "against", "percent")}
+    return rows
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("out", type=Path, help="folder of data and runs")
     parser.add_argument("--seeds", type=int, default=5, help="pairs under each decay")
     parser.add_argument("--at-once", type=int, default=2, help="pairs that train side by side")
     arguments = parser.parse_args()
-    out = arguments.out.resolve()
-    prepared(out)
+    out, rows = arguments.out.resolve(), kept()
+    done = {(row["decay"], row["seed"]) for row in rows}
     asked = [(decay, FIRST_SEED + n) for n in range(arguments.seeds) for decay in DECAYS]
+    asked = [one for one in asked if one not in done]
+    if asked:
+        prepared(out)
     with ThreadPoolExecutor(arguments.at_once) as pool:
-        found = list(pool.map(lambda one: pair(out, *one), asked))
-    rows = sorted(
-        (row for part in found for row in part), key=lambda row: (DECAYS.index(row["decay"]), row["seed"])
-    )
-    write_csv(RESULTS / "pairs.csv", rows)
+        waiting = [pool.submit(pair, out, *one) for one in asked]
+        for ready in as_completed(waiting):
+            rows = sorted(rows + ready.result(), key=lambda row: (row["decay"], row["seed"]))
+            write_csv(RESULTS / "pairs.csv", rows)
     drawn(rows, RESULTS / "pairs.png")
     for row in summary(rows):
-        print(
-            f"{row['decay']:8s}{row['domain']:18s}{row['percent']:+6.2f} ± {row['half']:.2f} %  ({row['pairs']} pairs)"
-        )
+        change = f"{row['percent']:+6.2f} ± {row['half']:.2f} %"
+        print(f"{row['decay']:8s}{row['domain']:18s}{change}  ({row['pairs']} pairs)")
 
 
 if __name__ == "__main__":

@@ -23,9 +23,20 @@ def _arguments(context: click.Context, _: Any, path: str | None) -> None:
         raise Refusal(f"--arguments {error}") from error
     known = {option.name for option in context.command.params}
     given = {name.lstrip("-").replace("-", "_"): value for name, value in found.items()}
+    if given.get("finetune"):
+        given["begun"] = f"{path} with finetune"
     context.default_map = {
         name: given[name] for name in sorted(known & set(given)) if given[name] is not None
     }
+
+
+def _refuse_continued(context: click.Context, _: Any, given: str | None) -> None:
+    """A run that begins from trained weights has no proxy yet."""
+    if given is not None and context.params.get("law") is None:
+        raise Refusal(
+            f"{given}: proxies begin from new weights, and none with the checkpoint's own can be built: that "
+            "takes its model at the proxy's size; plan by the law alone (--law flow)"
+        )
 
 
 @click.command()
@@ -38,7 +49,9 @@ def _arguments(context: click.Context, _: Any, path: str | None) -> None:
     callback=_arguments,
     help="JSON file with the flags of a host, for those that are not given here.",
 )
-@click.option("--law", type=click.Choice(["flow"]), help="Plan by this law alone, without a proxy.")
+@click.option(
+    "--law", is_eager=True, type=click.Choice(["flow"]), help="Plan by this law alone, without a proxy."
+)
 @of_a_run
 @click.option(
     "--harm",
@@ -54,6 +67,13 @@ def _arguments(context: click.Context, _: Any, path: str | None) -> None:
     "--untrained", multiple=True, metavar="NAME=PREFIX", help="A text that nobody trains on, judged beside."
 )
 @click.option("--processes", type=click.IntRange(min=1), help="At a time; default CPU cores, 1 with a GPU.")
+@click.option(
+    "--from",
+    "begun",
+    expose_value=False,
+    callback=_refuse_continued,
+    help="Checkpoint that the run goes on from: refused with what is missing, unless with --law flow.",
+)
 @click.option("--out", type=click.Path(file_okay=False), required=True, help="Folder for what is written.")
 @as_json
 def design(file: str, law: str | None, out: str, as_json: bool, **given: Any) -> None:

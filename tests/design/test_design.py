@@ -107,6 +107,7 @@ REFUSALS = [
     ({}, ["--harm", "-1"], "write a part of the loss above 0"),
     ({}, ["--untrained", "x"], "write NAME=PREFIX"),
     ({"target": "each"}, [], "write shares of the domains"),
+    ({}, ["--from", "run/global_step10"], "plan by the law alone (--law flow)"),
 ]
 
 
@@ -154,6 +155,12 @@ def test_flags_of_a_host_stand_for_those_not_given(file, tmp_path, two_looks):
     path.write_text(json.dumps({**flags, "unknown": 3}))
     told = design(file, tmp_path / "out", "--arguments", str(path), "--law", "flow", flags="")
     assert told.exit_code == 0, told.output
+    path.write_text(json.dumps({**flags, "finetune": True}))
+    for words in (["--law", "flow", "--from", "x"], ["--arguments", str(path)]):
+        more = ["--arguments", str(path), *words] if "--law" in words else words
+        told = design(file, tmp_path / "out3", *more, flags="")
+        assert told.exit_code == (0 if "--law" in words else 2), told.output
+    assert "proxies begin from new weights" in told.output
     path.write_text("[1]")
     told = design(file, tmp_path / "out2", "--arguments", str(path), "--law", "flow", flags="")
     assert told.exit_code == 2 and "no JSON object" in told.output

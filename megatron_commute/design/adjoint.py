@@ -93,22 +93,25 @@ def _back(run, step, weights, kept, pulled, method):
     root = (second / c2).sqrt_()
     bottom = root + recipe.eps
     dead = root < DEAD * recipe.eps
-    by_first = (-rate / c1 / bottom).masked_fill_(dead, 0)
-    by_second = (rate / (2 * c1 * c2) * first / (bottom * bottom * root)).masked_fill_(dead, 0)
-    decay = 1 - rate * recipe.weight_decay * model.decayed
+    # few vectors of model size are made: beside a small model's gradients each of them counts
+    by_second = torch.mul(bottom, bottom).mul_(root).reciprocal_().mul_(first)
+    by_second.mul_(rate / (2 * c1 * c2)).masked_fill_(dead, 0)
+    by_first = bottom.reciprocal_().mul_(-rate / c1).masked_fill_(dead, 0)
+    decay = (-rate * recipe.weight_decay * model.decayed).add_(1)
     factor, norm = run.clipping(gradient)
     tokens, scale = run.weighted_batch(step, weights)
     result = np.zeros((len(pulled), len(weights)))
     for j, (at, of_first, of_second) in enumerate(pulled):
         of_first.addcmul_(at, by_first)
         of_second.addcmul_(at, by_second)
-        force = (1 - b1) * of_first + (2 * (1 - b2) * factor) * gradient * of_second
+        force = (1 - b1) * of_first
+        force.addcmul_(gradient, of_second, value=2 * (1 - b2) * factor)
         of_first.mul_(b1)
         of_second.mul_(b2)
         at.mul_(decay)
         if factor < 1:
             along = float(gradient @ force) / (norm * (norm + CLIP_EPSILON))
-            force = factor * (force - along * gradient)
+            force.sub_(gradient, alpha=along).mul_(factor)
         product, slopes = _product(model, theta, tokens, scale, force, method)
         at.add_(product)
         result[j] = slopes.double().view(len(weights), -1).mean(1).cpu().numpy()
@@ -123,9 +126,9 @@ def _product(model, theta, tokens, scale, force, method):
     if length == 0:
         return torch.zeros_like(force), torch.zeros(len(tokens), dtype=model.dtype)
     h = (STEP if model.dtype == torch.float32 else FINE_STEP) / length
-    above, more = model.gradient(theta + h * force, tokens, scale)
-    below, less = model.gradient(theta - h * force, tokens, scale)
-    return (above - below) / (2 * h), (more.double() - less.double()) / (2 * h)
+    above, more = model.gradient(theta, tokens, scale, force, h)
+    below, less = model.gradient(theta, tokens, scale, force, -h)
+    return above.sub_(below).div_(2 * h), (more.double() - less.double()) / (2 * h)
 
 
 def _filled(found, reached):

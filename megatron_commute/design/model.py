@@ -93,9 +93,14 @@ class Model:
         losses = functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
         return losses.view(len(tokens), -1).mean(1)
 
-    def gradient(self, theta, tokens, scale):
-        """(gradient [P] of sum_i scale_i loss_i, loss of every sequence [b]) at theta [P]."""
-        self._buffer.copy_(theta)
+    def gradient(self, theta, tokens, scale, direction=None, length=0.0):
+        """(gradient [P] of sum_i scale_i loss_i, loss of every sequence [b]) at theta [P], moved by
+        length x direction [P] where one is given.
+        """
+        if direction is None:
+            self._buffer.copy_(theta)
+        else:
+            torch.add(theta, direction, alpha=length, out=self._buffer)
         losses = self.sequence_losses(self._leaves, tokens)
         found = torch.autograd.grad((losses * scale).sum(), self._leaves)
         return torch.cat([g.reshape(-1) for g in found]), losses.detach()

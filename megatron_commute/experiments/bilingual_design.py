@@ -58,8 +58,10 @@ class Size:
 QUICK = Size(steps=20, seeds=2, few=2, lengths=(20, 40), hidden=16, designs=2, short=20)
 
 
-def designed(settings, folder, size, style, **changes):
-    """The Design of the study's three domains; changes: of options.Options."""
+def designed(settings, folder, size, style, untrained=True, **changes):
+    """The Design of the study's three domains, with the texts that only judge or without; changes:
+    of options.Options.
+    """
     own = options.Options(
         vocabulary=settings.vocabulary + 1, steps=size.steps, hidden=size.hidden, batch=BATCH
     )
@@ -94,7 +96,7 @@ def designed(settings, folder, size, style, **changes):
     )
     about = {"config": config, "plan": resolve(config, a_run, *inspect_data(config, settings.sequence))}
     about |= {"run": a_run, "rates": rates(rate_of(style, own.steps, own.lr)), "options": own}
-    texts = [(name, f"{settings.data}/{name}_valid") for name in UNTRAINED_TEXT]
+    texts = [(name, f"{settings.data}/{name}_valid") for name in UNTRAINED_TEXT if untrained]
     return options.design(**about, untrained=texts, harm=flow.HARM)
 
 
@@ -223,15 +225,13 @@ def _memory(settings, folder, size, processes, tell):
     asked = {f"{steps} steps": {"steps": steps} for steps in size.lengths}
     asked |= {"a third of the rate": {"lr": 1e-3 / 3}, "larger": {"layers": 4, "hidden": 2 * size.hidden}}
     rows = []
-    for style in STYLES:
-        for x, changes in asked.items():
-            design = designed(settings, folder, size, style, **changes)
-            place, jobs = folder / f"{style}-{x}", []
-            for seed in CHOOSING:
-                jobs.append((f"recorded/{seed}", work.recorded, {"seed": seed}))
-            found = cells.fill(place, design, jobs, processes, tell)
-            for key, _, about in jobs:
-                rows.append({"x": x, "style": style, "seed": about["seed"], **_fitted(design, found[key])})
+    for x, changes in asked.items():
+        for style in TWO:
+            design = designed(settings, folder, size, style, False, **changes)
+            key, seed = f"recorded/{CHOOSING[0]}", CHOOSING[0]
+            job = key, work.recorded, {"seed": seed}
+            found = cells.fill(folder / f"{style}-memory-{x}", design, [job], processes, tell)
+            rows.append({"x": x, "style": style, "seed": seed, **_fitted(design, found[key])})
     return rows
 
 
@@ -244,16 +244,15 @@ def _criterion(settings, folder, size, processes, tell):
     """What a probe sees along a run, its scores and its curvature, beside the influences."""
     rows, curvatures = [], []
     for style in STYLES:
-        for x, changes in {"main": {}, "a third of the rate": {"lr": 1e-3 / 3}}.items():
-            design = designed(settings, folder, size, style, **changes)
-            place = folder / (style if x == "main" else f"{style}-{x}")
-            found = cells.fill(place, design, criterion.recorded_jobs(CHOOSING), processes, tell)
-            for seed in CHOOSING:
-                about = {"x": x, "style": style, "seed": seed}
-                recorded, measured = found[f"recorded/{seed}"], found[f"measured/{seed}"]
-                rows += criterion.criterion_rows(design, measured, recorded, about)
-                memory = criterion.fitted_memory(design, recorded)[0]
-                curvatures += criterion.curvature_rows(design, measured, about, memory)
+        design = designed(settings, folder, size, style, False)
+        place = folder / f"{style}-criterion"
+        found = cells.fill(place, design, criterion.recorded_jobs(CHOOSING), processes, tell)
+        for seed in CHOOSING:
+            about = {"x": "main", "style": style, "seed": seed}
+            recorded, measured = found[f"recorded/{seed}"], found[f"measured/{seed}"]
+            rows += criterion.criterion_rows(design, measured, recorded, about)
+            memory = criterion.fitted_memory(design, recorded)[0]
+            curvatures += criterion.curvature_rows(design, measured, about, memory)
     tables.written(folder, "curvature", curvatures)
     return rows
 
@@ -319,7 +318,7 @@ def _folding(settings, folder, size, processes, tell):
     for style in TWO:
         values = {}
         for known in (settings.vocabulary + 1, settings.vocabulary // 2, settings.vocabulary // 8):
-            design = designed(settings, folder, size, style, vocabulary=known)
+            design = designed(settings, folder, size, style, False, vocabulary=known)
             place = folder / f"{style}-vocabulary {known}"
             found = cells.fill(
                 place, design, [("recorded/101", work.recorded, {"seed": 101})], processes, tell

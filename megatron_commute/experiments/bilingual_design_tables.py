@@ -67,7 +67,7 @@ def draw_changes(figure, rows):
 
 
 def draw_memory(figure, rows):
-    """Memory that fits the influences best, both seeds of every setting."""
+    """Memory that fits the influences best, in every setting."""
     places = list(dict.fromkeys(row["x"] for row in rows))
     styles = list(dict.fromkeys(row["style"] for row in rows))
     panel = figure.subplots()

@@ -1,9 +1,9 @@
 """Study `online`: what law flow in mode act keeps of its gain when a run changes half-way.
 
-Part `target`: another target from half of the run on, by the control file, beside going on with the
-old one and beside the best schedule of a grid for the second half. Part `length`: 30 % fewer or more
-steps from half of the run on, by consent, beside law flow that knew the true length from its first
-step. All decisions are the product's: torch_loop.Plugin on a mixture file, its checkpoint and its
+Part `target`: another target from half of the run on, by the control file, beside going on with
+the old one and beside the best schedule of a grid for the second half. Part `length`: 30 % fewer or
+more steps from half of the run on, by consent, beside law flow that knew the true length from its
+first step. All decisions are the product's: torch_loop.Plugin on a mixture file, its checkpoint and its
 control file. Seeds and sequences that choose are not those that report.
 """
 
@@ -37,8 +37,8 @@ from megatron_commute.settings.rates import rates
 STYLES = ("WSD", "cosine", "constant")
 CHANGES = (("mixture", "russian"), ("russian", "code"))  # target of the first half, of the second
 LENGTHS = (0.7, 1.3)  # of the run, as a part of its planned steps
-# the best schedule for the second half is one of these: law flow at other strengths, or nine tenths of
-# what is left of the target's budget between two parts of the second half
+# the best schedule for the second half is one of these: law flow at other strengths, or nine tenths
+# of what is left of the target's budget between two parts of the second half
 GRID = {f"flow x {s:g}": {"strength": s} for s in (0.5, 2.0, 4.0)}
 GRID |= {f"{b:g} to {e:g}": {"window": (b, e)} for b, e in ((0.0, 0.4), (0.2, 0.8), (0.4, 1.0), (0.7, 1.0))}
 INSIDE = 0.9
@@ -92,9 +92,10 @@ class OnlineRun:
         self.trainer = Trainer(self.settings, self.text, seed=seed, rates=self.rates)
         self.hook, self.at = None, 0
 
-    def attach(self, place, target, rate=1.0, state=None, accept=False):
+    def attach(self, place, target, state=None, accept=False):
         """Let the plug-in steer from here on, towards target {name: share} or None, as a run begins
-        or goes on from a checkpoint's state. Its record and control file lie in `place`.
+        or goes on from a checkpoint's state. Its record and control file lie in `place`. Weights
+        move as far as the plan does (rate 1).
         """
         domains = {
             name: {
@@ -105,7 +106,7 @@ class OnlineRun:
             for name, budget in zip(NAMES, budgets_of(self.steps), strict=True)
         }
         told = {"domains": domains, "target": target, "mode": "act", "every": self.every, "lead": LEAD}
-        told |= {"probe": {"samples": 8, "splits": 2}, "controller": {"law": "flow", "rate": rate}}
+        told |= {"probe": {"samples": 8, "splits": 2}, "controller": {"law": "flow", "rate": 1}}
         place.mkdir(parents=True, exist_ok=True)
         text_files.replace(place / "mixture.yaml", json.dumps(told))  # JSON is YAML
         a_run = Run(self.settings.sequence, BATCH, BATCH, 1, self.steps)
@@ -182,7 +183,7 @@ def changed_target(settings, folder, style, first, then, steps, decisions, branc
             here.mkdir()
             (here / log.NAME).write_bytes(Path(place, "first", log.NAME).read_bytes())
             run.load(state)
-            run.attach(here, target_of(first), options.get("rate", 1.0), state[1], accept=True)
+            run.attach(here, target_of(first), state[1])
             ahead = run.hook.stream.ahead(half * BATCH)
             write_control(here, then, options, ahead, steps)
             run.train(steps)
@@ -264,16 +265,12 @@ def seeds_of(size, choosing=False):
     return range(first, first + (size.choosing if choosing else size.seeds))
 
 
-OLD, NEW, SLOW = (
-    {"old plan": {}},
-    {"flow": {"strength": 1.0}},
-    {"flow, rate 0.05": {"strength": 1.0, "rate": 0.05}},
-)
+OLD, NEW = {"old plan": {}}, {"flow": {"strength": 1.0}}
 
 
 def _target(settings, folder, size, processes, tell):
     """Rows of part `target`."""
-    tried, wanted = [], []
+    tried = []
     about = {"steps": size.steps, "decisions": size.decisions}
     places = [(first, then, style) for first, then in CHANGES for style in STYLES]
     for first, then, style in places:
@@ -291,9 +288,11 @@ def _target(settings, folder, size, processes, tell):
     jobs = []
     for (first, then, style), name in best.items():
         own = {"style": style, "first": first, "then": then, **about}
-        own["branches"] = OLD | NEW | SLOW | {f"best: {name}": GRID[name]}
+        own["branches"] = OLD | NEW | {f"best: {name}": GRID[name]}
         for seed in seeds_of(size):
-            jobs.append((f"target/{first}/{then}/{style}/{name}/{seed}", changed_target, {**own, "seed": seed}))
+            jobs.append(
+                (f"target/{first}/{then}/{style}/{name}/{seed}", changed_target, {**own, "seed": seed})
+            )
     found = cells.fill(folder, settings, jobs, processes, tell)
     rows = []
     for (first, then, style), name in best.items():

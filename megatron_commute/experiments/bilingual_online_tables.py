@@ -22,8 +22,8 @@ def of(losses, name, loss):
 
 
 def ratio(gains, most):
-    """(mean of gains f64[n] over mean of `most` f64[n], its 95 % interval by linear propagation over
-    paired seeds).
+    """(mean of gains f64[n] over mean of `most` f64[n], its 95 % interval over paired seeds by
+    linear propagation).
     """
     gains, most = np.asarray(gains), np.asarray(most)
     found = gains.mean() / most.mean()
@@ -32,7 +32,9 @@ def ratio(gains, most):
 
 
 def tried(losses, then, about):
-    """Rows of what each schedule of the grid changes of the new target's loss against the old plan."""
+    """Rows of what each schedule of the grid changes of the new target's loss, against the old
+    plan.
+    """
     base = of(losses, "old plan", then)
     return [
         {**about, "schedule": name, **change(of(losses, name, then), base)}

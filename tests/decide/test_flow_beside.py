@@ -74,7 +74,6 @@ def test_another_memory_holds_by_consent_from_where_the_run_stands(folder):
     after = weights_by_step(again, begin=30)
     owed = np.array([360, 60, 180]) - before.sum(0) * BATCH
     expected = closed_form(owed, [0, 1, 0], begin=30, memory=5.0)
-    assert np.abs(after - expected)[:-1].max() < 1e-6
     whole = after.min(1) > 0  # the last sample of a budget leaves nothing of it to the steps that follow
     assert whole[:20].all() and np.abs(after - expected)[whole].max() < 1e-6
     assert again.hook.state_dict()["flow"]["memory"] == 5.0

@@ -3,8 +3,9 @@
 Part `target`: another target from half of the run on, by the control file, beside going on with
 the old one and beside the best schedule of a grid for the second half. Part `length`: 30 % fewer or
 more steps from half of the run on, by consent, beside law flow that knew the true length from its
-first step. All decisions are the product's: torch_loop.Plugin on a mixture file, its checkpoint and its
-control file. Seeds and sequences that choose are not those that report.
+first step. All decisions are the product's: torch_loop.Plugin on a mixture file, its checkpoint and
+its control file. Seeds and sequences that choose are not those that report. Part `memory`:
+bilingual_memory.py.
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ from megatron_commute.adapters import torch_loop
 from megatron_commute.config import Run
 from megatron_commute.decide import control_file
 from megatron_commute.design import cells
+from megatron_commute.experiments import bilingual_memory as memory
 from megatron_commute.experiments import bilingual_online_tables as tables
 from megatron_commute.experiments.bilingual_flow import (
     BATCH,
@@ -50,7 +52,7 @@ NAMES, SHARES = tuple(BASE), np.array(list(BASE.values()))
 class Size:
     """How much of the study is run."""
 
-    parts: tuple = ("target", "length")
+    parts: tuple = ("target", "length", "memory")
     # of the study, in their order
     steps: int = 500
     # of a run as it is planned
@@ -321,7 +323,7 @@ def _length(settings, folder, size, processes, tell):
 
 def study(settings, folder, size, processes, say):
     """Run what is missing of the parts and write their tables and pictures; (text, files)."""
-    parts = {"target": _target, "length": _length}
+    parts = {"target": _target, "length": _length, "memory": memory.part}
     refuse_unknown_parts(size.parts, parts)
     tell = lambda cell: say(f"{cell['key']}: {cell['timing']['seconds']:.0f} s")  # noqa: E731
     text, files = [], []

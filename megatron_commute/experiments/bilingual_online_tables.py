@@ -81,6 +81,8 @@ def written(folder, part, rows):
 
     path = folder / f"{part}.csv"
     tables.write_csv(path, rows)
+    if part == "memory":
+        return tabulate(rows, headers="keys", floatfmt=".3g"), [str(path)]
     picture = figures.save(
         folder / f"{part}.png", SHAPES[part], lambda figure: draw(figure, rows, "length" in rows[0])
     )

@@ -5,8 +5,9 @@ import dataclasses
 import markov_text
 import numpy as np
 import pytest
+import torch
 
-from megatron_commute.experiments import bilingual, bilingual_online
+from megatron_commute.experiments import bilingual, bilingual_criterion, bilingual_memory, bilingual_online
 from megatron_commute.experiments import bilingual_online_tables as tables
 from megatron_commute.experiments.bilingual_trainer import Settings
 from megatron_commute.mixture import Mixture
@@ -22,10 +23,13 @@ def settings(tmp_path_factory):
 def test_a_study_resumes_and_redraws(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(bilingual_online, "STYLES", ("WSD",))
     monkeypatch.setattr(bilingual_online, "CHANGES", (("mixture", "russian"),))
+    for name, value in (("STYLES", ("WSD",)), ("SEEDS", (101,)), ("POINTS", (0.5,)), ("STEPS", 2)):
+        monkeypatch.setattr(bilingual_memory, name, value)
+    monkeypatch.setattr(bilingual_criterion, "READ", 8)
     size, said = dataclasses.replace(bilingual_online.QUICK, steps=24), []
     first = bilingual.study("online", settings, tmp_path, True, 1, said.append, size)
-    assert len(said) == 2 + 2 + 2 * 2
-    for name in ("target.csv", "target.png", "grid.csv", "length.csv", "length.png"):
+    assert len(said) == 2 + 2 + 2 * 2 + 2
+    for name in ("target.csv", "target.png", "grid.csv", "length.csv", "length.png", "memory.csv"):
         assert (tmp_path / "online" / name).exists()
     said.clear()
     again = bilingual.study("online", settings, tmp_path, True, 1, said.append, size)
@@ -53,3 +57,17 @@ def test_the_part_of_a_gain_by_hand():
     assert found == pytest.approx(0.5)
     deviations = np.array([0.0, -0.5, 0.5])  # of 1 - r 2, 2 - r 5, 3 - r 5
     assert interval == pytest.approx(4.302653 * deviations.std(ddof=1) / np.sqrt(3) / 4, rel=1e-6)
+
+
+def test_lanczos_on_a_quadratic_is_exact():
+    """After as many steps as there are curvatures: g . exp(-t B) g / g . g of a diagonal B, by its definition."""
+    curvatures = torch.tensor([-0.5, 0.2, 1.0, 3.0, 9.0], dtype=torch.float64)
+    g = torch.tensor([1.0, 2.0, -1.0, 0.5, 3.0], dtype=torch.float64)
+    found = bilingual_memory.lanczos(lambda v: curvatures * v, g, 9)
+    assert len(found) == 5
+    expected = float(g**2 @ torch.exp(-0.7 * curvatures) / (g @ g))
+    nodes, weights = found[-1]
+    assert weights @ np.exp(-0.7 * nodes) == pytest.approx(expected, rel=1e-9)
+    assert bilingual_memory.memory(nodes, weights, 0.7, 2.1) == pytest.approx(-3 * np.log(expected), rel=1e-9)
+    first = float(g**2 @ curvatures / (g @ g))  # one step: the Rayleigh quotient
+    assert bilingual_memory.memory(*found[0], 0.7, 2.1) == pytest.approx(2.1 * first, rel=1e-9)

@@ -4,13 +4,14 @@ Part `target`: another target from half of the run on, by the control file, besi
 the old one and beside the best schedule of a grid for the second half. Part `length`: 30 % fewer or
 more steps from half of the run on, by consent, beside law flow that knew the true length from its
 first step. All decisions are the product's: torch_loop.Plugin on a mixture file, its checkpoint and
-its control file. Seeds and sequences that choose are not those that report. Part `memory`:
-bilingual_memory.py.
+its control file. Seeds and sequences that choose are not those that report. Parts `memory` and
+`record`: bilingual_memory.py, bilingual_online_record.py.
 """
 
 import dataclasses
 import functools
 import json
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from megatron_commute.config import Run
 from megatron_commute.decide import control_file
 from megatron_commute.design import cells
 from megatron_commute.experiments import bilingual_memory as memory
+from megatron_commute.experiments import bilingual_online_record as record
 from megatron_commute.experiments import bilingual_online_tables as tables
 from megatron_commute.experiments.bilingual_flow import (
     BATCH,
@@ -32,12 +34,13 @@ from megatron_commute.experiments.bilingual_flow import (
 from megatron_commute.experiments.bilingual_flow_variants import BASE, UNTRAINED_TEXT
 from megatron_commute.experiments.bilingual_tables import refuse_unknown_parts, write_csv
 from megatron_commute.experiments.bilingual_trainer import Text, Trainer, mean_loss
-from megatron_commute.record import log
+from megatron_commute.record.log import NAME as LOG
 from megatron_commute.settings import text_files
 from megatron_commute.settings.rates import rates
 
 STYLES = ("WSD", "cosine", "constant")
 CHANGES = (("mixture", "russian"), ("russian", "code"))  # target of the first half, of the second
+RECORDED = ("code", "russian")  # those of the run whose record is kept
 LENGTHS = (0.7, 1.3)  # of the run, as a part of its planned steps
 # the best schedule for the second half is one of these: law flow at other strengths, or nine tenths
 # of what is left of the target's budget between two parts of the second half
@@ -52,7 +55,7 @@ NAMES, SHARES = tuple(BASE), np.array(list(BASE.values()))
 class Size:
     """How much of the study is run."""
 
-    parts: tuple = ("target", "length", "memory")
+    parts: tuple = ("target", "length", "memory", "record")
     # of the study, in their order
     steps: int = 500
     # of a run as it is planned
@@ -99,6 +102,19 @@ class OnlineRun:
         or goes on from a checkpoint's state. Its record and control file lie in `place`. Weights
         move as far as the plan does (rate 1).
         """
+        place.mkdir(parents=True, exist_ok=True)
+        told = self.mixture(target) | {"controller": {"law": "flow", "rate": 1}}
+        text_files.replace(place / "mixture.yaml", json.dumps(told))  # JSON is YAML
+        a_run = Run(self.settings.sequence, BATCH, BATCH, 1, self.steps)
+        plugin = torch_loop.Plugin(str(place / "mixture.yaml"), a_run)
+        model = torch_loop.probe_model(self.trainer.model, mean_loss, BATCH)
+        about = (model, reduce.Groups(), place, lambda step: float(self.rates[step]), 0.0)
+        state = None if state is None else json.loads(state)
+        self.hook = plugin.attach(*about, state=state, accept=accept, say=_nothing)
+        self.hook.off = True  # law flow decides without a probe
+
+    def mixture(self, target):
+        """A mixture file of the run as JSON values, without its controller."""
         domains = {
             name: {
                 "path": f"{self.settings.data}/{name}_train",
@@ -108,16 +124,7 @@ class OnlineRun:
             for name, budget in zip(NAMES, budgets_of(self.steps), strict=True)
         }
         told = {"domains": domains, "target": target, "mode": "act", "every": self.every, "lead": LEAD}
-        told |= {"probe": {"samples": 8, "splits": 2}, "controller": {"law": "flow", "rate": 1}}
-        place.mkdir(parents=True, exist_ok=True)
-        text_files.replace(place / "mixture.yaml", json.dumps(told))  # JSON is YAML
-        a_run = Run(self.settings.sequence, BATCH, BATCH, 1, self.steps)
-        plugin = torch_loop.Plugin(str(place / "mixture.yaml"), a_run)
-        model = torch_loop.probe_model(self.trainer.model, mean_loss, BATCH)
-        about = (model, reduce.Groups(), place, lambda step: float(self.rates[step]), 0.0)
-        state = None if state is None else json.loads(state)
-        self.hook = plugin.attach(*about, state=state, accept=accept, say=_nothing)
-        self.hook.off = True  # law flow decides without a probe
+        return told | {"probe": {"samples": 8, "splits": 2}}
 
     def train(self, end):
         """Go on to step `end`."""
@@ -183,7 +190,7 @@ def changed_target(settings, folder, style, first, then, steps, decisions, branc
         for number, (name, options) in enumerate(branches.items()):
             here = Path(place, str(number))
             here.mkdir()
-            (here / log.NAME).write_bytes(Path(place, "first", log.NAME).read_bytes())
+            shutil.copy(Path(place, "first", LOG), here)
             run.load(state)
             run.attach(here, target_of(first), state[1])
             ahead = run.hook.stream.ahead(half * BATCH)
@@ -324,10 +331,16 @@ def _length(settings, folder, size, processes, tell):
 def study(settings, folder, size, processes, say):
     """Run what is missing of the parts and write their tables and pictures; (text, files)."""
     parts = {"target": _target, "length": _length, "memory": memory.part}
-    refuse_unknown_parts(size.parts, parts)
+    refuse_unknown_parts(size.parts, Size().parts)
     tell = lambda cell: say(f"{cell['key']}: {cell['timing']['seconds']:.0f} s")  # noqa: E731
     text, files = [], []
     for part in size.parts:
+        if part == "record":
+            about = {"style": "WSD", "steps": size.steps, "decisions": size.decisions // 2, "seed": 1}
+            if not (folder / "record" / "report.html").exists():
+                record.recorded(OnlineRun(settings, **about), folder, *RECORDED)
+            files += sorted(str(path) for path in (folder / "record").iterdir())
+            continue
         shown, written = tables.written(folder, part, parts[part](settings, folder, size, processes, tell))
         text.append(shown)
         files += written

@@ -38,8 +38,6 @@ from megatron_commute.record.log import NAME as LOG
 from megatron_commute.settings import text_files
 from megatron_commute.settings.rates import rates
 
-STYLES = ("WSD", "cosine", "constant")
-CHANGES = (("mixture", "russian"), ("russian", "code"))  # target of the first half, of the second
 RECORDED = ("code", "russian")  # those of the run whose record is kept
 LENGTHS = (0.7, 1.3)  # of the run, as a part of its planned steps
 # the best schedule for the second half is one of these: law flow at other strengths, or nine tenths
@@ -57,6 +55,10 @@ class Size:
 
     parts: tuple = ("target", "length", "memory", "record")
     # of the study, in their order
+    styles: tuple = ("WSD", "cosine", "constant")
+    # of the learning rate
+    changes: tuple = ("mixture>russian", "russian>code")
+    # target of the first half, of the second
     steps: int = 500
     # of a run as it is planned
     decisions: int = 20
@@ -281,7 +283,8 @@ def _target(settings, folder, size, processes, tell):
     """Rows of part `target`."""
     tried = []
     about = {"steps": size.steps, "decisions": size.decisions}
-    places = [(first, then, style) for first, then in CHANGES for style in STYLES]
+    changes = [change.split(">") for change in size.changes]
+    places = [(first, then, style) for first, then in changes for style in size.styles]
     for first, then, style in places:
         own = {"style": style, "first": first, "then": then, **about, "branches": OLD | GRID}
         for seed in seeds_of(size, True):
@@ -315,14 +318,14 @@ def _length(settings, folder, size, processes, tell):
     jobs = []
     about = {"steps": size.steps, "decisions": size.decisions}
     for part in LENGTHS:
-        for style in STYLES:
+        for style in size.styles:
             for seed in seeds_of(size):
                 own = {"style": style, "part": part, **about, "seed": seed}
                 jobs.append((f"length/{part:g}/{style}/{seed}", changed_length, own))
     found = cells.fill(folder, settings, jobs, processes, tell)
     rows = []
     for part in LENGTHS:
-        for style in STYLES:
+        for style in size.styles:
             losses = [found[f"length/{part:g}/{style}/{seed}"]["losses"] for seed in seeds_of(size)]
             rows += tables.kept(losses, {"length": part, "style": style})
     return rows

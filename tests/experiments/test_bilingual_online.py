@@ -21,12 +21,11 @@ def settings(tmp_path_factory):
 
 
 def test_a_study_resumes_and_redraws(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr(bilingual_online, "STYLES", ("WSD",))
-    monkeypatch.setattr(bilingual_online, "CHANGES", (("mixture", "russian"),))
+    few = {"styles": ("WSD",), "changes": ("mixture>russian",)}
     for name, value in (("STYLES", ("WSD",)), ("SEEDS", (101,)), ("POINTS", (0.5,)), ("STEPS", 2)):
         monkeypatch.setattr(bilingual_memory, name, value)
     monkeypatch.setattr(bilingual_criterion, "READ", 8)
-    size, said = dataclasses.replace(bilingual_online.QUICK, steps=24), []
+    size, said = dataclasses.replace(bilingual_online.QUICK, steps=24, **few), []
     first = bilingual.study("online", settings, tmp_path, True, 1, said.append, size)
     assert len(said) == 2 + 2 + 2 * 2 + 2
     for name in ("target.csv", "target.png", "grid.csv", "length.csv", "length.png", "memory.csv"):

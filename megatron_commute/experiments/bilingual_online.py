@@ -58,7 +58,7 @@ class Size:
     styles: tuple = ("WSD", "cosine", "constant")
     # of the learning rate
     changes: tuple = ("mixture>russian", "russian>code")
-    # target of the first half, of the second
+    # target of the first half, of the second; a style after these: under that one alone
     steps: int = 500
     # of a run as it is planned
     decisions: int = 20
@@ -284,7 +284,7 @@ def _target(settings, folder, size, processes, tell):
     tried = []
     about = {"steps": size.steps, "decisions": size.decisions}
     changes = [change.split(">") for change in size.changes]
-    places = [(first, then, style) for first, then in changes for style in size.styles]
+    places = [(first, then, style) for first, then, *own in changes for style in own or size.styles]
     for first, then, style in places:
         own = {"style": style, "first": first, "then": then, **about, "branches": OLD | GRID}
         for seed in seeds_of(size, True):

@@ -121,6 +121,7 @@ def draw(figure, rows, lengths):
                 values, errors = ([row[key] for row in here] for key in ("percent", "percent_interval"))
                 look = {"color": figures.COLOURS[i], "marker": figures.MARKERS[i], "ms": 4, "ls": ""}
                 panel.errorbar(place, values, errors, label=name, capsize=2, **look)
+            panel.set_visible(any((_place(row)[0], row["style"]) == (setting, style) for row in rows))
             panel.axhline(0, color=figures.GREY, lw=0.8)
             panel.set_title(f"{setting}\n{style}", fontsize=8.5)
             panel.set_xticks(range(len(LOSSES)), LOSSES, rotation=30, ha="right", fontsize=7.5)

@@ -7,7 +7,7 @@ A GPT of 83,520 parameters, 500 steps of 32 sequences, mode fixed, target russia
 validation after the last step. On a CPU this host's Adam adds weight decay to the gradient: at 0.1 that keeps so small a
 model near the frequencies of single tokens, so 0 is run beside it. Runs lie in FOLDER, and those that are complete are not
 run again. Rewrites flow_gain_runs.csv (each run) and flow_gain.csv (changes in percent of the constant mixture's loss, 95 %
-intervals).
+intervals); with --table from the runs that are complete.
 """
 
 import csv
@@ -83,18 +83,18 @@ def final(planned):
     return valid
 
 
-def runs(folder, data):
-    """{(decay, style, law, seed): losses}; runs what is missing."""
+def runs(folder, data, table_only=False):
+    """{(decay, style, law, seed): losses, None where it is not complete}; runs what is missing."""
     _, tree = matrix.trees(folder)
     asked = list(itertools.product(DECAYS, STYLES, LAWS, SEEDS))
     asked.sort(key=lambda place: place[-1])  # pairs first
     planned = {}
     for place in asked:
         one = job(folder, data, tree, *place)
-        if final(one) is None:
+        if final(one) is None and not table_only:
             shutil.rmtree(Path(one["out"]) / "save")
             planned["-".join(map(str, place))] = job(folder, data, tree, *place)
-    if planned:
+    if planned and not table_only:
         os.environ.setdefault("DRIVER_LIMIT", "3600")  # seconds of a run
         matrix.run(folder, planned)
     return {place: final(job(folder, data, tree, *place)) for place in asked}
@@ -105,7 +105,8 @@ def table(found):
     rows = []
     for decay, style in itertools.product(DECAYS, STYLES):
         pairs = [[found[decay, style, law, seed] for law in LAWS] for seed in SEEDS]
-        for loss in (*SHARES, "mixture", "even"):
+        pairs = [pair for pair in pairs if None not in pair]
+        for loss in (*SHARES, "mixture", "even") if len(pairs) > 1 else ():
             weights = {"mixture": list(SHARES.values()), "even": [1 / 3] * 3}
             weights = weights.get(loss, [float(name == loss) for name in SHARES])
             base, ours = np.array(
@@ -123,7 +124,8 @@ def write(path, rows):
 
 
 def main():
-    found = runs(*(str(Path(place).resolve()) for place in sys.argv[1:3]))
+    places = (str(Path(place).resolve()) for place in sys.argv[1:3])
+    found = runs(*places, table_only="--table" in sys.argv)
     here = Path(__file__)
     named = ("weight_decay", "style", "law", "seed")
     each = [dict(zip(named, place, strict=True)) | losses for place, losses in found.items() if losses]

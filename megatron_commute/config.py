@@ -27,6 +27,7 @@ from megatron_commute.settings.shares import (
     planned_shares,
     share_bounds,
 )
+from megatron_commute.settings.values import LARGEST_MEMORY
 from megatron_commute.settings.yaml_checks import ConfigError
 
 __all__ = [
@@ -220,6 +221,9 @@ def _warnings(
             found.append(f"{key}: its {size} sequences are used {share * run.samples / size:.2f} times")
         if config.mode == "shadow" and not isinstance(domain.holdout, str):
             found.append(f"{key}.holdout: in mode shadow the host trains on it too; name a prefix of its own")
+    if config.controller.memory > LARGEST_MEMORY:
+        told = f"{config.controller.memory:g}, over all that were measured; flow takes {LARGEST_MEMORY:g}"
+        found.append(f"controller.memory: {told}")
     cost = probe_cost(config, run)
     if cost.probes == 0:
         found.append(

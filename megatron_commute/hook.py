@@ -79,7 +79,8 @@ class Hook:
         self.fatal_step = None
         path = record.path.parent / control_file.NAME
         watch = control_file.Watch(path, control_file.limits(config, plan, run))
-        self.steering = Steering(config=config, plan=plan, stream=stream, watch=watch, flow=flow)
+        seen = flow or flow_run.compared(config, plan, run, learning_rate)
+        self.steering = Steering(config=config, plan=plan, stream=stream, watch=watch, flow=seen)
         self.clock = Clock()
         self.watch_due = True  # the control file is looked at after every log line and before every probe
 

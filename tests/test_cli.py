@@ -21,6 +21,7 @@ MIXTURE = """domains:
 mode: act
 every: 25
 probe: {samples: 16}
+controller: {law: tilt}
 measure_budget: 0.4
 """
 

@@ -69,6 +69,26 @@ def test_plan_says_in_one_line_that_the_default_target_changes_nothing(mixture):
     ] == [[0, [0.75, 0.25]]]
 
 
+def test_mode_act_without_a_law_plans_by_flow(mixture):
+    mixture.write_text(MIXTURE.replace("mode: fixed", "mode: act").replace("controller: {law: flow}\n", ""))
+    done = invoke("plan", mixture, *SIZE.split(), *RATES.split())
+    assert "mode: act, law flow; 800 samples in 200 steps" in done.output.splitlines()
+    assert "memory 2.5" in done.output
+    done = invoke("plan", mixture, *SIZE.split())
+    assert done.exit_code == 2 and "--lr: missing" in done.stderr
+
+
+def test_a_memory_beyond_all_that_were_measured_is_capped_and_said_once(mixture):
+    mixture.write_text(MIXTURE.replace("{law: flow}", "{law: flow, memory: 12}"))
+    done = invoke("plan", mixture, *SIZE.split(), *RATES.split())
+    (line,) = [line for line in done.output.splitlines() if "controller.memory" in line]
+    assert line == "warning: controller.memory: 12, over all that were measured; flow takes 10"
+    assert "memory 10;" in done.output
+    mixture.write_text(MIXTURE.replace("{law: flow}", "{law: flow, memory: 5}"))
+    done = invoke("plan", mixture, *SIZE.split(), *RATES.split())
+    assert "memory 5;" in done.output and "controller.memory" not in done.output
+
+
 def test_a_design_is_read_as_a_schedule_with_exact_budgets(mixture, tmp_path):
     mixture.write_text(MIXTURE.replace("mode: fixed", "mode: act").replace("{law: flow}", "{law: tilt}"))
     done = invoke(

@@ -6,7 +6,9 @@ import dataclasses
 import pytest
 
 from megatron_commute.config import ConfigError, load
+from megatron_commute.decide import flow
 from megatron_commute.settings import cut_keys, mixture_file
+from megatron_commute.settings.mixture_file import MODES
 
 TWO = "domains:\n  en: {path: en}\n  ru: {path: ru}\n"
 
@@ -42,6 +44,7 @@ probe: {samples: 32, splits: 2, method: exact, metric: identity, memory: scores,
 controller:
   law: hold
   strength: 0.5
+  memory: 2
   rate: 0.1
   confidence: 0.9
   floors: 0.05
@@ -65,7 +68,7 @@ def test_every_key_is_read(tmp_path):
     assert (config.every, config.lead, config.seed, config.schedule) == (20, 64, 7, None)
     assert dataclasses.astuple(config.probe) == (32, 2, "exact", "identity", "scores", 60.0)
     law = config.controller
-    assert dataclasses.astuple(law)[:6] == ("hold", 0.5, 0.1, 0.9, (0.05, 0.05), (0.8, 1.0))
+    assert dataclasses.astuple(law)[:7] == ("hold", 0.5, 2.0, 0.1, 0.9, (0.05, 0.05), (0.8, 1.0))
     assert (law.cooldown, law.freeze, law.compare) == (3, 0.9, ("tilt", "tau-tail"))
     assert config.measure_budget == 0.01
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -78,7 +81,9 @@ def test_defaults(tmp_path):
     assert (config.target, config.schedule, config.measure_budget) == (None, None, 0.005)
     assert dataclasses.astuple(config.probe) == (64, 4, "difference", "adam", "auto", None)
     law = config.controller
-    assert dataclasses.astuple(law)[:6] == ("tilt", 1.0, 0.05, 0.95, (0.0, 0.0), (1.0, 1.0))
+    assert dataclasses.astuple(law)[:7] == ("tilt", 1.0, 2.5, 0.05, 0.95, (0.0, 0.0), (1.0, 1.0))
+    laws = {mode: load(written(tmp_path, f"{TWO}mode: {mode}\n")).controller.law for mode in MODES}
+    assert laws == {"shadow": "tilt", "fixed": "tilt", "act": "flow"} and law.memory == flow.MEMORY
     assert (law.cooldown, law.freeze, law.compare) == (1, 1.0, ())
     assert [(d.weight, d.budget, d.minimum, d.maximum, d.holdout) for d in config.domains] == [
         (None, None, 0.0, 1.0, None)
@@ -115,13 +120,14 @@ ADDED = [
     ("probe: {time_limit: 0}", "4: probe.time_limit: got 0; write a positive number of seconds, or null"),
     ("probe: {sample: 8}", "4: probe.sample: unknown key; known here: samples, splits, method, metric, memory, time_limit (did you mean samples?)"),
     ("controller: {strength: 0}", "4: controller.strength: got 0; write a positive number"),
+    ("controller: {memory: -1}", "4: controller.memory: got -1; write a number of 0 or more, such as 2.5"),
     ("controller: {rate: 1.5}", "4: controller.rate: got 1.5; write the largest change of a weight in one decision, such as 0.05"),
     ("controller: {confidence: 1}", "4: controller.confidence: got 1; write a probability from 0.5 to below 1, such as 0.95"),
     ("controller: {floors: 2}", "4: controller.floors: got 2; write a share between 0 and 1"),
     ("controller:\n  caps:\n    rus: 0.5", "6: controller.caps.rus: there is no such domain; the domains are en, ru (did you mean ru?)"),
     ("controller: {cooldown: -1}", "4: controller.cooldown: got -1; write the number of decisions to rest after a change, 0 or more"),
     ("controller: {freeze: 0}", "4: controller.freeze: got 0; write a part of the run above 0, such as 0.9; 1: never"),
-    ("controller: {law: 3}", "4: controller.law: got 3; write the name of a law, such as hold or tilt"),
+    ("controller: {law: 3}", "4: controller.law: got 3; write the name of a law, such as flow or hold"),
     ("controller: {compare: tilt}", "4: controller.compare: got tilt; write a list of laws, such as [hold, tilt]"),
     ("controller: {floors: 0.4, caps: {ru: 0.3}}", "4: controller.floors: 0.4 is above the cap 0.3 of ru; write a lower floor or a higher cap"),
     ("target: all", "4: target: got all; write shares of the domains that sum to 1, such as {en: 0.5, ru: 0.5}, or each, or null"),
@@ -181,9 +187,9 @@ CUT = [
     ("controller: {gate: 1}", "4: controller.gate: was cut in 0.2.0; remove the key, no law that is left predicts its gain"),
     ("controller: {end: {share: 0.1}}", "4: controller.end: was cut in 0.2.0; write the end of the run into a schedule: FILE, mode: fixed, and remove the key here"),
     ("probe: {direction: local}", "4: probe.direction: was cut in 0.2.0; remove the key, probes of a run are local; code that measures offline hands a direction over"),
-    ("controller: {law: finish}", "4: controller.law: finish was cut in 0.2.0 (it gained 0.3 % at best); write hold or tilt"),
-    ("controller: {law: response}", "4: controller.law: response was cut in 0.2.0 (lock-in, which it needs, had 5 of 14 signs right); write hold or tilt"),
-    ("controller: {law: receding}", "4: controller.law: receding was cut in 0.2.0 (it plans on a model that no running job keeps); write hold or tilt"),
+    ("controller: {law: finish}", "4: controller.law: finish was cut in 0.2.0 (it gained 0.3 % at best); write flow or hold"),
+    ("controller: {law: response}", "4: controller.law: response was cut in 0.2.0 (lock-in, which it needs, had 5 of 14 signs right); write flow or hold"),
+    ("controller: {law: receding}", "4: controller.law: receding was cut in 0.2.0 (it plans on a model that no running job keeps); write flow or hold"),
     ("controller: {compare: [hold, finish]}", "4: controller.compare: finish was cut in 0.2.0 (it gained 0.3 % at best); leave it out"),
 ]  # fmt: skip
 

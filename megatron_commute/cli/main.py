@@ -103,7 +103,7 @@ def quadratic(out_dir: str, seeds: int, as_json: bool) -> None:
 @click.option("--data", required=True, help="Folder of launch/prepare_data.py --by-package --vocab-size 512.")
 @click.option(
     "--study",
-    type=click.Choice(["paper", "end-to-end", "flow", "design"]),
+    type=click.Choice(["paper", "end-to-end", "flow", "design", "online"]),
     default="paper",
     show_default=True,
     help="Which one.",

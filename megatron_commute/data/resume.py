@@ -13,7 +13,7 @@ from megatron_commute.data import takeover
 from megatron_commute.mixture import Mixture
 
 # keys whose change law flow names itself, when it has planned the weights
-_OF_FLOW = ("target", "controller.law", "controller.strength")
+_OF_FLOW = ("target", "controller.law", "controller.strength", "controller.memory")
 _EDGE = 1 << 20  # bytes of either end of a .bin file that enter its fingerprint
 
 

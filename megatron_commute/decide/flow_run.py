@@ -9,6 +9,7 @@ import numpy as np
 from megatron_commute.config import ConfigError
 from megatron_commute.decide import flow
 from megatron_commute.decide.laws import LAWS
+from megatron_commute.settings.values import LARGEST_MEMORY
 
 CURVE_POINTS = 200  # at most, of the curves of rate and profile in a record
 
@@ -41,6 +42,23 @@ def follows(config) -> bool:
     return LAWS[config.controller.law].planned
 
 
+def memory_of(config) -> float:
+    """Memory of a mixture file's controller, as far as any was measured."""
+    return min(config.controller.memory, LARGEST_MEMORY)
+
+
+def compared(config, plan, run, learning_rate) -> FlowRun | None:
+    """The FlowRun of a run whose weights another law, or the host, decides, where it asks for flow
+    beside (controller.compare): planned from the run's first step, kept in no state; else None.
+
+    ConfigError as of `rates_of` and `planned`.
+    """
+    if follows(config) or not any(LAWS[name].planned for name in config.controller.compare):
+        return None
+    rates = rates_of(config, learning_rate, run.train_iters)
+    return planned(config=config, plan=plan, run=run, rates=rates)
+
+
 def rates_of(config, learning_rate, steps: int) -> np.ndarray:
     """Learning rates f64[steps] of a host's `learning_rate` (step -> rate). ConfigError where it
     does not tell them all.
@@ -59,12 +77,12 @@ def rates_of(config, learning_rate, steps: int) -> np.ndarray:
         problem = (
             f"flow needs the learning rate of every step, the host does not tell that of step {step}{why}"
         )
-        raise _refusal(config, problem, "give it --lr and --lr-decay-style, or write law: hold")
+        raise _refusal(config, problem, f"give it --lr and --lr-decay-style, or {_without(config)}")
     if steps > 1 and (np.diff(found) > 0).all():
         problem = (
             f"the learning rate still rises at the last of {steps} steps: the run is shorter than its warm-up"
         )
-        raise _refusal(config, problem, "shorten the warm-up (--lr-warmup-iters), or write law: hold")
+        raise _refusal(config, problem, f"shorten the warm-up (--lr-warmup-iters), or {_without(config)}")
     return found
 
 
@@ -76,17 +94,19 @@ def planned(*, config, plan, run, rates, mixture=None, state=None, anew=False) -
     make the same weights again wherever it stands; anew: from where it stands, in mode act still on
     the scale of the state. Raises ConfigError with its cure.
     """
-    begin, used, retired, again = 0, None, 0, {}
+    begin, used, retired, again, memory = 0, None, 0, {}, memory_of(config)
     state = None if state is None else state.get("flow")
     if state is not None and (config.mode == "act" or not anew):
         kept = min(state["kept"], len(rates) - 1)  # of a run that was longer
-        again = {"scale": flow.Scale(**state["scale"]), "memory": state["memory"], "kept": kept}
+        again = {"scale": flow.Scale(**state["scale"]), "kept": kept}
+        if state["memory"] != memory:  # by consent: other steps count most
+            again["scale"] = flow.scale_of(rates, memory, kept)
     if state is not None and not anew:
         begin, used, retired = state["begin"], state["used"], state["retired"]
     elif mixture is not None:
         begin, used, retired = mixture.index // run.global_batch, mixture.served, mixture.retired
-    memory, kept = again.get("memory", flow.MEMORY), again.get("kept", flow.kept_steps(len(rates)))
-    low, high = bounds(config, plan)
+    kept = again.get("kept", flow.kept_steps(len(rates)))
+    low, high = bounds(config, plan) if follows(config) else (plan.minimum, plan.maximum)
     try:
         schedule = flow.planned(
             rates=rates,
@@ -178,7 +198,8 @@ def differences(state: dict | None, config, plan, rates) -> list[str]:
     except ValueError as error:
         found.append(str(error).partition(": ")[0])
     pairs = (("target", tuple(state["target"]), tuple(plan.targets[0])),
-             ("strength", (state["strength"],), (config.controller.strength,)))  # fmt: skip
+             ("strength", (state["strength"],), (config.controller.strength,)),
+             ("memory", (state["memory"],), (memory_of(config),)))  # fmt: skip
     for what, before, now in pairs:
         if len(before) != len(now) or not np.allclose(before, now, rtol=0, atol=1e-12):
             found.append(f"the {what} of flow was {_said(before)}, it is {_said(now)}")
@@ -218,5 +239,9 @@ def told(found: FlowRun, global_batch: int) -> dict:
     }
 
 
+def _without(config):
+    return "write law: hold" if follows(config) else "take flow out of compare"
+
+
 def _refusal(config, problem, cure="change the mixture file") -> ConfigError:
-    return config.error("controller.law", problem, cure)
+    return config.error(f"controller.{'law' if follows(config) else 'compare'}", problem, cure)

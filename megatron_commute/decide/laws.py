@@ -245,13 +245,11 @@ def check(config):
 
 def _check_planned(config, key, name):
     """Refuses a planned law where it cannot plan."""
-    if name != config.controller.law:
-        problem = f"{name} is planned before a run, not at probes"
-        raise config.error(f"controller.{key}", problem, "take it out, or write it as controller.law")
-    if config.mode == "shadow":
+    if config.mode == "shadow" and key == "law":
         problem = f"{name} plans weights, which mode shadow leaves to the host"
-        raise config.error(f"controller.{key}", problem, "write mode: fixed or mode: act")
-    if config.schedule is not None:
+        cure = "write mode: fixed or mode: act; compare: [flow] shows here what it would decide"
+        raise config.error(f"controller.{key}", problem, cure)
+    if config.schedule is not None and key == "law":
         raise config.error("schedule", f"law {name} plans the weights", "take it out, or write law: schedule")
     if config.target == "each":
         raise config.error("target", f"law {name} plans for one target", "write shares of the domains")

@@ -124,11 +124,16 @@ def replay(records, law=None, changed=None):
     lines = _decisions(records)
     if start is None or not lines:
         raise ValueError("no line of this record carries what a decision saw: there is nothing to replay")
-    law = law or start["controller"]["law"]
+    ran = start["controller"]["law"]
+    law = law or ran
     if law in CUT_LAWS:
         raise ValueError(f"law {law} was cut in {CUT_SINCE} ({CUT_LAWS[law]}); replay it with version 0.1.0")
     if law not in LAWS:
         raise ValueError(f"--law {law}: write one of {', '.join(LAWS)}")
+    if LAWS[law].planned and law != ran and all(line["situation"].get("profile") is None for line in lines):
+        raise ValueError(
+            f"--law {law}: this record does not carry the learning rates to come; run with compare: [{law}]"
+        )
     memory, found = {}, []
     for line in lines:
         seen = with_guards(_seen(line), changed or {})

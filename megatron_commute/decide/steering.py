@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from megatron_commute import reduce
-from megatron_commute.decide import control_file, controller, flow_act
+from megatron_commute.decide import control_file, controller, flow_act, flow_run
 from megatron_commute.decide.situation import facts, situation
 from megatron_commute.record import lines
 from megatron_commute.settings.schedule import next_batch, refuse_impossible
@@ -55,21 +55,18 @@ class News(NamedTuple):
 
 class Steering:
     """Of one run. config, plan: of config.load and config.resolve; stream: data.stream.Stream;
-    watch: control_file.Watch; flow: flow_run.FlowRun where law flow decides.
+    watch: control_file.Watch; flow: flow_run.FlowRun where law flow decides or is compared.
     """
 
     def __init__(self, *, config, plan, stream, watch, flow=None):
         self.config, self.plan, self.stream, self.watch = config, plan, stream, watch
-        self.flow = flow if config.mode == "act" else None
+        follows = flow_run.follows(config)
+        self.flow = None if follows and config.mode == "fixed" else flow  # there the plan is all there is
+        self.alone = self.flow is not None and follows  # whether decisions come without a measurement as well
         self.control, self.memories = control_file.Control(), {}
         self.coming = []  # (sample, weights): what people asked for from later samples on
         self.aim, self.later = Aim(), None  # in force, and (sample, Aim) of a later one
         self.since_change, self.losses = NEVER, np.zeros((len(plan.names), 2))
-
-    @property
-    def alone(self):
-        """Whether decisions come without a measurement as well."""
-        return self.flow is not None
 
     def effective(self):
         """The first sample, on a global batch, at which a decision of now can take effect."""
@@ -172,7 +169,7 @@ class Steering:
         ahead = self.stream.ahead(at if at < self.plan.samples else self.stream.index)
         aim, batch = self._aim_at(at), self.stream.global_batch
         known = {}
-        if self.alone and at < self.plan.samples:
+        if self.flow is not None and at < self.plan.samples:
             known = flow_act.known(self.flow, self.plan, ahead, at, end, batch)
         return situation(
             config=self.config,

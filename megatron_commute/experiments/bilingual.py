@@ -2,9 +2,10 @@
 
 Studies: `paper` (sections 4.2 and 4.3 of Rukhovich et al., arXiv 2501.15556, with every effect
 judged again after a common tail), `end-to-end` (whole runs with equal budgets under several
-schedules), `flow` (the same for schedules that follow the learning rate) and `design` (for those
-designed on proxies). Every number comes from cells.jsonl in the study's folder: killed at any
-moment, a study goes on where it stopped; complete, it redraws its tables and figures in seconds.
+schedules), `flow` (the same for schedules that follow the learning rate), `design` (for those
+designed on proxies) and `online` (for runs that change half-way). Every number comes from
+cells.jsonl in the study's folder: killed at any moment, a study goes on where it stopped; complete,
+it redraws its tables and figures in seconds.
 Started by torchrun or deepspeed, all ranks work on every cell of study `paper` together.
 """
 
@@ -23,13 +24,14 @@ from megatron_commute.experiments import bilingual_design as design
 from megatron_commute.experiments import bilingual_end_to_end as end_to_end
 from megatron_commute.experiments import bilingual_figures as figures
 from megatron_commute.experiments import bilingual_flow as flow
+from megatron_commute.experiments import bilingual_online as online
 from megatron_commute.experiments import bilingual_paper as paper
 from megatron_commute.experiments import bilingual_tables as tables
 from megatron_commute.experiments.bilingual_trainer import Settings
 from megatron_commute.settings import text_files
 
-MODULES = {"paper": paper, "end-to-end": end_to_end, "flow": flow, "design": design}
-ALONE = ("end-to-end", "flow", "design")  # studies of one process, without an estimate
+MODULES = {"paper": paper, "end-to-end": end_to_end, "flow": flow, "design": design, "online": online}
+ALONE = ("end-to-end", "flow", "design", "online")  # studies of one process, without an estimate
 
 
 @reduce.joined()
@@ -51,7 +53,7 @@ def study(name, settings, out_dir, quick=False, processes=None, say=print, size=
         folder, {"study": name, "quick": quick, **dataclasses.asdict(settings), **_changed(name, quick, size)}
     )
     processes = processes or (1 if torch.cuda.is_available() else len(os.sched_getaffinity(0)))
-    work = {"paper": _paper, "end-to-end": _end_to_end, "flow": flow.study, "design": design.study}[name]
+    work = {"paper": _paper, "end-to-end": _end_to_end}.get(name) or MODULES[name].study
     found = work(settings, folder, size, processes, say)
     if found is None:
         return None

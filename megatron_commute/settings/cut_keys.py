@@ -30,7 +30,7 @@ def refuse_cut(document: Document) -> None:
     chosen = document.tree.get("controller")
     if not isinstance(chosen, Mapping):
         return
-    named = [("law", chosen.get("law"), "write hold or tilt")]
+    named = [("law", chosen.get("law"), "write flow or hold")]
     if isinstance(chosen.get("compare"), list):
         named += [("compare", law, "leave it out") for law in chosen["compare"]]
     for key, law, cure in named:

@@ -29,6 +29,7 @@ from megatron_commute.settings.yaml_checks import (
 )
 
 MODES = ("shadow", "fixed", "act")
+DEFAULT_LAWS = {None: "tilt", "shadow": "tilt", "fixed": "tilt", "act": "flow"}  # by mode
 METHODS = ("difference", "exact", "fused")
 METRICS = ("identity", "adam")
 MEMORIES = ("auto", *memory.MODES)
@@ -106,7 +107,7 @@ def _target(value: Any) -> str | dict[str, float]:
     return "each" if value == "each" else mixture_of("each, or null")(value)
 
 
-_law = text("write the name of a law, such as hold or tilt")
+_law = text("write the name of a law, such as flow or hold")
 
 
 def _laws(value: Any) -> tuple[str, ...]:
@@ -146,6 +147,7 @@ PROBE_KEYS: dict[str, Check] = {
 CONTROLLER_KEYS: dict[str, Check] = {
     "law": _law,
     "strength": number("write a positive number", lambda x: x > 0),
+    "memory": number("write a number of 0 or more, such as 2.5", lambda x: x >= 0),
     "rate": number(
         "write the largest change of a weight in one decision, such as 0.05", lambda x: 0 < x <= 1
     ),
@@ -174,7 +176,7 @@ def load(path: str | Path) -> Config:
         fitting = -(-probe.samples // probe.splits) * probe.splits
         problem = f"{probe.samples} is not divisible by the {probe.splits} splits"
         raise document.error("probe.samples", problem, f"write {fitting}, or other probe.splits")
-    law = _controller(document, values.pop("controller", None), names)
+    law = _controller(document, values.pop("controller", None), names, DEFAULT_LAWS[values.get("mode")])
     if isinstance(values.get("target"), dict):
         refuse_strangers(document, "target", values["target"], names)
     if values.get("target") == "each" and values.get("mode") == "act":
@@ -195,8 +197,8 @@ def load(path: str | Path) -> Config:
     )
 
 
-def _controller(document: Document, value: Any, names: list[str]) -> Controller:
-    law = document.section("controller", value, CONTROLLER_KEYS)
+def _controller(document: Document, value: Any, names: list[str], default_law: str) -> Controller:
+    law = {"law": default_law} | document.section("controller", value, CONTROLLER_KEYS)
     for key, default in (("floors", 0.0), ("caps", 1.0)):
         law[key] = by_domain(document, f"controller.{key}", law.get(key, {}), names, default)
     for name, floor, cap in zip(names, law["floors"], law["caps"], strict=True):

@@ -62,14 +62,19 @@ class Probe:
     # seconds (soft), or None
 
 
+LARGEST_MEMORY = 10.0  # of law flow that was ever measured: there a cosine is harmed
+
+
 @dataclass(frozen=True, kw_only=True)
 class Controller:
     """What makes new weights of a measurement, and its guardrails."""
 
     law: str = "tilt"
-    # its name in decide.laws
+    # its name in decide.laws; of a file that names none in mode act: "flow"
     strength: float = 1.0
     # of the law's answer to a score
+    memory: float = 2.5
+    # of law flow: how much of a sample is forgotten over the run's flow, as a power of e
     rate: float = 0.05
     # largest change of a weight in one decision
     confidence: float = 0.95

@@ -183,7 +183,7 @@ mode: {mode}
 every: 4
 measure_budget: 1
 probe: {{samples: 8, splits: 2}}
-controller: {{confidence: 0.5, rate: 0.3}}
+controller: {{law: tilt, confidence: 0.5, rate: 0.3}}
 {more}
 """
     path = folder / "mixture.yaml"

@@ -7,17 +7,20 @@ import flow_jobs
 import numpy as np
 import pytest
 from flow_jobs import (
+    ACT,
     BATCH,
-    MIXTURE,
+    FREE,
     NAMES,
     SHARES,
     STEPS,
     attached,
+    closed_form,
     cosine,
     decisions,
     pieces,
     stream,
     trained,
+    weights_by_step,
 )
 
 from megatron_commute.config import ConfigError
@@ -25,48 +28,11 @@ from megatron_commute.decide import control_file, flow, replay
 from megatron_commute.decide.steering import Aim
 from megatron_commute.record import log as record
 
-ACT = MIXTURE.replace("mode: fixed", "mode: act").replace("every: 25", "every: 10")
-FREE = ACT.replace("law: flow", "law: flow, rate: 1")
-
 
 @pytest.fixture
 def folder(tmp_path):
     flow_jobs.write_data(tmp_path)
     return tmp_path
-
-
-def weights_by_step(plugin, begin=0, end=STEPS):
-    """f64[steps, K]: weights in force of every step."""
-    hook, seen = plugin.hook, []
-    for step in range(begin, end):
-        trained(plugin, step, step + 1)
-        seen.append(hook.weights)
-    return np.array(seen)
-
-
-def closed_form(
-    owed, target, strength=1.0, begin=0, steps=STEPS, rates=cosine, low=0.0, high=1.0, scale=None
-):
-    """Weights f64[steps - begin, K] of every step from `begin` on: those with the log-odds that the profile asks for, found
-    by alternating scaling of rows and columns. The profile is that of the planned run, `scale`: its rates."""
-    planned = np.array([rates(n) for n in range(steps)] if scale is None else scale)
-    now = np.array([rates(n) for n in range(steps)])
-    kept = min(len(planned) // 10, 100)
-
-    def raw(rate):
-        after = np.array([rate[n + 1 :].sum() for n in range(len(rate))])
-        return rate / planned.max() * np.exp(-2.5 * after / planned.sum())
-
-    p = raw(planned)[kept:]
-    p = ((raw(now) - p.min()) / (p.max() - p.min())).clip(0, 1)
-    shares = np.array(SHARES)
-    reach = strength * 0.35 * (np.minimum(np.array(target) / shares, 10) - 1)
-    wish = (shares * np.exp(np.outer(p, reach)))[begin:]
-    w = wish / wish.sum(1, keepdims=True)
-    for _ in range(20000):
-        w = w * (np.array(owed) / BATCH / w.sum(0))
-        w = w / w.sum(1, keepdims=True)
-    return w
 
 
 def test_an_unchanged_run_makes_the_weights_of_its_plan_again(folder):
@@ -225,13 +191,6 @@ def test_a_domain_that_joins_by_consent_is_part_of_the_next_decision(folder):
     again, _ = attached(folder, joined, state=json.dumps(plugin.hook.state_dict()), accept=True)
     trained(again, begin=30)
     assert again.hook.stream.served.tolist() == [440, 60, 100]
-
-
-def test_other_laws_are_shown_beside_it(folder):
-    plugin, _ = attached(folder, FREE.replace("law: flow", "law: flow, compare: [tilt, hold]"))
-    trained(plugin, end=25)
-    probes = [line for line in record.read(folder / "run") if line["event"] == "probe"]
-    assert len(probes) == 2 and all(set(line["laws"]) == {"flow", "tilt", "hold"} for line in probes)
 
 
 def test_freeze_holds_the_weights_at_once(folder):

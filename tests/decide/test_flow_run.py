@@ -67,6 +67,7 @@ def test_a_resumed_run_makes_the_same_weights_and_samples(folder, stop):
         ({"rates": lambda step: cosine(step, steps=90)}, r"other learning rates \(their sum "),
         ({"text": MIXTURE.replace("{ru: 1}", "{code: 1}")}, "the target of flow was 0 1 0, it is 0 0 1; put it back"),
         ({"text": MIXTURE.replace("flow}", "flow, strength: 0.5}")}, "the strength of flow was 1, it is 0.5"),
+        ({"text": MIXTURE.replace("flow}", "flow, memory: 5}")}, "the memory of flow was 2.5, it is 5; put it back"),
         ({"text": MIXTURE.replace("flow}", "hold}")}, "the law was flow, it is hold"),
         ({"text": MIXTURE.replace("budget: 360", "budget: 340").replace("budget: 60", "budget: 80")}, "budget of en"),
     ],
@@ -165,7 +166,9 @@ def untold(step):
         ({"text": MIXTURE.replace("{ru: 1}", "each")}, "target: law flow plans for one target; write shares"),
         ({"text": MIXTURE.replace("mode: fixed", "mode: shadow")}, "controller.law: flow plans weights, which"),
         ({"text": MIXTURE.replace("mode: fixed", "mode: fixed\nschedule: s.csv")}, "schedule: law flow plans the weights;"),
-        ({"text": MIXTURE.replace("law: flow", "law: hold, compare: [flow]")}, "controller.compare: flow is planned before"),
+        ({"text": MIXTURE.replace("law: flow", "law: hold, compare: [flow]"), "rates": untold},
+            "controller.compare: flow needs the learning rate of every step, the host does not tell that of step 0: "
+            "RuntimeError: no scheduler; give it --lr and --lr-decay-style, or take flow out of compare"),
         ({"text": MIXTURE.replace("budget: 60", "weight: 0").replace("budget: 360", "weight: 0.7")
             .replace("budget: 180", "weight: 0.3")}, "has a target but no samples; give it a budget"),
     ],

@@ -23,7 +23,7 @@ import numpy as np
 
 COLUMNS = ("layout", "ranks", "flags", "off_identical", "shadow_identical", "fixed_stream_is_stock", "act_draws_as_logged",
            "resumed_identical", "resumed_log_identical", "exception_survived", "nan_survived", "probes")  # fmt: skip
-EXTRA = "probe: {samples: 8, splits: 2}\ncontroller: {confidence: 0.5}"
+EXTRA = "probe: {samples: 8, splits: 2}\ncontroller: {law: tilt, confidence: 0.5}"
 
 
 def trees(folder):

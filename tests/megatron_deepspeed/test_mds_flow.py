@@ -9,8 +9,9 @@ from planned_jobs import CUT, Jobs
 
 from megatron_commute.decide import control_file
 
-ACT = "target: {russian: 1}\nprobe: {samples: 8, splits: 2}\ncontroller: {law: flow, rate: 0.2}\n"
+ACT = "target: {russian: 1}\nprobe: {samples: 8, splits: 2}\ncontroller: {rate: 0.2}\n"  # the default law
 CHANGE = "target: {code: 1}\nfrom: 90\n"  # holds from sample 96, a global batch
+LAYOUTS = ("zero1", "tp2", "pp2")
 LAW = "target: {russian: 1}\nprobe: {samples: 8, splits: 2}\ncontroller: {law: flow}\n"
 
 
@@ -19,8 +20,9 @@ def rates_of(lines):
     return {line["sample"]: line["lr"] for line in lines if line["event"] == "loss"}
 
 
-def test_the_host_tells_its_rates_and_a_cut_run_goes_on_as_planned(scratch, tmp_path):
-    here = Jobs(scratch, tmp_path, "zero1")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_host_tells_its_rates_and_a_cut_run_goes_on_as_planned(scratch, tmp_path, layout):
+    here = Jobs(scratch, tmp_path, layout)
     text = (here.data / "fixed.yaml").read_text()
     file = tmp_path / "flow.yaml"
     file.write_text(text[: text.index("probe:")] + LAW)
@@ -56,7 +58,7 @@ def test_the_host_tells_its_rates_and_a_cut_run_goes_on_as_planned(scratch, tmp_
     assert weights.max() > 2 * weights.min()
 
 
-@pytest.mark.parametrize("layout", ["zero1", "tp2", "pp2"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_target_changes_while_the_run_goes_on_and_a_cut_run_follows_it(scratch, tmp_path, layout):
     here = Jobs(scratch, tmp_path, layout)
     text = (here.data / "act.yaml").read_text()
@@ -87,9 +89,10 @@ def test_the_target_changes_while_the_run_goes_on_and_a_cut_run_follows_it(scrat
     assert "UNCALIBRATED" not in here.log("whole") and "OTHER SAMPLES" not in here.log("whole")
 
 
-def test_a_rank_killed_in_a_probe_after_the_change_of_target(scratch, tmp_path):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_rank_killed_in_a_probe_after_the_change_of_target(scratch, tmp_path, layout):
     """The restart skips that probe, and the law decides without it: budgets exact, the stream that of the record."""
-    here = Jobs(scratch, tmp_path, "zero1")
+    here = Jobs(scratch, tmp_path, layout)
     text = (here.data / "act.yaml").read_text()
     file = tmp_path / "act.yaml"
     file.write_text(text[: text.index("probe:")] + ACT)

@@ -28,6 +28,9 @@ measure_budget: 1
 controller: {law: flow}
 """
 
+ACT = MIXTURE.replace("mode: fixed", "mode: act").replace("every: 25", "every: 10")
+FREE = ACT.replace("law: flow", "law: flow, rate: 1")
+
 
 def write_data(folder):
     for d, name in enumerate(NAMES):
@@ -87,6 +90,40 @@ def trained(plugin, begin=0, end=STEPS):
         hook.end(np.zeros(BATCH), np.zeros((BATCH, LENGTH + 1), dtype=np.int64), place)
         hook.log_losses(step + 1)
     return seen
+
+
+def weights_by_step(plugin, begin=0, end=STEPS):
+    """f64[steps, K]: weights in force of every step."""
+    hook, seen = plugin.hook, []
+    for step in range(begin, end):
+        trained(plugin, step, step + 1)
+        seen.append(hook.weights)
+    return np.array(seen)
+
+
+def closed_form(
+    owed, target, strength=1.0, begin=0, steps=STEPS, rates=cosine, low=0.0, high=1.0, scale=None, memory=2.5
+):
+    """Weights f64[steps - begin, K] of every step from `begin` on: those with the log-odds that the profile asks for, found
+    by alternating scaling of rows and columns. The profile is that of the planned run, `scale`: its rates."""
+    planned = np.array([rates(n) for n in range(steps)] if scale is None else scale)
+    now = np.array([rates(n) for n in range(steps)])
+    kept = min(len(planned) // 10, 100)
+
+    def raw(rate):
+        after = np.array([rate[n + 1 :].sum() for n in range(len(rate))])
+        return rate / planned.max() * np.exp(-memory * after / planned.sum())
+
+    p = raw(planned)[kept:]
+    p = ((raw(now) - p.min()) / (p.max() - p.min())).clip(0, 1)
+    shares = np.array(SHARES)
+    reach = strength * 0.35 * (np.minimum(np.array(target) / shares, 10) - 1)
+    wish = (shares * np.exp(np.outer(p, reach)))[begin:]
+    w = wish / wish.sum(1, keepdims=True)
+    for _ in range(20000):
+        w = w * (np.array(owed) / BATCH / w.sum(0))
+        w = w / w.sum(1, keepdims=True)
+    return w
 
 
 def decisions(place, everything=False):

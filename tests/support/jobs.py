@@ -39,7 +39,8 @@ def _write_data(folder, documents, names):
 
 
 def write_mixture(folder, name="mixture.yaml", *, mode="act", iters=40, batch=8, extra=""):
-    """A mixture file over the data of `write_data`: budgets in the shares of DOMAINS, exact for the run."""
+    """A mixture file over the data of `write_data`: budgets in the shares of DOMAINS, exact for the run. Mode act: law
+    tilt, which moves weights whatever the target, unless `extra` names another."""
     samples = iters * batch
     budgets = [round(samples * share) for share in DOMAINS.values()]
     budgets[0] += samples - sum(budgets)
@@ -48,7 +49,8 @@ def write_mixture(folder, name="mixture.yaml", *, mode="act", iters=40, batch=8,
         + (f", budget: {budget}}}" if mode != "shadow" else "}")
         for (domain, share), budget in zip(DOMAINS.items(), budgets, strict=True)
     ]
-    text = "\n".join(["domains:", *rows, f"mode: {mode}", "every: 8", "measure_budget: 0.99", extra])
+    law = "" if mode != "act" or "controller:" in extra else "controller: {law: tilt}"
+    text = "\n".join(["domains:", *rows, f"mode: {mode}", "every: 8", "measure_budget: 0.99", extra, law])
     path = Path(folder, name)
     path.write_text(text + "\n")
     return str(path)

@@ -8,7 +8,7 @@ COUNTS = {"step", "sample", "effective_sample", "samples", "global_batch", "seq_
 COUNTS |= {"every", "lead", "seed", "parameters", "failures", "splits"}
 TEXTS = {"event", "mode", "reason", "config", "method", "metric", "direction", "error", "text", "law"}
 OBJECTS = {"timing", "probe", "controller", "memory", "flow", "analysis", "situation", "laws"}
-LISTS = {"names", "budgets", "sizes", "holdouts", "warnings", "news", "windows"}
+LISTS = {"names", "budgets", "sizes", "holdouts", "warnings", "news", "windows", "rampup_batch_size"}
 _NUMBER, _HUGE = {int, float, type(None)}, 1e300
 
 

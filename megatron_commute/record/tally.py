@@ -23,15 +23,14 @@ class Tally:
     `settle`, equal on all ranks.
 
     K domains. data_rank, data_size: place of this rank among the data-parallel ranks;
-    micro_batch: sequences of one forward pass; group: the ranks that tell each a part of the
-    step, the data-parallel group.
+    global_batch: samples of a step, where `begin` tells no other; micro_batch: sequences of one
+    forward pass; group: the ranks that tell each a part of the step, the data-parallel group.
     """
 
     def __init__(self, *, domains, global_batch, micro_batch, data_rank, data_size, group):
-        chunks = np.arange(global_batch).reshape(-1, data_size, micro_batch)
-        self.mine = chunks[:, data_rank].reshape(
-            -1
-        )  # Megatron's slices: rank r takes the r-th of every micro chunk
+        self._place = data_rank, data_size, micro_batch
+        self._samples = 0
+        self.begin(global_batch)
         self.losses = np.zeros((domains, 2))
         self.fingerprint = self.skipped = 0
         self.group = group
@@ -39,6 +38,15 @@ class Tally:
 
     def _forget(self):
         self._steps, self._seen, self._hashes = 0, [], np.zeros((), dtype=np.uint64)
+
+    def begin(self, samples):
+        """The coming step has so many samples: this rank trains those of `mine`, i64[n]."""
+        if samples == self._samples:
+            return
+        rank, size, micro = self._place
+        # Megatron's slices: rank r takes the r-th of every micro chunk
+        self.mine = np.arange(samples).reshape(-1, size, micro)[:, rank].reshape(-1)
+        self._samples = samples
 
     def over(self, group):
         """The same tally summed over `group`: for layouts in which not every rank of a replica

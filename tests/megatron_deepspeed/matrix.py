@@ -172,10 +172,11 @@ def judge(name, planned, seen):
         ).strip(),
         "off_identical": same(seen["off"], seen["stock"]),
         "shadow_identical": same(seen["shadow"], seen["stock"]),
-        "fixed_stream_is_stock": bool(seen["fixed"][0]) and stream(seen["fixed"]) == stream(seen["stock"]),
+        "fixed_stream_is_stock": bool(seen["fixed"][0])
+        and stream(seen["fixed"], layout.micro_batch) == stream(seen["stock"], layout.micro_batch),
         "act_draws_as_logged": bool(act)
         and bool(seen["act"][0])
-        and draws_as_logged(act, stream(seen["act"])),
+        and draws_as_logged(act, stream(seen["act"], layout.micro_batch)),
         "resumed_identical": bool(whole)
         and half["losses"] == [rank["losses"][layouts.SAVED :] for rank in whole]
         and half["model"] == [rank["model"] for rank in whole],

@@ -49,12 +49,6 @@ _FLAGS = (
         "drop it",
     ),
     (
-        "--rampup-batch-size",
-        lambda a: bool(getattr(a, "rampup_batch_size", None)),
-        "steps would differ in samples",
-        "start with the full --global-batch-size",
-    ),
-    (
         "--dataloader-type cyclic",
         lambda a: a.dataloader_type not in (None, "single"),
         "it draws samples at random, so that nothing tells which domain comes next",

@@ -57,8 +57,8 @@ class Tally:
 
     def add(self, first_sample, domains, positions, losses, tokens):
         """One step. domains, positions: i64[global_batch] of the stream; losses f64[n], an array
-        or a tensor that is left on its device, tokens i64[n, s]: this rank's own, None where the
-        rank has none or another rank of the group tells the same.
+        or a tensor that is left on its device, tokens as of `sample_hashes`: this rank's own, None
+        where the rank has none or another rank of the group tells the same.
         """
         self._steps += 1
         own = domains[self.mine]
@@ -124,10 +124,13 @@ def sample_hashes(index, domain, position, tokens):
     """64-bit hashes u64[n] of delivered samples: of their place in the global stream, where they
     came from, and their content.
 
-    index, domain, position i64[n]; tokens: integer numpy array [n, s]. Added up mod 2^64 over
-    samples, the order does not matter. Content enters as sum_i c_i t_i with fixed odd c_i.
+    index, domain, position i64[n]; tokens: integer numpy array [n, s], or a list of such, whose
+    rows follow one another. Added up mod 2^64 over samples, the order does not matter. Content
+    enters as sum_i c_i t_i with fixed odd c_i.
     """
-    content = np.ascontiguousarray(tokens, dtype=np.int64).view(np.uint64) @ _factors(tokens.shape[1])
+    parts = tokens if isinstance(tokens, list) else [tokens]
+    content = [np.ascontiguousarray(part, dtype=np.int64).view(np.uint64) for part in parts]
+    content = np.concatenate([part @ _factors(part.shape[1]) for part in content])
     place = np.array([index, domain, position], dtype=np.int64).view(np.uint64)
     return _mixed(_mixed(content) + _factors(3) @ place)
 

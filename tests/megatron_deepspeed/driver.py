@@ -108,6 +108,10 @@ def child(tree, job, rank, port):
         watch(seen, f"{job['out']}/delivered{rank}" if job.get("told") else None)
         if job.get("seeded"):
             seed_models()
+        if job.get("unrefused"):
+            from megatron_commute.adapters.megatron_deepspeed import refusals
+
+            refusals._FLAGS = tuple(row for row in refusals._FLAGS if row[0] not in job["unrefused"])
         if job.get("counted"):
             count_collectives(seen)
         if "--fp16" in job["argv"]:

@@ -41,6 +41,7 @@ BF16 = {"bf16": {"enabled": True}}
 # begins with a scale that overflows, and tries a larger one every third step
 FP16 = {"fp16": {"enabled": True, "initial_scale_power": 24, "loss_scale_window": 3, "hysteresis": 1}}
 PLAIN = "--no-pipeline-parallel"
+EXPERTS = "--num-experts 4 --topk 1 --create-moe-param-group"
 FLASH = "--use-flash-attn-v2"
 LAYOUTS = {
     "zero0": Layout(0, extra=PLAIN),
@@ -76,6 +77,12 @@ LAYOUTS = {
     "rampup": Layout(1, extra=f"{PLAIN} --micro-batch-size 1", config={MICRO: 1}, length=GROWING),
     "rampup-single": Layout(1, 1, f"{PLAIN} --micro-batch-size 1", {MICRO: 1}, GROWING),
     "rampup-pp2": Layout(1, extra="--pipeline-model-parallel-size 2", length=GROWING),
+    "experts-single": Layout(1, 1, f"{PLAIN} {EXPERTS}"),
+    "experts-kept-single": Layout(1, 1, f"{PLAIN} {EXPERTS} --disable-moe-token-dropping"),
+    "experts-kept": Layout(1, extra=f"{PLAIN} {EXPERTS} --disable-moe-token-dropping"),
+    "experts-apart": Layout(
+        1, extra=f"{PLAIN} {EXPERTS} --disable-moe-token-dropping --moe-expert-parallel-size 2"
+    ),
     "tokens": Layout(
         1, extra=PLAIN, length="--train-samples 100000 --train-tokens {tokens} --lr-warmup-samples 16"
     ),

@@ -7,7 +7,6 @@ same model, samples and ranks, or against one process; the error that the probe 
 |M|; and how the job ended, as the host saves a checkpoint at its end.
 """
 
-import csv
 import os
 import tempfile
 from pathlib import Path
@@ -62,10 +61,7 @@ def main():
         found = list(rows(os.environ.get("MATRIX_FOLDER", scratch)))
     for row in found:
         print("  ".join(f"{key}={value}" for key, value in row.items()), flush=True)
-    with Path(__file__).with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(found[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(found)
+    matrix.write(Path(__file__).with_suffix(".csv"), found)
 
 
 if __name__ == "__main__":

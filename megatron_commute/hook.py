@@ -97,9 +97,7 @@ class Hook:
         return reduce.rank() == 0
 
     def start(self, news=()):
-        """Open a new record, of a fresh run or of one whose mixture changed by consent (news:
-        what changed). An older record in its place is moved aside.
-        """
+        """Open a new record; an older one is moved aside. news: what changed by consent."""
         settings, plan, run = self.config, self.plan, self.run
         here = sum(
             p.numel() for p, owns in zip(self.model.parameters(), self.model.owned, strict=True) if owns

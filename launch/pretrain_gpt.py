@@ -304,7 +304,8 @@ def run(args, world, rank, plugin, valid, checkpoint):
     import deepspeed
     import torch
 
-    from megatron_commute.adapters import megatron_core, restart
+    from megatron_commute.adapters import alike, megatron_core, restart
+    from megatron_commute.config import ConfigError
 
     if shutil.which(os.environ.get("CXX") or "c++") is None:
         # DeepSpeed would die building its CPU operator; gloo does the work
@@ -314,6 +315,13 @@ def run(args, world, rank, plugin, valid, checkpoint):
         with contextlib.redirect_stdout(sys.stderr):
             backend = "nccl" if torch.cuda.is_available() else "gloo"
             deepspeed.init_distributed(backend, timeout=datetime.timedelta(minutes=limit))
+        if plugin is not None:
+            try:
+                alike.refuse_unlike(alike.facts(plugin.config))
+            except ConfigError as error:
+                if os.environ.get("LOCAL_RANK", "0") == "0":
+                    print(f"error: {error}", file=sys.stderr)
+                raise SystemExit(2) from None
         megatron_core.initialise(args.tensor_model_parallel_size, args.seed, limit)
         engine = build_engine(args, world // args.tensor_model_parallel_size, checkpoint.universal)
         train(args, engine, plugin, valid, checkpoint)

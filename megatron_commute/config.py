@@ -132,6 +132,8 @@ def _check_run(run: Run) -> None:
         if value < 1:
             raise ConfigError(f"{flag}: got {value}; write a positive number")
     chunk = run.micro_batch * run.data_parallel
+    if run.rampup is not None:
+        _check_rampup(run, chunk)
     if run.global_batch % chunk:
         fitting = -(-run.global_batch // chunk) * chunk
         raise ConfigError(
@@ -139,6 +141,23 @@ def _check_run(run: Run) -> None:
             f"{run.micro_batch} x data-parallel size {run.data_parallel} = {chunk}; "
             f"write {fitting}, or start another number of ranks"
         )
+
+
+def _check_rampup(run: Run, chunk: int) -> None:
+    first, increment, samples = run.rampup
+    told = f"--rampup-batch-size {first} {increment} {samples}"
+    if min(run.rampup) < 1 or first >= run.global_batch or (run.global_batch - first) % increment:
+        raise ConfigError(
+            f"{told}: write samples of the first step, below --global-batch-size {run.global_batch}, an "
+            "increment that leads from it to that, and the samples of the ramp-up"
+        )
+    for size in run.batches.sizes:
+        if size % chunk:
+            raise ConfigError(
+                f"{told}: a step of {size} samples is not divisible by --micro-batch-size "
+                f"{run.micro_batch} x data-parallel size {run.data_parallel} = {chunk}; write multiples of "
+                f"{chunk}"
+            )
 
 
 def wished_holdout(config: Config, domain: Domain) -> int:

@@ -98,9 +98,7 @@ class Hook:
         return reduce.rank() == 0
 
     def start(self, news=()):
-        """Open a new record, of a fresh run or of one whose mixture changed by consent (news:
-        what changed). An older record in its place is moved aside.
-        """
+        """Open a new record; an older one is moved aside. news: what changed by consent."""
         settings, plan, run = self.config, self.plan, self.run
         here = sum(
             p.numel() for p, owns in zip(self.model.parameters(), self.model.owned, strict=True) if owns
@@ -115,7 +113,7 @@ class Hook:
             memory={"mode": self.memory.mode, "bytes": self.memory.bytes},
             sample=self.stream.index,
             news=news,
-            **({} if self.flow is None else {"flow": flow_run.told(self.flow, run.global_batch)}),
+            **({} if self.flow is None else {"flow": flow_run.told(self.flow, run.batches)}),
         )
         for note in (*news, *plan.warnings):
             self.say(f"note: {note}")
@@ -126,7 +124,7 @@ class Hook:
                 f"ACTING ON AN UNCALIBRATED SIGNAL: mode act lets the law `{settings.controller.law}` move "
                 "the weights; its signal was not compared with effects at the end of a run"
             )
-        self._decided(self.stream.index // run.global_batch, self.steering.begin())
+        self._decided(run.batches.step(self.stream.index), self.steering.begin())
 
     def begin(self, step):
         """Before step `step` (0-based): probe if it is time, then take this step's samples from
@@ -143,6 +141,7 @@ class Hook:
         self.clock.step_begins()
         self.weights = self.stream.weights
         self.domains, self.positions, projections = self.stream.take()
+        self.tally.begin(len(self.domains))
         for projection in projections:
             self._write("projection", step=step, **projection)
 
@@ -151,7 +150,7 @@ class Hook:
         tensor that stays on its device, and tokens i64[n, s]. delivered: (domain, position)
         i64[n] of what the loader brought, checked against the stream. Nothing travels.
         """
-        first = self.stream.index - self.run.global_batch
+        first = self.stream.index - len(self.domains)
         self.tally.add(first, self.domains, self.positions, losses, tokens)
         self.clock.step_ends()
         if delivered is not None:

@@ -140,6 +140,7 @@ class Mixture:
         self.maximum = np.ones(K) if maximum is None else np.array(maximum, dtype=np.float64)
         self._endless = np.array([b is None for b in self.budgets])
         self._limit = np.array([0 if b is None else b for b in self.budgets], dtype=np.int64)
+        self._shared = None if self.samples is None else self.samples - self.retired - int(self._limit.sum())
 
     @property
     def served(self) -> np.ndarray:
@@ -218,15 +219,13 @@ class Mixture:
         state = (self._weights, self._credit, elapsed, first, self._served, self._origin, room, self._spare())
         done = run(*state, domain, position, n)
         self.index += done
-        if self.index in events or (self._weights[~self._alive()] > 0).any():
+        if self.index in events or (self._weights * ~self._alive()).any():
             self._settle()
         return done
 
     def _spare(self) -> int:
         """Samples the endless domains may still serve, together."""
-        if self.samples is None:
-            return UNLIMITED
-        return int(self.samples - self.retired - self._limit.sum() - self._served[self._endless].sum())
+        return UNLIMITED if self._shared is None else self._shared - int(self._served @ self._endless)
 
     def _alive(self) -> np.ndarray:
         return np.where(self._endless, self._spare() > 0, self._served < self._limit)

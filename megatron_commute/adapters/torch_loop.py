@@ -250,12 +250,11 @@ class Plugin:
         mixture, ledger, news = self._resumed(learning_rate, groups, state, consumed, accept, take_over)
         if self.feeds:
             self._feed(mixture.copy(), ledger.keys, groups)
-        batch = self.run.global_batch
         self.hook = Hook(
             config=self.config,
             plan=self.plan,
             run=self.run,
-            stream=Stream(consumed=mixture, sampler=self.sampler, groups=groups, global_batch=batch),
+            stream=Stream(consumed=mixture, sampler=self.sampler, groups=groups, batches=self.run.batches),
             ledger=ledger,
             model=model,
             groups=groups,
@@ -330,7 +329,7 @@ class Plugin:
         if not acts:
             weights = found.schedule.weights
             weights = reduce.broadcast_numbers(weights.ravel(), groups).reshape(weights.shape)
-            self.flow = flow_run.with_weights(found, weights, self.run.global_batch)
+            self.flow = flow_run.with_weights(found, weights, self.run.batches)
         schedule = () if acts else self.flow.schedule.changes
         self.plan = dataclasses.replace(self.plan, schedule=schedule, warnings=(*self.plan.warnings, *notes))
         for at_sample, weights in schedule if news or not (state or {}).get("flow") else ():

@@ -77,7 +77,7 @@ def checked(file: str, flags: dict[str, Any], **other: Any) -> Asked:
         raise Refusal(str(error)) from error
     warnings = (*found.warnings, *flow.schedule.notes)
     found = dataclasses.replace(found, schedule=flow.schedule.changes, warnings=warnings)
-    line = log.line("start", {"flow": flow_run.told(flow, run.global_batch)})
+    line = log.line("start", {"flow": flow_run.told(flow, run.batches)})
     return Asked(config, run, found, told, line["flow"])
 
 

@@ -15,12 +15,12 @@ class Stream:
     """The consumed mixture and the sampler's frontier behind one `schedule`; equal on all ranks.
 
     consumed: mixture.Mixture at the samples consumed. sampler: data.sampler.MixtureSampler, None
-    where the host feeds training (mode shadow). groups: reduce.Groups. global_batch: samples of
-    a step.
+    where the host feeds training (mode shadow). groups: reduce.Groups. batches:
+    settings.batches.Batches of the run.
     """
 
-    def __init__(self, *, consumed, sampler, groups, global_batch):
-        self.consumed, self.sampler, self.groups, self.global_batch = consumed, sampler, groups, global_batch
+    def __init__(self, *, consumed, sampler, groups, batches):
+        self.consumed, self.sampler, self.groups, self.batches = consumed, sampler, groups, batches
 
     @property
     def index(self):
@@ -38,10 +38,10 @@ class Stream:
         return np.asarray(self.consumed.weights, dtype=np.float64)
 
     def take(self):
-        """(domain, position) i64[global_batch] of the coming step, and the projections that
+        """(domain, position) i64[samples of the step] of the coming step, and the projections that
         budgets asked for in it.
         """
-        domains, positions = self.consumed.take(self.global_batch)
+        domains, positions = self.consumed.take(self.batches.size(self.consumed.index))
         projections = [change._asdict() for change in self.consumed.projections]
         self.consumed.projections.clear()
         return domains, positions, projections

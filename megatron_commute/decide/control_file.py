@@ -21,6 +21,7 @@ from pathlib import Path
 from megatron_commute.decide import control_text
 from megatron_commute.decide.flow import STRONGEST
 from megatron_commute.settings import schedule, text_files
+from megatron_commute.settings.batches import Batches
 from megatron_commute.settings.mixture_file import (
     SHARE_TOLERANCE,
     by_domain,
@@ -50,8 +51,8 @@ class Limits:
     # of the run
     seq_length: int = 1
     # tokens of a sample
-    global_batch: int = 1
-    # samples of a step
+    batches: Batches = dataclasses.field(default_factory=lambda: Batches(1))
+    # samples of every step
     shares: tuple[float, ...] | None = None
     # planned part of the samples of each domain; None: all have some
     holdouts: tuple[int, ...] | None = None
@@ -66,7 +67,7 @@ def limits(config, plan, run) -> Limits:
         acts=config.mode == "act",
         samples=plan.samples,
         seq_length=run.seq_length,
-        global_batch=run.global_batch,
+        batches=run.batches,
         shares=tuple(plan.shares.tolist()),
         holdouts=tuple(plan.holdouts),
     )
@@ -214,7 +215,7 @@ def _changes(document, file, limits):
         )
     except ValueError as error:
         raise document.error("schedule", *str(error).rsplit("; ", 1)) from error
-    found = schedule.changes(points, limits.global_batch) if len(points) <= MOST_CHANGES else ()
+    found = schedule.changes(points, limits.batches) if len(points) <= MOST_CHANGES else ()
     if not 0 < len(found) <= MOST_CHANGES:
         raise document.error("schedule", "it has too many points", f"write {MOST_CHANGES} changes at most")
     return tuple((int(at), tuple(map(float, weights))) for at, weights in found)

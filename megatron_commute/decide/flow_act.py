@@ -11,20 +11,21 @@ from megatron_commute.decide import flow
 POINTS = 12  # at most, of what a decision says it expects of the rest of the run
 
 
-def known(found, plan, ahead, at: int, end: int, global_batch: int) -> dict:
+def known(found, plan, ahead, at: int, end: int, batches) -> dict:
     """What law flow adds to a Situation at sample `at`, whose window ends at sample `end`, both on
-    a global batch. found: flow_run.FlowRun; ahead: the mixture there.
+    a global batch. found: flow_run.FlowRun; ahead: the mixture there; batches: of the run.
     """
     steps = len(found.rates)
     edges = flow.segment_edges(steps, found.kept)
-    whole = np.add.reduceat(found.schedule.profile, edges[:-1]) / np.diff(edges)
-    begin, until = at // global_batch, min(end // global_batch, steps)
+    sizes = batches.of_steps(steps)
+    whole = np.add.reduceat(found.schedule.profile * sizes, edges[:-1]) / np.add.reduceat(sizes, edges[:-1])
+    begin, until = batches.step(at), min(batches.step(end), steps)
     cuts = np.unique(np.concatenate([[begin, until], edges[edges > begin]]))
     segment = np.searchsorted(edges, cuts[:-1], side="right") - 1
     return {
         "owed": owed(plan, ahead),
         "shares": plan.shares,
-        "segments": np.diff(cuts) * float(global_batch),
+        "segments": np.diff(batches.begin(cuts)).astype(np.float64),
         # rates beyond those of the planned run count as its extremes
         "profile": np.clip(whole[segment], 0.0, 1.0),
         "kept": int((cuts[:-1] < found.kept).sum()),
@@ -48,7 +49,7 @@ def owed(plan, ahead) -> np.ndarray:
     return due * (left / due.sum())
 
 
-def expected(found, seen, decision, at: int, global_batch: int) -> dict:
+def expected(found, seen, decision, at: int, batches) -> dict:
     """What a decision line says: the constants, the weights of the window as they were granted, and
     the course of the rest as law flow sees it. seen: the Situation.
     """
@@ -58,7 +59,7 @@ def expected(found, seen, decision, at: int, global_batch: int) -> dict:
         "target": seen.target,
         "strength": seen.strength,
         "ranges": flow.ranges(seen.target, seen.shares, seen.strength),
-        "flow_left": float(found.rates[at // global_batch :].sum()),
+        "flow_left": float(found.rates[batches.step(at) :].sum()),
     }
     if decision.pieces is not None:
         changes = granted(seen, decision, at)

@@ -104,13 +104,13 @@ def planned(*, config, plan, run, rates, mixture=None, state=None, anew=False) -
     if state is not None and not anew:
         begin, used, retired = state["begin"], state["used"], state["retired"]
     elif mixture is not None:
-        begin, used, retired = mixture.index // run.global_batch, mixture.served, mixture.retired
+        begin, used, retired = run.batches.step(mixture.index), mixture.served, mixture.retired
     kept = again.get("kept", flow.kept_steps(len(rates)))
     low, high = bounds(config, plan) if follows(config) else (plan.minimum, plan.maximum)
     try:
         schedule = flow.planned(
             rates=rates,
-            batches=np.full(len(rates), run.global_batch),
+            batches=run.batches.of_steps(len(rates)),
             budgets=plan.budgets,
             weights=plan.weights,
             target=plan.targets[0],
@@ -149,9 +149,9 @@ def continued(state: dict, plan) -> np.ndarray:
     return plan.weights if not old.any() else old / old.sum() * (1.0 - new.sum()) + new
 
 
-def with_weights(found: FlowRun, weights, global_batch: int) -> FlowRun:
+def with_weights(found: FlowRun, weights, batches) -> FlowRun:
     """The same plan with these weights f64[M, K], those of the first rank."""
-    changes = flow.changes_of(found.schedule.edges[:-1] * global_batch, weights)
+    changes = flow.changes_of(batches.begin(found.schedule.edges[:-1]), weights)
     return dataclasses.replace(
         found, schedule=dataclasses.replace(found.schedule, weights=weights, changes=changes)
     )
@@ -224,7 +224,7 @@ def sentence(found: FlowRun, names) -> str:
     )
 
 
-def told(found: FlowRun, global_batch: int) -> dict:
+def told(found: FlowRun, batches) -> dict:
     """What the start line says of it: the constants, the weights segment by segment, the curves of
     rate and profile.
     """
@@ -232,10 +232,11 @@ def told(found: FlowRun, global_batch: int) -> dict:
     at = np.unique(np.linspace(0, steps - 1, min(steps, CURVE_POINTS)).round().astype(int))
     return {
         **state_of(found),
+        "kept_samples": batches.begin(found.kept),
         "ranges": schedule.ranges,
         "notes": schedule.notes,
-        "segments": {"sample": schedule.edges[:-1] * global_batch, "weights": schedule.weights},
-        "curves": {"sample": at * global_batch, "rate": found.rates[at], "profile": schedule.profile[at]},
+        "segments": {"sample": batches.begin(schedule.edges[:-1]), "weights": schedule.weights},
+        "curves": {"sample": batches.begin(at), "rate": found.rates[at], "profile": schedule.profile[at]},
     }
 
 

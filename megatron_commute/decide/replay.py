@@ -14,8 +14,8 @@ from megatron_commute.decide import controller
 from megatron_commute.decide.laws import LAWS
 from megatron_commute.decide.situation import from_facts
 from megatron_commute.record import log as record
+from megatron_commute.settings.batches import Batches
 from megatron_commute.settings.cut_keys import CUT_LAWS, CUT_SINCE
-from megatron_commute.settings.schedule import next_batch
 
 GUARDS = {
     "rate": float,
@@ -170,8 +170,8 @@ def with_guards(seen, changed):
 
 
 def _row(line, seen, decision, start):
-    batch = start["global_batch"]
-    effective = line["effective_sample"] or next_batch(line["sample"] + start["lead"], batch)
+    batches = Batches(start["global_batch"])
+    effective = line["effective_sample"] or batches.next(line["sample"] + start["lead"])
     weights = None if decision.weights is None else decision.weights.tolist()
     return Replayed(
         step=line["step"],

@@ -15,7 +15,7 @@ from megatron_commute import reduce
 from megatron_commute.decide import control_file, controller, flow_act, flow_run
 from megatron_commute.decide.situation import facts, situation
 from megatron_commute.record import lines
-from megatron_commute.settings.schedule import next_batch, refuse_impossible
+from megatron_commute.settings.schedule import refuse_impossible
 
 NEVER = 2**31  # decisions since a change that never was
 
@@ -70,7 +70,7 @@ class Steering:
 
     def effective(self):
         """The first sample, on a global batch, at which a decision of now can take effect."""
-        return next_batch(self.stream.index + self.plan.lead, self.stream.global_batch)
+        return self.stream.batches.next(self.stream.index + self.plan.lead)
 
     def targets(self):
         """f64[T, K] that a decision of now serves."""
@@ -82,10 +82,10 @@ class Steering:
 
     def _next_decision(self):
         """The sample from which the next regular decision holds, at the beginning of a step."""
-        every, batch = self.config.every, self.stream.global_batch
-        step = self.stream.index // batch
+        every, batches = self.config.every, self.stream.batches
+        step = batches.step(self.stream.index)
         step = max(-(-step // every), 1) * every
-        return next_batch(step * batch + self.plan.lead, batch)
+        return batches.next(batches.begin(step) + self.plan.lead)
 
     def decide(self, measured):
         """The Outcomes of a probe.Measurement (None where there is none): the controller's
@@ -98,8 +98,9 @@ class Steering:
             return [
                 Outcome(controller.Decision(None, "target `each` is reported and never acted on"), at, {})
             ]
-        end = at + self.config.every * self.stream.global_batch
-        return self._decided(measured, at, end)
+        batches = self.stream.batches
+        coming = batches.begin(batches.step(self.stream.index) + self.config.every)
+        return self._decided(measured, at, batches.next(coming + self.plan.lead))
 
     def begin(self):
         """The Outcomes of law flow before the first step of a run, or of one that was changed."""
@@ -127,7 +128,7 @@ class Steering:
         fields = {"situation": facts(seen), "laws": lines.laws(decisions)}
         decision = self._carried_out(decisions[law], seen, at)
         if self.alone and decision.course is not None:
-            fields["flow"] = flow_act.expected(self.flow, seen, decision, at, self.stream.global_batch)
+            fields["flow"] = flow_act.expected(self.flow, seen, decision, at, self.stream.batches)
         return Outcome(decision, at, fields)
 
     def _carried_out(self, decision, seen, at):
@@ -167,10 +168,9 @@ class Steering:
         """What the laws may look at, at the sample where their decision would take effect."""
         total, count = self.losses.T
         ahead = self.stream.ahead(at if at < self.plan.samples else self.stream.index)
-        aim, batch = self._aim_at(at), self.stream.global_batch
-        known = {}
+        aim, known = self._aim_at(at), {}
         if self.flow is not None and at < self.plan.samples:
-            known = flow_act.known(self.flow, self.plan, ahead, at, end, batch)
+            known = flow_act.known(self.flow, self.plan, ahead, at, end, self.stream.batches)
         return situation(
             config=self.config,
             plan=self.plan,
@@ -205,7 +205,7 @@ class Steering:
         if version is None:
             return _ignored(what)
         self.watch.digest, control = version, control_file.Control.of(what)
-        at = max(self.effective(), next_batch(control.at, self.stream.global_batch))
+        at = max(self.effective(), self.stream.batches.next(control.at))
         problem = self._problem(control, at)
         return _ignored(problem) if problem else self._followed(control, version, at)
 

@@ -20,6 +20,7 @@ def start(config, plan, run, parameters):
         "holdouts": plan.holdouts,
         "samples": plan.samples,
         "global_batch": run.global_batch,
+        **({} if run.rampup is None else {"rampup_batch_size": run.rampup}),
         "seq_length": run.seq_length,
         "train_iters": run.train_iters,
         "mode": config.mode,

@@ -7,8 +7,8 @@ NUMBERS |= {"weights", "weights_next", "numerical", "difference_step", "train", 
 COUNTS = {"step", "sample", "effective_sample", "samples", "global_batch", "seq_length", "train_iters"}
 COUNTS |= {"every", "lead", "seed", "parameters", "failures", "splits"}
 TEXTS = {"event", "mode", "reason", "config", "method", "metric", "direction", "error", "text", "law"}
-OBJECTS = {"timing", "probe", "controller", "memory", "flow", "analysis", "situation", "laws"}
-LISTS = {"names", "budgets", "sizes", "holdouts", "warnings", "news", "windows"}
+OBJECTS = {"timing", "probe", "controller", "memory", "flow", "analysis", "situation", "laws", "left"}
+LISTS = {"names", "budgets", "sizes", "holdouts", "warnings", "news", "windows", "rampup_batch_size"}
 _NUMBER, _HUGE = {int, float, type(None)}, 1e300
 
 
@@ -96,6 +96,12 @@ def _of_domains(line, start):
     for key in ("train", "valid", "served"):
         if line.get(key) is not None and not _by_name(line[key], names):
             return f"{key} is not by domain"
+    if (left := line.get("left")) is not None and not (
+        type(left.get("samples")) is int
+        and _by_name(left.get("budgets"), names)
+        and {*map(type, left["budgets"].values())} <= {int}
+    ):
+        return "left is not by domain"
     for key in ("s", "s_se", "score", "score_se", "P", "P_se"):
         shape = (K,) * (1 + key.startswith("P") + (start.get("target") == "each"))
         if line.get(key) is not None and _shape(line[key]) != shape:

@@ -23,15 +23,14 @@ class Tally:
     `settle`, equal on all ranks.
 
     K domains. data_rank, data_size: place of this rank among the data-parallel ranks;
-    micro_batch: sequences of one forward pass; group: the ranks that tell each a part of the
-    step, the data-parallel group.
+    global_batch: samples of a step, where `begin` tells no other; micro_batch: sequences of one
+    forward pass; group: the ranks that tell each a part of the step, the data-parallel group.
     """
 
     def __init__(self, *, domains, global_batch, micro_batch, data_rank, data_size, group):
-        chunks = np.arange(global_batch).reshape(-1, data_size, micro_batch)
-        self.mine = chunks[:, data_rank].reshape(
-            -1
-        )  # Megatron's slices: rank r takes the r-th of every micro chunk
+        self._place = data_rank, data_size, micro_batch
+        self._samples = 0
+        self.begin(global_batch)
         self.losses = np.zeros((domains, 2))
         self.fingerprint = self.skipped = 0
         self.group = group
@@ -39,6 +38,15 @@ class Tally:
 
     def _forget(self):
         self._steps, self._seen, self._hashes = 0, [], np.zeros((), dtype=np.uint64)
+
+    def begin(self, samples):
+        """The coming step has so many samples: this rank trains those of `mine`, i64[n]."""
+        if samples == self._samples:
+            return
+        rank, size, micro = self._place
+        # Megatron's slices: rank r takes the r-th of every micro chunk
+        self.mine = np.arange(samples).reshape(-1, size, micro)[:, rank].reshape(-1)
+        self._samples = samples
 
     def over(self, group):
         """The same tally summed over `group`: for layouts in which not every rank of a replica
@@ -49,8 +57,8 @@ class Tally:
 
     def add(self, first_sample, domains, positions, losses, tokens):
         """One step. domains, positions: i64[global_batch] of the stream; losses f64[n], an array
-        or a tensor that is left on its device, tokens i64[n, s]: this rank's own, None where the
-        rank has none or another rank of the group tells the same.
+        or a tensor that is left on its device, tokens as of `sample_hashes`: this rank's own, None
+        where the rank has none or another rank of the group tells the same.
         """
         self._steps += 1
         own = domains[self.mine]
@@ -116,10 +124,13 @@ def sample_hashes(index, domain, position, tokens):
     """64-bit hashes u64[n] of delivered samples: of their place in the global stream, where they
     came from, and their content.
 
-    index, domain, position i64[n]; tokens: integer numpy array [n, s]. Added up mod 2^64 over
-    samples, the order does not matter. Content enters as sum_i c_i t_i with fixed odd c_i.
+    index, domain, position i64[n]; tokens: integer numpy array [n, s], or a list of such, whose
+    rows follow one another. Added up mod 2^64 over samples, the order does not matter. Content
+    enters as sum_i c_i t_i with fixed odd c_i.
     """
-    content = np.ascontiguousarray(tokens, dtype=np.int64).view(np.uint64) @ _factors(tokens.shape[1])
+    parts = tokens if isinstance(tokens, list) else [tokens]
+    content = [np.ascontiguousarray(part, dtype=np.int64).view(np.uint64) for part in parts]
+    content = np.concatenate([part @ _factors(part.shape[1]) for part in content])
     place = np.array([index, domain, position], dtype=np.int64).view(np.uint64)
     return _mixed(_mixed(content) + _factors(3) @ place)
 

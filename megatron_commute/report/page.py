@@ -147,6 +147,11 @@ def _lacks_of_a_run(run):
         notes.append(
             f"There is no end line: the run goes on or was stopped. Its lines reach sample {run.samples:,}."
         )
+    elif (left := run.end.get("left")) is not None:
+        notes.append(
+            f"The run ended early, at sample {run.end['sample']:,}, with {left['samples']:,} samples to come"
+            f"{_left_of_budgets(run, left['budgets'])}. A restart with its last checkpoint goes on."
+        )
     if not run.probes:
         notes.append("There is no finished probe, so there are no scores, no P and no decisions.")
     for kind, word in (("train", "training"), ("valid", "validation")):
@@ -161,6 +166,14 @@ def _lacks_of_a_run(run):
     if run.probes and not len(series.overhead(run)[0]):
         notes.append("No probe has a timing, so the overhead is unknown.")
     return notes
+
+
+def _left_of_budgets(run, left):
+    given = dict(zip(run.names, run.budgets, strict=True))
+    parts = [
+        f"{name} {count:,} of {given[name]:,}" for name, count in left.items() if given[name] is not None
+    ]
+    return f"; left of the budgets: {', '.join(parts)}" if parts else ""
 
 
 def decisions(run):

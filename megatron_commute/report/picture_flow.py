@@ -31,7 +31,8 @@ def planned(run):
     whole = dataclasses.replace(run, samples=run.start["samples"])
     figure, (rate, profile, weights) = canvas(whole, 3, height=1.55)
     unit, end = sample_unit(whole)[0], run.start["samples"]
-    curves, kept = run.flow["curves"], run.flow["kept"] * run.start["global_batch"]
+    curves = run.flow["curves"]
+    kept = run.flow.get("kept_samples", run.flow["kept"] * run.start["global_batch"])  # 0.2.0 had one batch
     at = np.array(curves["sample"]) / unit
     factor, power = series.power_of_ten(np.array(curves["rate"]))
     rate.plot(at, np.array(curves["rate"]) / factor, color="black")

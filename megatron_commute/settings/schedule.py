@@ -131,28 +131,22 @@ def _sample(at: str, samples: int, seq_length: int) -> int:
     return math.ceil(value)
 
 
-def next_batch(sample: int, global_batch: int) -> int:
-    """The first sample at or after `sample` at which a global batch begins: where weights may
-    change.
-    """
-    return -(-sample // global_batch) * global_batch
-
-
-def changes(points, global_batch: int, stairs: int = 100) -> tuple[tuple[int, np.ndarray], ...]:
+def changes(points, batches, stairs: int = 100) -> tuple[tuple[int, np.ndarray], ...]:
     """The schedule as changes (sample, weights f64[K]) at global batches, for Mixture.schedule.
+    batches: batches.Batches of the run.
 
     A point takes effect at the next whole global batch. A ramp becomes at most `stairs` equal
     steps, each with the ramp's own mean over it, so a domain gets the samples of the ramp.
     """
     found: dict[int, np.ndarray] = {}
     for point, after in zip(points, [*points[1:], None], strict=True):
-        found[next_batch(point.sample, global_batch)] = point.weights
+        found[batches.next(point.sample)] = point.weights
         if after is None or point.then == "hold":
             continue
         length = after.sample - point.sample
-        count = min(stairs, math.ceil(length / global_batch))
+        count = min(stairs, math.ceil(length / batches.full))
         exact = [point.sample + length * step / count for step in range(count + 1)]
-        edges = sorted({math.ceil(edge / global_batch) * global_batch for edge in exact})
+        edges = sorted({batches.next(math.ceil(edge)) for edge in exact})
         for start, end in itertools.pairwise(edges):
             part = [min((edge - point.sample) / length, 1.0) for edge in (start, end)]
             if part[0] < 1.0:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_commute.feasible import owed_shares
-from megatron_commute.settings import schedule
+from megatron_commute.settings import batches, schedule
 from megatron_commute.settings.mixture_file import SHARE_TOLERANCE
 from megatron_commute.settings.values import Config
 
@@ -29,10 +29,17 @@ class Run:
     # steps
     prefetched: int = 0
     # micro-batches that a loader holds ahead (prefetch_factor * num_workers)
+    rampup: tuple[int, int, int] | None = None
+    # of batches.Batches
+
+    @property
+    def batches(self) -> batches.Batches:
+        """Samples of every step."""
+        return batches.of_run(self.global_batch, self.rampup)
 
     @property
     def samples(self) -> int:
-        return self.train_iters * self.global_batch
+        return self.batches.begin(self.train_iters)
 
 
 def exact_budgets(config: Config, run: Run) -> list[int | None]:
@@ -49,13 +56,14 @@ def exact_budgets(config: Config, run: Run) -> list[int | None]:
     if total > run.samples or (everything and total != run.samples):
         largest = max(range(len(budgets)), key=lambda k: budgets[k] or 0)
         key = f"domains.{config.names[largest]}.budget"
-        problem = (
-            f"the budgets sum to {total} sequences, the run has {run.samples} "
-            f"({run.train_iters} iterations x global batch {run.global_batch})"
-        )
+        of_steps = f"{run.train_iters} iterations x global batch {run.global_batch}"
+        if run.rampup is not None:
+            of_steps = f"{run.train_iters} iterations, --rampup-batch-size {' '.join(map(str, run.rampup))}"
+        problem = f"the budgets sum to {total} sequences, the run has {run.samples} ({of_steps})"
         cures = []
-        if total % run.global_batch == 0:
-            cures.append(f"run --train-iters {total // run.global_batch}")
+        if run.batches.next(total) == total:
+            steps = run.batches.step(total)
+            cures.append(f"run --train-iters {steps}" if run.rampup is None else f"--train-samples {total}")
         fitting = budgets[largest] + run.samples - total
         if fitting > 0:
             cures.append(f"write {fitting} here")
@@ -150,7 +158,7 @@ def planned_changes(config: Config, run: Run) -> tuple[tuple[int, np.ndarray], .
         points = schedule.read(config.schedule, config.names, run.samples, run.seq_length)
     except ValueError as error:
         raise config.error("schedule", *str(error).rsplit("; ", 1)) from error
-    return schedule.changes(points, run.global_batch)
+    return schedule.changes(points, run.batches)
 
 
 def check_changes(config: Config, run: Run, weights, changes, budgets, minimum, maximum) -> None:

@@ -9,8 +9,9 @@ from flow_jobs import MIXTURE, NAMES, attached, trained, write_data
 
 from megatron_commute.decide import control_file as control
 from megatron_commute.record import log as record
+from megatron_commute.settings.batches import Batches
 
-HERE = control.Limits(names=NAMES, feeds=True, samples=1000, seq_length=8, global_batch=8)
+HERE = control.Limits(names=NAMES, feeds=True, samples=1000, seq_length=8, batches=Batches(8))
 LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{new}: &{new} [{', '.join(['*' + old] * 9)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
 )

@@ -301,7 +301,7 @@ def test_budgets_and_bounds_hold_in_any_run(seed):
     steering = flow_jobs.steering(
         shares, endless, minimum, maximum, steps, every, rate=rng.choice([0.01, 0.05, 1.0])
     )
-    stream, batch = steering.stream, steering.stream.global_batch
+    stream, batch = steering.stream, steering.stream.batches.full
     outcomes = steering.begin()
     for step in range(steps):
         if step == steps // 2:

@@ -1,6 +1,8 @@
 """Whole training jobs on two gloo ranks: bit-identity without steering, P against an independent oracle, kill and resume."""
 
+import contextlib
 import copy
+import io
 import json
 from pathlib import Path
 
@@ -221,3 +223,21 @@ def test_a_run_without_the_plug_in_is_taken_over_and_a_changed_mixture_needs_con
         and ", ".join(f"{n} {c}" for n, c in zip(jobs.DOMAINS, stock.served, strict=True))
         in before["news"][0]
     )
+
+
+def unlike(rank, argvs):
+    """The outcome on this rank, which reads a mixture file of its own, and what it printed."""
+    with contextlib.redirect_stderr(io.StringIO()) as told:
+        return jobs.outcomes(rank, [(argvs[rank], None)]), told.getvalue()
+
+
+def test_a_stale_mixture_file_on_one_rank_ends_the_run_before_a_model_is_built(folder):
+    files = [
+        jobs.write_mixture(folder, f"{name}.yaml", extra=extra)
+        for name, extra in (("one", ""), ("two", "seed: 7"))
+    ]
+    argvs = [jobs.flags(folder, "--commute", file, "--save", folder / "unlike") for file in files]
+    (code, told), (other, _) = ranks.run(unlike, 2, argvs, timeout=400)
+    assert code == other == [2]  # said once a node
+    assert "error: --commute: ranks differ in the mixture file: rank 0 " in told and files[1] in told
+    assert not (folder / "unlike" / record.NAME).exists()

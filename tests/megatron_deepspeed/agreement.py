@@ -7,7 +7,6 @@ with exact in a single process. Every parameter has values that depend on its na
 learning rate is zero.
 """
 
-import csv
 import os
 import shutil
 import tempfile
@@ -104,12 +103,14 @@ def main():
     with tempfile.TemporaryDirectory() as scratch:
         found = []
         for row in rows(os.environ.get("MATRIX_FOLDER", scratch)):
-            found.append({**row, "error": f"{row['error']:.2g}"})
-            print("  ".join(f"{key}={value}" for key, value in found[-1].items()), flush=True)
-    with Path(__file__).with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(found[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(found)
+            found.append(row)
+            print("  ".join(f"{key}={value}" for key, value in row.items()), flush=True)
+    write(found)
+
+
+def write(found):
+    rounded = [{**row, "error": f"{row['error']:.2g}"} for row in found]
+    matrix.write(Path(__file__).with_suffix(".csv"), rounded)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import runpy
 import signal
 import socket
 import sys
+import threading
 import time
 import types
 import warnings
@@ -104,9 +105,13 @@ def child(tree, job, rank, port):
         own = job.get("words_of_ranks", {}).get(str(rank), {})
         sys.argv = [job["script"], f"--local_rank={rank}", *(own.get(word, word) for word in job["argv"])]
         seen = {"losses": [], "grad_norms": [], "delivered": [], "valid": []}
-        watch(seen)
+        watch(seen, f"{job['out']}/delivered{rank}" if job.get("told") else None)
         if job.get("seeded"):
             seed_models()
+        if job.get("unrefused"):
+            from megatron_commute.adapters.megatron_deepspeed import refusals
+
+            refusals._FLAGS = tuple(row for row in refusals._FLAGS if row[0] not in job["unrefused"])
         if job.get("counted"):
             count_collectives(seen)
         if "--fp16" in job["argv"]:
@@ -130,8 +135,9 @@ def child(tree, job, rank, port):
         os._exit(code)
 
 
-def watch(seen):
-    """Note losses and gradient norms (as hexadecimal floats), delivered samples, and a fingerprint of the final model."""
+def watch(seen, told):
+    """Note losses and gradient norms (as hexadecimal floats), delivered samples, and a fingerprint of the final model. told:
+    a file into which delivered samples are written as they come, for processes that will be killed, or None."""
     from megatron import training
     from megatron.data.blendable_dataset import BlendableDataset
 
@@ -147,7 +153,7 @@ def watch(seen):
         return log(loss_dict, *rest, **named)
 
     def trained(forward_step, model, optimizer, scheduler, batches, *rest):
-        batches = None if batches is None else Noting(batches, seen["delivered"])
+        batches = None if batches is None else Noting(batches, seen["delivered"], told)
         done = train(forward_step, model, optimizer, scheduler, batches, *rest)
         digest = hashlib.sha256()
         for name, p in model[0].module.named_parameters():
@@ -237,8 +243,8 @@ def of_whole_model(name, layers):
 class Noting:
     """An iterator that notes (domain, position) of every sample that passes."""
 
-    def __init__(self, batches, delivered):
-        self.batches, self.delivered = batches, delivered
+    def __init__(self, batches, delivered, told):
+        self.batches, self.delivered, self.told = batches, delivered, told
 
     def __iter__(self):
         return self
@@ -246,19 +252,30 @@ class Noting:
     def __next__(self):
         batch = next(self.batches)
         domain = batch["domain"] if "domain" in batch else batch["dataset_idx"]
-        self.delivered.extend(zip(domain.tolist(), batch["position"].tolist(), strict=True))
+        keys = list(zip(domain.tolist(), batch["position"].tolist(), strict=True))
+        self.delivered.extend(keys)
+        if self.told:
+            from megatron import get_args
+
+            with open(self.told, "a") as file:
+                file.write(json.dumps([get_args().curr_iteration, keys]) + "\n")
         return batch
 
 
 @contextlib.contextmanager
 def inject(fault, rank):
     """A fault in the probe of one rank: {"rank", "kind": "exception" | "nan" | "kill", "probe": which draw}, or on all ranks
-    in what the plug-in writes and sees: {"kind": "ours"}."""
+    in what the plug-in writes and sees: {"kind": "ours"}. {"rank", "kind": "killed", "step", "seconds"}: SIGKILL so long after
+    that step began."""
     if fault is not None and fault["kind"] == "ours":
         with in_our_own():
             yield
         return
     if fault is None or fault["rank"] != rank:
+        yield
+        return
+    if fault["kind"] == "killed":
+        kill_in_step(fault["step"], fault.get("seconds", 0.0))
         yield
         return
     from megatron_commute import hook
@@ -293,6 +310,20 @@ def inject(fault, rank):
         yield
     finally:
         hook.probe.measure = measure
+
+
+def kill_in_step(step, seconds):
+    """SIGKILL for this process `seconds` after step `step` (0-based) began, wherever it is by then."""
+    from megatron import get_args, training
+
+    train_step = training.train_step
+
+    def stepped(*args):
+        if get_args().curr_iteration == step:
+            threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        return train_step(*args)
+
+    training.train_step = stepped
 
 
 @contextlib.contextmanager

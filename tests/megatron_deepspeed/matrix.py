@@ -3,7 +3,9 @@
     MEGATRON_DEEPSPEED=PATH python tests/megatron_deepspeed/matrix.py [LAYOUT ...]
 
 PATH is a checkout of the pinned commit; it is copied, never changed. All layouts together take a quarter of an hour on two
-cores and rewrite matrix.csv; some of them print only.
+idle cores and rewrite matrix.csv; some of them print only. With agreement.csv it is rewritten by one run of the tests:
+
+    REWRITE_TABLES=1 MEGATRON_DEEPSPEED=PATH python -m pytest tests/megatron_deepspeed/test_mds_layouts.py
 """
 
 import csv
@@ -172,10 +174,11 @@ def judge(name, planned, seen):
         ).strip(),
         "off_identical": same(seen["off"], seen["stock"]),
         "shadow_identical": same(seen["shadow"], seen["stock"]),
-        "fixed_stream_is_stock": bool(seen["fixed"][0]) and stream(seen["fixed"]) == stream(seen["stock"]),
+        "fixed_stream_is_stock": bool(seen["fixed"][0])
+        and stream(seen["fixed"], layout.micro_batch) == stream(seen["stock"], layout.micro_batch),
         "act_draws_as_logged": bool(act)
         and bool(seen["act"][0])
-        and draws_as_logged(act, stream(seen["act"])),
+        and draws_as_logged(act, stream(seen["act"], layout.micro_batch)),
         "resumed_identical": bool(whole)
         and half["losses"] == [rank["losses"][layouts.SAVED :] for rank in whole]
         and half["model"] == [rank["model"] for rank in whole],
@@ -203,10 +206,15 @@ def main(names):
             found.append(row)
             print("  ".join(f"{key}={value}" for key, value in row.items()), flush=True)
     if not names:
-        with (HERE / "matrix.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(found)
+        write(HERE / "matrix.csv", found)
+
+
+def write(path, found):
+    """A table of rows, dicts with the same keys."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(found[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(found)
 
 
 if __name__ == "__main__":

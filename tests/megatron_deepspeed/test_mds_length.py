@@ -7,14 +7,16 @@ import pytest
 from planned_jobs import Jobs
 
 from megatron_commute.adapters.megatron_deepspeed import length
-from megatron_commute.config import ConfigError
+from megatron_commute.config import ConfigError, Run
 from megatron_commute.record import lines
 
 TOKENS = 160 * 32  # of 20 steps of 8 sequences
+ITERS = "--train-iters 20 --lr-warmup-iters 2"
 
 
 def arguments(**given):
     plain = {"train_iters": None, "train_samples": None, "train_tokens": None, "consumed_train_tokens": 0}
+    plain |= {"rampup_batch_size": None, "iteration": 0}
     return SimpleNamespace(**{**plain, "global_batch_size": 8, "seq_length": 32, "save": None, **given})
 
 
@@ -39,6 +41,28 @@ def test_the_steps_that_the_host_will_take(given, steps):
     assert taken == steps
 
 
+@pytest.mark.parametrize("samples", [160, 167, 161, 90])
+@pytest.mark.parametrize("tokens", [None, 100 * 32, 99 * 32 + 1, 3 * 32])
+def test_the_steps_under_a_ramp_up(samples, tokens):
+    """Against the host's count of steps and the condition of its loop: 4, 4, 4, 6, 6, then 8 samples."""
+    args = arguments(train_samples=samples, train_tokens=tokens, rampup_batch_size=["4", "2", "24"])
+    sizes = [4, 4, 4, 6, 6] + [8] * 40
+    counted = next(n for n in range(40) if sum(sizes[:n]) > 24)
+    iters = counted + (samples - sum(sizes[:counted])) // 8
+    taken = 0
+    while taken < iters and (tokens is None or sum(sizes[:taken]) * 32 < tokens):
+        taken += 1
+    assert length.steps_of_run(args) == taken
+
+
+def test_a_checkpoint_of_other_batches_is_refused():
+    run = Run(seq_length=32, global_batch=8, micro_batch=2, data_parallel=2, train_iters=20)
+    with pytest.raises(
+        ConfigError, match="at sample 64 after 10 steps, which take 80 now; write it, and --ramp"
+    ):
+        length.refuse_other_steps(arguments(iteration=10), run, 64)
+
+
 def test_flags_that_the_host_cannot_begin_with():
     with pytest.raises(ConfigError, match=r"--train-tokens: .*; add --train-samples 160$"):
         length.steps_of_run(arguments(train_tokens=TOKENS))
@@ -47,15 +71,16 @@ def test_flags_that_the_host_cannot_begin_with():
 
 
 def test_a_checkpoint_that_counted_other_tokens_is_refused_with_the_number_that_fits():
-    args = arguments(train_iters=10**6, train_tokens=TOKENS, consumed_train_tokens=80 * 32)
-    length.refuse_other_end(args, 20, 80)
+    args = arguments(train_iters=10**6, train_tokens=TOKENS, consumed_train_tokens=80 * 32, iteration=10)
+    run = Run(seq_length=32, global_batch=8, micro_batch=2, data_parallel=2, train_iters=20)
+    length.refuse_other_steps(args, run, 80)
     args.consumed_train_tokens = 80 * 16  # 80 samples of half the length
     with pytest.raises(
         ConfigError, match=f"end at step 25, not 20; write --train-tokens {80 * 16 + 80 * 32}"
     ):
-        length.refuse_other_end(args, 20, 80)
+        length.refuse_other_steps(args, run, 80)
     args.train_tokens = 80 * 16 + 80 * 32
-    length.refuse_other_end(args, 20, 80)
+    length.refuse_other_steps(args, run, 80)
 
 
 def test_what_is_left_in_words():
@@ -68,11 +93,11 @@ def test_what_is_left_in_words():
 
 def test_a_run_ends_by_tokens_with_exact_budgets_and_its_report(scratch, tmp_path):
     here = Jobs(scratch, tmp_path, "zero1")
-    samples = {"--lr-warmup-iters 2": "--lr-warmup-samples 16"}
-    official = {**samples, "--train-iters 20": f"--train-samples 100000 --train-tokens {TOKENS}"}
+    samples = "--lr-warmup-samples 16"
+    official = {ITERS: f"--train-samples 100000 --train-tokens {TOKENS} {samples}"}
     here.add("steps", "--commute", here.data / "fixed.yaml")
     here.add("tokens", "--commute", here.data / "fixed.yaml", words=official)
-    alone = {**samples, "--train-iters 20": f"--train-tokens {TOKENS}"}
+    alone = {ITERS: f"--train-tokens {TOKENS} {samples}"}
     here.add("alone", "--commute", here.data / "fixed.yaml", words=alone)
     early = ("--exit-interval", "6")
     here.add("early", "--commute", here.data / "fixed.yaml", *early, words=official)

@@ -7,6 +7,7 @@ import torch
 
 from megatron_commute.adapters import megatron_core
 from megatron_commute.adapters.megatron_deepspeed import model as models
+from megatron_commute.settings.batches import Batches
 
 
 class Scheduler:
@@ -21,7 +22,7 @@ class Scheduler:
 
 def test_the_rate_of_any_step_leaves_the_scheduler_alone():
     scheduler = Scheduler()
-    rate = models.learning_rate(scheduler, global_batch=8, seq_length=32)
+    rate = models.learning_rate(scheduler, Batches(8), seq_length=32)
     assert rate(0) == 1.0
     assert rate(10) == scheduler.get_lr.__func__(SimpleNamespace(num_steps=80, num_tokens=2560))
     assert (scheduler.num_steps, scheduler.num_tokens, scheduler.warmed) == (80, 2560, False)

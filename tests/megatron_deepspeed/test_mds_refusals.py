@@ -35,7 +35,6 @@ def test_a_plain_run_passes(tmp_path):
         ("--sequence-parallel", {"sequence_parallel": True}),
         ("--data-efficiency-curriculum-learning", {"data_efficiency_curriculum_learning": True}),
         ("--random-ltd", {"random_ltd": True}),
-        ("--rampup-batch-size", {"rampup_batch_size": ["8", "8", "100"]}),
         ("--dataloader-type cyclic", {"dataloader_type": "cyclic"}),
         ("--fp16-lm-cross-entropy", {"fp16_lm_cross_entropy": True}),
         ("--variable-seq-lengths", {"variable_seq_lengths": True}),

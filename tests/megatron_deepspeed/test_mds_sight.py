@@ -40,7 +40,7 @@ def test_sequence_losses_and_tokens_of_a_step():
     sight = Sight(first=True, last=True)
     assert float(step(sight).detach()) == pytest.approx(4.5)
     assert sight.sequence_losses(2).tolist() == [2.0, 7.0]
-    assert sight.tokens(2).tolist() == TEXT.tolist()
+    assert np.concatenate(sight.tokens(2)).tolist() == TEXT.tolist()
     domain, position = sight.delivered()
     assert domain.tolist() == [1, 0] and position.tolist() == [7, 3]
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import records
 
+from megatron_commute.record import shape
 from megatron_commute.report import page as report
 from megatron_commute.report import plots, series
 
@@ -144,6 +145,20 @@ def test_what_the_record_lacks_is_said(tmp_path):
         "Note: weight and budget share of code differ by 3 %",
     ):
         assert sentence in read.text
+
+
+def test_a_run_that_ended_early_tells_what_is_left_of_its_budgets(tmp_path):
+    lines = records.lines(K=3, endless=(2,))
+    sample = lines[-2]["sample"]
+    lines[-1] |= {"sample": sample, "left": {"samples": 1234, "budgets": {"english": 67, "russian": 0}}}
+    given = lines[0]["budgets"]
+    read, _ = page(tmp_path, lines=lines)
+    assert (
+        f"The run ended early, at sample {sample:,}, with 1,234 samples to come; left of the budgets: english 67 of "
+        f"{given[0]:,}, russian 0 of {given[1]:,}. A restart" in read.text
+    )
+    for wrong in ({"samples": 1}, {"samples": 1, "budgets": {"spanish": 3}}, {"samples": "1", "budgets": {}}):
+        assert shape.fault(lines[-1] | {"left": wrong}, lines[0]) == "left is not by domain"
 
 
 def test_a_record_that_has_only_begun(tmp_path):

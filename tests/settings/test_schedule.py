@@ -5,6 +5,7 @@ import pytest
 
 from megatron_commute.mixture import Mixture
 from megatron_commute.settings import schedule
+from megatron_commute.settings.batches import Batches
 
 NAMES = ["en", "de"]
 
@@ -48,8 +49,11 @@ def test_a_sum_beyond_rounding_is_refused_and_told(written, wrong):
 
 def test_the_plain_table_of_samples_is_a_schedule(written):
     points = written("sample,en,de\n0,0.5,0.5\n300,1,0\n")
-    assert schedule.changes(points, 8)[0][0] == 0
-    assert [(at, w.tolist()) for at, w in schedule.changes(points, 8)] == [(0, [0.5, 0.5]), (304, [1.0, 0.0])]
+    assert schedule.changes(points, Batches(8))[0][0] == 0
+    assert [(at, w.tolist()) for at, w in schedule.changes(points, Batches(8))] == [
+        (0, [0.5, 0.5]),
+        (304, [1.0, 0.0]),
+    ]
 
 
 @pytest.mark.parametrize("way", ["linear", "cosine"])
@@ -62,7 +66,7 @@ def test_a_ramp_serves_the_samples_under_its_curve(written, way, global_batch, s
     u = (np.arange(100 * length) + 0.5) / (100 * length)
     curve = 0.9 - 0.7 * (u if way == "linear" else np.sin(np.pi * u / 2) ** 2)
     want = curve.mean() * length + 0.2 * length
-    planned = schedule.changes(points, global_batch, stairs)
+    planned = schedule.changes(points, Batches(global_batch), stairs)
     assert all(at % global_batch == 0 for at, _ in planned) and len(planned) <= stairs + 1
     assert schedule.planned_counts([0.5, 0.5], planned, 2 * length)[0] == pytest.approx(want, abs=1e-3)
     stream = Mixture([0.5, 0.5], samples=2 * length)
@@ -74,13 +78,13 @@ def test_a_ramp_serves_the_samples_under_its_curve(written, way, global_batch, s
 
 
 def test_a_ramp_that_ends_inside_a_global_batch_stops_there(written):
-    planned = schedule.changes(written("at,then,en,de\n0,linear,0,1\n100,hold,1,0\n"), 64)
+    planned = schedule.changes(written("at,then,en,de\n0,linear,0,1\n100,hold,1,0\n"), Batches(64))
     assert [at for at, _ in planned] == [0, 64, 128]
     assert [weights[0] for _, weights in planned] == pytest.approx([0.32, 0.82, 1.0])
 
 
 def test_before_the_first_point_the_runs_own_weights_hold(written):
-    planned = schedule.changes(written("at,en,de\n50%,1,0\n"), 10)
+    planned = schedule.changes(written("at,en,de\n50%,1,0\n"), Batches(10))
     assert schedule.planned_counts([0.2, 0.8], planned, 1000).tolist() == [600, 400]
     assert schedule.planned_counts([0.2, 0.8], planned, 400).tolist() == [80, 320]
 
@@ -112,7 +116,7 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 def test_the_drawing_shows_every_domain_and_its_samples(written):
-    planned = schedule.changes(written("at,en,de\n0,0.5,0.5\n50%,0,1\n"), 10)
+    planned = schedule.changes(written("at,en,de\n0,0.5,0.5\n50%,0,1\n"), Batches(10))
     assert schedule.drawing(NAMES, [1, 0], planned, 1000, width=4) == [
         "en |▄▄  | 250 samples",
         "de |▄▄██| 750 samples",

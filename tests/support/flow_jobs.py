@@ -13,6 +13,7 @@ from megatron_commute.decide import control_file, flow_run
 from megatron_commute.decide.steering import Steering
 from megatron_commute.mixture import Mixture
 from megatron_commute.record import log as record
+from megatron_commute.settings.batches import Batches
 from megatron_commute.settings.rates import RateSchedule, rate
 
 NAMES, SHARES, LENGTH, BATCH, STEPS = ("en", "ru", "code"), (0.6, 0.1, 0.3), 8, 10, 60
@@ -181,6 +182,6 @@ def steering(shares, endless, minimum, maximum, steps, every, law="flow", rates=
     if law.law == "flow":
         told = flow_run.rates_of(config, rates or (lambda step: cosine(step, steps=steps)), steps)
         found = flow_run.planned(config=config, plan=plan, run=run, rates=told, mixture=mixture)
-    stream = Stream(consumed=mixture, sampler=None, groups=reduce.Groups(), global_batch=BATCH)
+    stream = Stream(consumed=mixture, sampler=None, groups=reduce.Groups(), batches=Batches(BATCH))
     watch = control_file.Watch("/nowhere/commute.control.yaml", control_file.limits(config, plan, run))
     return Steering(config=config, plan=plan, stream=stream, watch=watch, flow=found)

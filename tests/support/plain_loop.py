@@ -39,7 +39,7 @@ class Loop:
     def __init__(
         self, folder, steps=24, mode="act", draw=held_out, state=None, groups=None, watched=True, confidence=0.5,
         names=NAMES, weights=WEIGHTS, targets=None, every=EVERY, budgets="shares", law="tilt", compare=(),
-        batch=BATCH, cooldown=1, listeners=(),
+        batch=BATCH, cooldown=1, listeners=(), rampup=None,
     ):  # fmt: skip
         torch.manual_seed(0)
         gpt = oracles.GPT(VOCABULARY, 8, 2, 1, LENGTH, spread=0.2)
@@ -54,8 +54,8 @@ class Loop:
         )
         self.step, self.hook, self.batch = 0, None, batch
         ranks_ = reduce.size(self.groups.data)
-        self.run = Run(LENGTH, batch, 1, ranks_, steps)
-        K, samples = len(names), steps * batch
+        self.run = Run(LENGTH, batch, 1, ranks_, steps, rampup=rampup)
+        K, samples = len(names), self.run.samples
         shares = np.array(weights)
         budget = [round(samples * w) for w in weights[1:]]
         budget = [samples - sum(budget), *budget] if budgets == "shares" else list(budgets)
@@ -91,7 +91,7 @@ class Loop:
         log = record.Record(folder / record.NAME)
         ledger = takeover.ledger(self.plan.names, ["x"] * len(self.plan.names))
         stream = Stream(
-            consumed=self.mixture.copy(), sampler=self.sampler, groups=self.groups, global_batch=self.batch
+            consumed=self.mixture.copy(), sampler=self.sampler, groups=self.groups, batches=self.run.batches
         )
         self.hook = Hook(
             config=config,
@@ -126,7 +126,7 @@ class Loop:
         while self.step < (stop or self.steps):
             if self.hook is not None:
                 self.hook.begin(self.step)
-            domains, positions = self.sampler.take(self.batch)
+            domains, positions = self.sampler.take(self.run.batches.size(self.sampler.frontier.index))
             mine = slice(None) if self.hook is None else self.hook.tally.mine
             tokens, loss = self._train(self.step, domains[mine], positions[mine])
             self.losses.append(loss.item())

@@ -149,16 +149,18 @@ def decoupled_decay(engine, weight_decay):
     return 0.0 if isinstance(inner, torch.optim.SGD) else weight_decay
 
 
-def learning_rate(scheduler, global_batch, seq_length, behind=lambda: 0):
-    """step -> rate of that step (0-based) by Megatron's scheduler, which stays as it is. behind: ()
+def learning_rate(scheduler, batches, seq_length, behind=lambda: 0):
+    """step -> rate of that step (0-based) by Megatron's scheduler, which stays as it is. batches:
+    settings.batches.Batches of the run. behind: ()
     -> samples of steps that it has not counted, as their update was left out.
     """
     import copy
 
     def rate(step):
         there = copy.copy(scheduler)
-        there.num_steps = max(0, step * global_batch - behind())
-        there.num_tokens = step * global_batch * seq_length
+        begin = batches.begin(step)
+        there.num_steps = max(0, begin - behind())
+        there.num_tokens = begin * seq_length
         return float(there.get_lr())
 
     return rate

@@ -93,6 +93,7 @@ class TrainingRun:
             data_parallel=args.data_parallel_size,
             train_iters=length.steps_of_run(args),
             prefetched=2 * args.num_workers,
+            rampup=length.rampup(args),
         )
         flag = "--train-data-path" if args.train_data_path else "--data-path"
         plugin = _Plugin(args.commute, run, args.train_data_path or args.data_path or (), flag)
@@ -194,13 +195,13 @@ class TrainingRun:
             print_rank_0(f"no --save: the decision log and its report will lie in {self.folder}")
 
         def attached():
-            length.refuse_other_end(args, self.plugin.run.train_iters, consumed)
+            length.refuse_other_steps(args, self.plugin.run, consumed)
             return self.plugin.attach(
                 self._model(),
                 groups,
                 self.folder,
                 models.learning_rate(
-                    self.scheduler, args.global_batch_size, args.seq_length, lambda: self.behind
+                    self.scheduler, self.plugin.run.batches, args.seq_length, lambda: self.behind
                 ),
                 decay,
                 vocab_size=args.padded_vocab_size,
@@ -255,7 +256,7 @@ class TrainingRun:
         self.hook.end(sight.sequence_losses(count), sight.tokens(count), self._delivered())
         if skipped := result[1]:  # the loss scale was too large: the samples are consumed all the same
             self.hook.tally.skipped += skipped
-            self.behind += self.args.global_batch_size
+            self.behind += len(self.hook.domains)
         done = step + 1
         evaluates = self.args.do_valid and self.args.eval_interval and done % self.args.eval_interval == 0
         if done % self.args.log_interval == 0 and not evaluates:

@@ -12,15 +12,22 @@ import numpy as np
 import torch
 
 
-@contextlib.contextmanager
-def harmless(what):
+class harmless:
     """A part of ours that no other rank waits for: a fault in it is told, and training goes on
-    without what it gives.
+    without what it gives. A class, as it is entered many times a step.
     """
-    try:
-        yield
-    except Exception as fault:
-        print(f"commute: {what}; training goes on: {type(fault).__name__}: {fault}", flush=True)
+
+    def __init__(self, what):
+        self.what = what
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, fault, trace):
+        if not isinstance(fault, Exception):
+            return False
+        print(f"commute: {self.what}; training goes on: {type(fault).__name__}: {fault}", flush=True)
+        return True
 
 
 class Sight:
@@ -107,19 +114,23 @@ class Sight:
         if not self.last or sum(len(losses) for losses, _ in self.losses) != count or not count:
             return None
         # once a step, however many micro-batches it has
-        losses, mask = (torch.cat(parts) for parts in zip(*self.losses, strict=True))
+        losses, mask = (
+            parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*self.losses, strict=True)
+        )
         total = (losses * mask).sum(dim=1, dtype=torch.float64)
         return total / mask.sum(dim=1, dtype=torch.float64).clamp_(min=1)
 
     def tokens(self, count):
-        """i64[count, s + 1] of this step, None where another rank tells them."""
+        """i64[n, s + 1] of each micro-batch of this step, `count` in all and never copied; None
+        where another rank tells them.
+        """
         if not self.first or not self.batches:
             return None
         tokens, self.first = (), False
         with harmless("sequences are not seen by this rank from here on, the fingerprint lacks them"):
-            tokens = np.concatenate([batch["text"].numpy() for batch in self.batches])
+            tokens = [batch["text"].numpy() for batch in self.batches]
             self.first = True
-        return tokens if len(tokens) == count else None
+        return tokens if sum(map(len, tokens)) == count else None
 
     def delivered(self):
         """(domain i64[n], position i64[n] or None) of what the loader of this rank brought; None

@@ -112,6 +112,7 @@ ADDED = [
     ("probe:\n  method: differance", "5: probe.method: got differance; write one of difference, exact, fused (did you mean difference?)"),
     ("probe: {metric: sgd}", "4: probe.metric: got sgd; write one of identity, adam"),
     ("probe: {memory: score}", "4: probe.memory: got score; write one of auto, full, sharded, scores (did you mean scores?)"),
+    ("probe: {memory: sharded, method: fused}", "4: probe.memory: method fused needs whole parameters on every rank; write full or scores, or method: difference"),
     ("probe: {time_limit: 0}", "4: probe.time_limit: got 0; write a positive number of seconds, or null"),
     ("probe: {sample: 8}", "4: probe.sample: unknown key; known here: samples, splits, method, metric, memory, time_limit (did you mean samples?)"),
     ("controller: {strength: 0}", "4: controller.strength: got 0; write a positive number"),

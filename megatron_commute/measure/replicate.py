@@ -98,7 +98,7 @@ class Replicate:
     def _check(self, step, out):
         """For every domain u.H u and u.g of one sequence from gradients at +-eps; how far either is
         off at +-2 eps; that of each parameter tensor, squared and summed. Costs four gradients of
-        one sequence a domain (of one on every rank where vectors are shards).
+        one sequence a domain; where vectors are shards every rank takes the same one.
         """
         if self.team.rank and not self.model.together:
             return
@@ -109,7 +109,7 @@ class Replicate:
                 at = self._displaced(scale, step)
                 for k in range(len(out)):
                     with self._agreed():
-                        tokens = self.draw("gradient", k, np.array([self.team.rank]))
+                        tokens = self.draw("gradient", k, np.arange(1))
                     for vector, part in self._slopes(at, iter([(tokens, share)])):
                         along[i, k] = [part * dot(self.u, vector, [j]) for j in self.once]
                         del vector

@@ -174,6 +174,9 @@ def load(path: str | Path) -> Config:
         fitting = -(-probe.samples // probe.splits) * probe.splits
         problem = f"{probe.samples} is not divisible by the {probe.splits} splits"
         raise document.error("probe.samples", problem, f"write {fitting}, or other probe.splits")
+    if probe.memory == "sharded" and probe.method != "difference":
+        problem = f"method {probe.method} needs whole parameters on every rank"
+        raise document.error("probe.memory", problem, "write full or scores, or method: difference")
     law = _controller(document, values.pop("controller", None), names)
     if isinstance(values.get("target"), dict):
         refuse_strangers(document, "target", values["target"], names)

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from commands import invoke
 
+from megatron_commute.settings import memory
+
 RUN = "--seq-length 8 --global-batch-size 4 --micro-batch-size 2 --train-iters 100"
 MIXTURE = """domains:
   en: {path: en, weight: 0.5}
@@ -91,3 +93,10 @@ def test_the_words_call_it_a_prediction(tmp_path):
     assert "seconds, predicted" in told.splitlines()[0]
     assert "The seconds are a PREDICTION, nothing was measured: H100 SXM" in told
     assert "7 billion" in told and "sharded" in told
+
+
+@pytest.mark.parametrize(("parameters", "hidden"), [(1e9, 2176), (7e9, 4224), (13e9, 5120), (70e9, 9088)])
+def test_the_largest_layer_of_a_gpt_whose_size_alone_is_known(parameters, hidden):
+    """Its words; blocks of 12 hidden^2, 128 times as wide as deep, make up the parameters within a twentieth."""
+    assert memory.dense_gpt(parameters) == (hidden, 50304 * hidden)
+    assert 12 * hidden**3 / 128 == pytest.approx(parameters, rel=0.05)

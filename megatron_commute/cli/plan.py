@@ -241,8 +241,9 @@ def probe_memory(
     config: Config, run: Run, parameters: float | None, largest: float | None
 ) -> dict[str, dict[str, Any]]:
     """By mode that probe.memory may mean here: `vectors` of model size on a rank, as a number and
-    in `words`, `layers` beside them, and `bytes` where the `parameters` of one rank and of its
-    `largest` layer are known. For parameters in float32; bf16 and fp16 add one vector.
+    in `words`, `layers` beside them, and `bytes`, also those in the host's memory, where the
+    `parameters` of one rank and of its `largest` layer are known. For parameters in float32; bf16
+    and fp16 add one vector.
     """
     probe, ranks = config.probe, run.data_parallel
     shape = (len(config.domains), probe.method, probe.metric, ranks, False)
@@ -251,12 +252,17 @@ def probe_memory(
         possible = (memory.choose(probe.memory, dict.fromkeys(possible, 0.0)),)
     found = {}
     for mode in possible:
-        known = None if parameters is None else memory.size(mode, *shape, 4 * parameters, 4 * largest)
+        bytes_of = [None, None]
+        if parameters is not None:
+            whole, layer = 4 * parameters, 4 * largest
+            known = memory.size(mode, *shape, whole, layer, probe.offload)
+            bytes_of = [round(known), round(memory.host_size(mode, *shape, whole, probe.offload))]
         found[mode] = {
-            "vectors": memory.vectors(mode, *shape),
-            "words": memory.formula(mode, *shape),
+            "vectors": memory.vectors(mode, *shape, probe.offload),
+            "words": memory.formula(mode, *shape, probe.offload),
             "layers": memory.layers(mode, probe.method, ranks),
-            "bytes": None if known is None else round(known),
+            "bytes": bytes_of[0],
+            "host_bytes": bytes_of[1],
         }
     return found
 
@@ -268,8 +274,8 @@ def memory_words(held: dict[str, dict[str, Any]]) -> str:
         size = "" if found["bytes"] is None else f", {memory.in_units(found['bytes'])} a rank"
         count = f"{found['vectors']:.3g}"
         words = "" if found["words"] == count else f"{found['words']} = "
-        layers = memory.beside(found["layers"])
-        clauses.append(f"{mode} holds {words}{count} vectors of model size{layers}{size}")
+        layers, host = memory.beside(found["layers"]), memory.offloaded(found["host_bytes"])
+        clauses.append(f"{mode} holds {words}{count} vectors of model size{layers}{size}{host}")
     return "; ".join(clauses)
 
 

@@ -62,7 +62,8 @@ def rows(config: Config, run: Run, targets: int) -> Iterator[dict[str, Any]]:
             continue
         shape = len(config.domains), config.probe.method, config.probe.metric, layout.dp, True
         possible = memory.possible(config.probe.method, layout.dp, layout.zero == 3, True)
-        held = {mode: memory.size(mode, *shape, 4 * own, 4 * words) for mode in possible}
+        offload = config.probe.offload
+        held = {mode: memory.size(mode, *shape, 4 * own, 4 * words, offload) for mode in possible}
         room = (machine.memory - training) / 2
         mode = memory.choose(config.probe.memory, {mode: held[mode] / room for mode in possible})
         work = Work(config, run.micro_batch, layout, mode, targets)
@@ -74,6 +75,7 @@ def rows(config: Config, run: Run, targets: int) -> Iterator[dict[str, Any]]:
             "training_bytes": round(training),
             "memory": mode,
             "bytes": round(held[mode]),
+            "host_bytes": round(memory.host_size(mode, *shape, 4 * own, offload)),
             "fits": held[mode] <= machine.memory - training,
             "wire_bytes": round(wire),
             "predicted_seconds": flops / (machine.flops * machine.attained) + wire / machine.wire,

@@ -116,7 +116,7 @@ def measure(model, groups, team, draw, settings, targets, weights, flow, time_li
     ballot.settle()
     with model.quiet(settings.method):
         with ballot.section("metric"):
-            work.metric = model.metric(settings.metric)
+            work.metric = work.keep.taken(model.metric(settings.metric))
         ballot.settle()
         for turn in range(team.rounds):
             split = team.splits[turn] if turn < len(team.splits) else None
@@ -218,14 +218,16 @@ def choose_memory(model, groups, settings, domains):
     whole, largest = sum(one) * parts, max(one) * parts
     shape = (domains, settings.method, settings.metric, ranks, model.low_precision)
     possible = memory.possible(settings.method, ranks, model.together, model.shards is not None)
-    needed = {mode: memory.size(mode, *shape, whole, largest) for mode in possible}
+    offload = settings.offload
+    needed = {mode: memory.size(mode, *shape, whole, largest, offload) for mode in possible}
     room = _free_memory(devices[0], groups) / 2 if settings.memory == "auto" else 1
     loads = np.array([needed[mode] / max(room, 1) for mode in possible])
     loads = reduce.max_of_numbers(loads, groups.world)
     mode = memory.choose(settings.memory, dict(zip(possible, loads.tolist(), strict=True)))
-    most = reduce.max_of_numbers(np.array([needed[mode]]), groups.world)[0]
-    beside = memory.layers(mode, settings.method, ranks)
-    return memory.Memory(mode, math.ceil(most), memory.formula(mode, *shape), beside)
+    kept = memory.host_size(mode, *shape, whole, offload)
+    most, kept = np.ceil(reduce.max_of_numbers(np.array([needed[mode], kept]), groups.world)).tolist()
+    words, beside = memory.formula(mode, *shape, offload), memory.layers(mode, settings.method, ranks)
+    return memory.Memory(mode, int(most), words, beside, int(kept))
 
 
 def _free_memory(device, groups):

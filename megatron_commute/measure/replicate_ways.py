@@ -8,8 +8,7 @@ a table that is summed over all ranks. Parameters are read, never written.
 import numpy as np
 import torch
 
-from megatron_commute import reduce
-from megatron_commute.measure.replicate import Replicate, add, gram, zeros
+from megatron_commute.measure.replicate import Replicate
 
 
 class Full(Replicate):
@@ -17,7 +16,7 @@ class Full(Replicate):
 
     def __init__(self, **given):
         super().__init__(**given)
-        self.g, self.h = ([zeros(self.params) for _ in self.weights] for _ in range(2))
+        self.g, self.h = ([self.keep.zeros(self.params) for _ in self.weights] for _ in range(2))
 
     def _products(self, split, step, out):
         with self.ballot.section("Hessian-vector products"):
@@ -28,25 +27,25 @@ class Full(Replicate):
         self.ballot.settle()
         if split is not None:
             for vector in self.g:
-                reduce.sum_of_vectors(vector, self.adders)
+                self.keep.sum_over(self.adders, vector, self.params)
             with self.ballot.section("contractions"):
                 self._contract(step, out)
 
     def _take(self, k, vector, to_g, to_h):
         for into, scale in ((self.g[k], to_g), (self.h[k], to_h)):
             if scale:
-                add(into, vector, scale)
+                self.keep.add(into, vector, scale)
 
     def _contract(self, step, out):
         """Inner products over the parameters this rank counts. g is the team's, h this rank's
         share, so M sums up; of models whose vectors are shards both are what this rank holds of the
         team's.
         """
-        out[:-4] = gram(self.h, self.g, self.metric, self.once)
-        out[-2] = gram([self.params], self.h, None, self.decaying)
+        out[:-4] = self.keep.gram(self.h, self.g, self.metric, self.once)
+        out[-2] = self.keep.gram([self.params], self.h, None, self.decaying)
         if self.team.rank == 0 or self.model.together:
-            out[-4] = gram([self.u], self.g, None, self.once)
-            out[-3] = gram([self.u], self.g, None, self.decaying)
+            out[-4] = self.keep.gram([self.u], self.g, None, self.once)
+            out[-3] = self.keep.gram([self.u], self.g, None, self.decaying)
         self._note_step(step, out)
 
 
@@ -62,7 +61,7 @@ class Scores(Replicate):
 
     def __init__(self, **given):
         super().__init__(**given)
-        self.g, self.h = zeros(self.params), zeros(self.params)
+        self.g, self.h = self.keep.zeros(self.params), self.keep.zeros(self.params)
 
     @staticmethod
     def rows(domains):
@@ -77,7 +76,7 @@ class Scores(Replicate):
         self.ballot.settle()
         if split is not None:
             for vector in (self.g, self.h):
-                reduce.sum_of_vectors(vector, self.adders)
+                self.keep.sum_over(self.adders, vector, self.params)
         with self.ballot.section("scores"):
             if split is not None:
                 if self.metric is not None:
@@ -90,13 +89,15 @@ class Scores(Replicate):
     def _mix(self, k, vector, to_g, to_h):
         for into, scale in ((self.g, to_g), (self.h, to_h)):
             if scale:
-                add(into, vector, scale * float(self.weights[k]))
+                self.keep.add(into, vector, scale * float(self.weights[k]))
 
     def _score(self, out, k, vector, to_g, to_h):
         """Add what a gradient or product gives to column k; g, h are the mixture's, times D."""
-        decaying = gram([vector], [self.h, self.g, self.u, self.params], None, self.decaying)[0]
+        decaying = self.keep.gram([vector], [self.h, self.g, self.u, self.params], None, self.decaying)[0]
         others = [i for i in self.once if i not in self.decaying]
-        along_h, along_g, along_u = decaying[:3] + gram([vector], [self.h, self.g, self.u], None, others)[0]
+        along_h, along_g, along_u = (
+            decaying[:3] + self.keep.gram([vector], [self.h, self.g, self.u], None, others)[0]
+        )
         out[0, k] += to_g * along_h - to_h * along_g
         out[-4, k] += to_g * along_u
         out[-3, k] += to_g * decaying[2]

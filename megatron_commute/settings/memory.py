@@ -19,20 +19,26 @@ LAYERS = 3  # a parameter, its gradient and what is scattered of it, where vecto
 
 class Memory(NamedTuple):
     """How a run's probes work: mode, one of MODES; bytes: on a rank; words: number of vectors as a
-    formula; layers: largest layers beside them.
+    formula; layers: largest layers beside them; host: bytes of vectors in the host's memory.
     """
 
     mode: str
     bytes: int
     words: str
     layers: int
+    host: int = 0
 
     @property
     def sentence(self):
         return (
             f"probe memory: {self.mode}, {self.words} vectors{beside(self.layers)}, {in_units(self.bytes)} "
-            "per rank beside the activations of one micro-batch"
+            f"per rank beside the activations of one micro-batch{offloaded(self.host)}"
         )
+
+
+def offloaded(host):
+    """The words for `host` bytes of vectors in the host's memory."""
+    return f", and {in_units(host)} per rank in the memory of the host" if host else ""
 
 
 def beside(layers):
@@ -45,24 +51,25 @@ def shares(memory, method):
     return memory == "sharded" or (memory == "scores" and method == "difference")
 
 
-def vectors(memory, domains, method, metric, ranks, low_precision):
+def vectors(memory, domains, method, metric, ranks, low_precision, offload=False):
     """Vectors of model size that a probe holds on a rank at its peak, beside parameters,
     activations and, in shards, LAYERS of the largest layer; a float.
 
     memory: of MODES; domains: K; ranks: over which vectors are cut, 1: they are whole;
     low_precision: whether the model's parameters are bf16 or fp16, which a probe reads as float32
-    copies. Targets add none: each has its direction in turn.
+    copies; offload: those that are kept are elsewhere. Targets add none: each has its direction in
+    turn.
     """
-    growing, constant = _parts(memory, domains, metric, low_precision)
+    growing, constant = _parts(memory, domains, metric, low_precision, offload)
     if method == "exact":
         return max(growing + constant, VERIFYING + bool(low_precision))
     return (growing + constant) / (ranks if shares(memory, method) else 1)
 
 
-def formula(memory, domains, method, metric, ranks, low_precision):
+def formula(memory, domains, method, metric, ranks, low_precision, offload=False):
     """The number of `vectors` in words, such as 2K+4."""
-    growing, constant = _parts(memory, domains, metric, low_precision)
-    most = vectors(memory, domains, method, metric, 1, low_precision)
+    growing, constant = _parts(memory, domains, metric, low_precision, offload)
+    most = vectors(memory, domains, method, metric, 1, low_precision, offload)
     count = f"2K+{constant}" if growing and most == growing + constant else f"{most:g}"
     if not layers(memory, method, ranks):
         return count
@@ -74,10 +81,16 @@ def layers(memory, method, ranks):
     return LAYERS if ranks > 1 and shares(memory, method) else 0
 
 
-def size(memory, domains, method, metric, ranks, low_precision, whole, largest):
+def size(memory, domains, method, metric, ranks, low_precision, whole, largest, offload=False):
     """Bytes of `vectors` of `whole` bytes each and of `layers` of `largest` bytes."""
-    count = vectors(memory, domains, method, metric, ranks, low_precision)
+    count = vectors(memory, domains, method, metric, ranks, low_precision, offload)
     return count * whole + layers(memory, method, ranks) * largest
+
+
+def host_size(memory, domains, method, metric, ranks, low_precision, whole, offload):
+    """Bytes of the vectors that a probe keeps in the memory of the host."""
+    shape = memory, domains, method, metric, ranks, low_precision
+    return (vectors(*shape) - vectors(*shape, offload)) * whole
 
 
 def dense_gpt(parameters):
@@ -88,11 +101,14 @@ def dense_gpt(parameters):
     return hidden, max(WORDS * hidden, 4 * hidden**2)
 
 
-def _parts(memory, domains, metric, low_precision):
-    """Vectors that grow with K, and the others: direction, displaced weights, their gradient (or
-    gradient and product), the metric, and float32 copies.
+def _parts(memory, domains, metric, low_precision, offload):
+    """Vectors that grow with K, and the others: displaced weights, their gradient (or gradient and
+    product) and float32 copies; direction and metric.
     """
-    constant = 3 + (metric == "adam") + bool(low_precision)
+    working = 2 + bool(low_precision)
+    if offload:
+        return 0, working
+    constant = working + 1 + (metric == "adam")
     if memory == "scores":
         return 0, constant + 2  # the mixture's g_w and h_w
     return 2 * domains, constant

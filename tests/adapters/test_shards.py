@@ -28,9 +28,10 @@ def made(kind):
     return module
 
 
-def probed(module, mode="sharded", metric="adam", **more):
+def probed(module, mode="sharded", metric="adam", offload=False, **more):
     model = torch_loop.probe_model(module, stacks.loss, 2, lambda: second_moments(module))
-    return stacks.measured(model, data_parallel(), stacks.settings(memory=mode, metric=metric), **more)
+    how = stacks.settings(memory=mode, metric=metric, offload=offload)
+    return stacks.measured(model, data_parallel(), how, **more)
 
 
 def state(module):
@@ -46,6 +47,8 @@ def everything(rank):
     told["half"] = probed(made("half"), metric="identity")
     for mode in ("full", "scores"):
         told[mode] = probed(made("plain"), mode)
+    for mode in ("full", "sharded", "scores"):
+        told[mode, "offloaded"] = probed(made("plain"), mode, offload=True)
     module = stacks.Stack()
     for p in module.parameters():
         p.grad = torch.ones_like(p)
@@ -82,7 +85,10 @@ def test_shards_measure_what_one_process_does(run, kind):
     size = np.abs(expected.M).max()
     for told in run:
         names = ("M", "P", "s", "P_se", "s_se", "replicates")
-        modes = {kind: names, **({"full": names, "scores": ("s", "s_se")} if kind == "plain" else {})}
+        modes = {kind: names}
+        if kind == "plain":
+            modes |= {"full": names, ("full", "offloaded"): names, ("sharded", "offloaded"): names}
+            modes |= {"scores": ("s", "s_se"), ("scores", "offloaded"): ("s", "s_se")}
         for mode, fields in modes.items():
             for name in fields:
                 gap = np.abs(getattr(told[mode], name) - getattr(expected, name)).max()

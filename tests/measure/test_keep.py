@@ -28,7 +28,7 @@ def held_in_shards(rank, size, mode, domains, half, offload=False):
         return (torch.ones_like(p, dtype=torch.float32) for p in module.parameters())
 
     model = torch_loop.probe_model(module, lambda m, x: m(x).square().mean(), 1, moments)
-    how = config.Probe(samples=8, splits=2, memory=mode, offload=offload)
+    how = config.Probe(samples=16, splits=2, memory=mode, offload=offload)
     team, even = reduce.team(groups, 2, together=True), np.full(domains, 1 / domains)
 
     def draw(part, domain, numbers):

@@ -42,11 +42,9 @@ def told(scratch):
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_shards_measure_what_whole_vectors_do(told, name):
-    """A difference in float32: to 1e-4 of max|M|, as between layouts. ZeRO 3 has nothing but shards."""
+    """A difference in float32: to 1e-4 of max|M|, as between layouts. ZeRO 3 has nothing but shards, whatever is wished:
+    agreement.py compares it with one process.
+    """
     whole, shards = told[name, "full"], told[name, "sharded"]
     assert shards[2] == "sharded" and whole[2] == ("sharded" if name == "zero3" else "full")
-    error = np.abs(shards[0] - whole[0]).max() / whole[1]
-    print(name, error)
-    assert error <= 1e-4
-    if name.startswith("zero"):
-        assert np.abs(shards[0] - told["zero1", "full"][0]).max() <= 1e-4 * told["zero1", "full"][1]
+    assert np.abs(shards[0] - whole[0]).max() <= 1e-4 * whole[1]

@@ -54,22 +54,26 @@ def test_plan_in_json(mixture):
 
 
 def test_plan_warns_of_probes_that_no_gpu_has_room_for(mixture):
-    """7 billion parameters a rank: 2K+4 = 8 vectors, (2K+1)/2+5 = 7.5 and 6, of 28 GB each."""
+    """7 billion parameters a rank: 2K+4 = 8 vectors, 8/2 and 6/2 of 28 GB each, and three times words of 0.85 GB."""
     words = (*RUN.split(), "--parameters", "7000000000")
     done = invoke("plan", mixture, *words)
-    assert "warning: probe.memory: scores needs 168 GB a rank, and a GPU of 80 GB has 40 GB" in done.output
+    assert "warning: probe.memory: scores needs 86.5 GB a rank, and a GPU of 80 GB has 40 GB" in done.output
     done = invoke("plan", mixture, *words, "--json")
-    assert json.loads(done.output)["warnings"][-1].startswith("probe.memory: scores needs 168 GB a rank")
+    assert json.loads(done.output)["warnings"][-1].startswith("probe.memory: scores needs 86.5 GB a rank")
     many = RUN.replace("-size 4", "-size 128").replace("world-size 2", "world-size 64").split()
     mixture.write_text(MIXTURE.replace("300", "12700"))
     done = invoke("plan", mixture, *many, "--parameters", "7000000000")
-    assert "warning: probe.memory: sharded needs 142 GB a rank" in done.output
+    assert "sharded holds (2K+4)/64 = 0.125 vectors" in done.output and "probe.memory" not in done.output
+    assert "3 of the largest layer, 6.05 GB a rank" in done.output
+    done = invoke("plan", mixture, *many, "--parameters", "7000000000", "--largest-layer", "1000000000")
+    assert "3 of the largest layer, 15.5 GB a rank" in done.output
+    mixture.write_text(MIXTURE)
     done = invoke("plan", mixture, *RUN.split(), "--parameters", "7000000")
     assert "warning: probe.memory" not in done.output
     mixture.write_text(MIXTURE.replace("{samples: 16}", "{samples: 16, memory: full}"))
     done = invoke("plan", mixture, *words)
     assert (
-        "full needs 224 GB a rank" in done.output and "; write memory: auto, share the model" in done.output
+        "full needs 224 GB a rank" in done.output and "; write memory: auto, or share it among" in done.output
     )
 
 

@@ -40,7 +40,7 @@ mode: act
 every: 20
 lead: 64
 seed: 7
-probe: {samples: 32, splits: 2, method: exact, metric: identity, memory: scores, time_limit: 60}
+probe: {samples: 32, splits: 2, method: exact, metric: identity, memory: scores, offload: false, time_limit: 60}
 controller:
   law: hold
   strength: 0.5
@@ -66,7 +66,7 @@ def test_every_key_is_read(tmp_path):
     assert ru.holdout == f"{tmp_path}/held/ru"
     assert config.target == {"en": 0.5, "ru": 0.5} and config.mode == "act"
     assert (config.every, config.lead, config.seed, config.schedule) == (20, 64, 7, None)
-    assert dataclasses.astuple(config.probe) == (32, 2, "exact", "identity", "scores", 60.0)
+    assert dataclasses.astuple(config.probe) == (32, 2, "exact", "identity", "scores", False, 60.0)
     law = config.controller
     assert dataclasses.astuple(law)[:7] == ("hold", 0.5, 2.0, 0.1, 0.9, (0.05, 0.05), (0.8, 1.0))
     assert (law.cooldown, law.freeze, law.compare) == (3, 0.9, ("tilt", "tau-tail"))
@@ -79,7 +79,7 @@ def test_defaults(tmp_path):
     config = load(written(tmp_path, TWO))
     assert (config.mode, config.every, config.lead, config.seed) == ("shadow", 1000, None, 1234)
     assert (config.target, config.schedule, config.measure_budget) == (None, None, 0.005)
-    assert dataclasses.astuple(config.probe) == (64, 4, "difference", "adam", "auto", None)
+    assert dataclasses.astuple(config.probe) == (64, 4, "difference", "adam", "auto", False, None)
     law = config.controller
     assert dataclasses.astuple(law)[:7] == ("tilt", 1.0, 2.5, 0.05, 0.95, (0.0, 0.0), (1.0, 1.0))
     laws = {mode: load(written(tmp_path, f"{TWO}mode: {mode}\n")).controller.law for mode in MODES}
@@ -110,15 +110,18 @@ ADDED = [
     ("measure_budget: 0", "4: measure_budget: got 0; write a share of the training compute, such as 0.005"),
     ("schedule: 3", "4: schedule: got 3; write the path of a CSV file, or null"),
     ("schedule: s.csv", "4: schedule: is followed in mode fixed only; write mode: fixed"),
-    ("probe: 64", "4: probe: got 64; write a mapping with the keys samples, splits, method, metric, memory, time_limit"),
+    ("probe: 64", "4: probe: got 64; write a mapping with the keys samples, splits, method, metric, memory, offload, time_limit"),
     ("probe:\n  samples: 0", "5: probe.samples: got 0; write a positive number of sequences"),
     ("probe:\n  samples: 66", "5: probe.samples: 66 is not divisible by the 4 splits; write 68, or other probe.splits"),
     ("probe:\n\n  splits: 1", "6: probe.splits: got 1; write 2 or more, standard errors come from the splits"),
     ("probe:\n  method: differance", "5: probe.method: got differance; write one of difference, exact, fused (did you mean difference?)"),
     ("probe: {metric: sgd}", "4: probe.metric: got sgd; write one of identity, adam"),
     ("probe: {memory: score}", "4: probe.memory: got score; write one of auto, full, sharded, scores (did you mean scores?)"),
+    ("probe: {memory: sharded, method: fused}", "4: probe.memory: method fused needs whole parameters on every rank; write full or scores, or method: difference"),
+    ("probe: {offload: 1}", "4: probe.offload: got 1; write true or false"),
+    ("probe: {offload: true, method: exact}", "4: probe.offload: method exact needs its direction beside the parameters; write false, or method: difference"),
     ("probe: {time_limit: 0}", "4: probe.time_limit: got 0; write a positive number of seconds, or null"),
-    ("probe: {sample: 8}", "4: probe.sample: unknown key; known here: samples, splits, method, metric, memory, time_limit (did you mean samples?)"),
+    ("probe: {sample: 8}", "4: probe.sample: unknown key; known here: samples, splits, method, metric, memory, offload, time_limit (did you mean samples?)"),
     ("controller: {strength: 0}", "4: controller.strength: got 0; write a positive number"),
     ("controller: {memory: -1}", "4: controller.memory: got -1; write a number of 0 or more, such as 2.5"),
     ("controller: {rate: 1.5}", "4: controller.rate: got 1.5; write the largest change of a weight in one decision, such as 0.05"),

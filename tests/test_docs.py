@@ -107,6 +107,8 @@ def defaults():
 
 
 def as_written(value):
+    if isinstance(value, bool):
+        return str(value).lower()
     if value == ():
         return "[]"
     return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

@@ -287,36 +287,39 @@ def _partitions(engine):
 
 
 def second_moments(engine, params):
-    """Bias-corrected second moments of Adam for every parameter; None before its first step.
-
-    Gathered from the ZeRO shards with one vector of model size: collective over all ranks.
+    """Bias-corrected second moments of Adam, one per parameter and made one by one; None before its
+    first step. Under ZeRO each is gathered when its turn comes: collective over all ranks.
     """
-    inner, here, found = getattr(engine.optimizer, "optimizer", engine.optimizer), groups(), None
+    inner, here, kept = getattr(engine.optimizer, "optimizer", engine.optimizer), groups(), None
     if all(flat is None for _, flat in _partitions(engine)):
         return torch_loop.second_moments(inner, params)
     with reduce.agreed(here.world):
-        found = _own_moments(engine, inner, params)
-    if reduce.any_rank(found is None, here.world):
+        kept = _own_moments(engine, inner)
+    if reduce.any_rank(kept is None, here.world):
         return None
-    return reduce.sum_of_vectors(found, here.data)
+    return (reduce.sum_of_vectors([_whole(p, *kept[id(p)])], here.data)[0] for p in params)
 
 
-def _own_moments(engine, inner, params):
-    """What this rank's ZeRO shard holds of the second moments, zeros elsewhere; None before the
-    first step.
-    """
-    found = {id(p): torch.zeros_like(p, dtype=torch.float32) for p in params}
+def _own_moments(engine, inner):
+    """{id of a parameter: (second moments of its flat ZeRO partition here, their correction)}."""
+    found = {}
     for (members, flat), group in zip(_partitions(engine), inner.param_groups, strict=True):
         state = inner.state.get(flat, {})
         if "exp_avg_sq" not in state:
             return None
-        corrected = state["exp_avg_sq"] / (1 - group["betas"][1] ** float(state["step"]))
-        for p in members:
-            if p._hp_mapping is not None:
-                here, there = p._hp_mapping.lp_fragment_address, p._hp_mapping.hp_fragment_address
-                piece = corrected.narrow(0, there.start, there.numel)
-                found[id(p)].view(-1).narrow(0, here.start, here.numel).copy_(piece)
-    return [found[id(p)] for p in params]
+        correction = 1 - group["betas"][1] ** float(state["step"])
+        found |= {id(p): (state["exp_avg_sq"], correction) for p in members}
+    return found
+
+
+def _whole(param, flat, correction):
+    """A tensor like `param`: its part in the partition `flat`, over `correction`; else zeros."""
+    found = torch.zeros_like(param, dtype=torch.float32)
+    if param._hp_mapping is not None:
+        here, there = param._hp_mapping.lp_fragment_address, param._hp_mapping.hp_fragment_address
+        piece = flat.narrow(0, there.start, there.numel) / correction
+        found.view(-1).narrow(0, here.start, here.numel).copy_(piece)
+    return found
 
 
 def stock_dataset(blend, samples, seq_length, vocab_size, seed, cache):

@@ -13,7 +13,8 @@ import contextlib
 import torch
 
 from megatron_commute import reduce
-from megatron_commute.adapters import torch_loop
+from megatron_commute.adapters import shards, torch_loop
+from megatron_commute.adapters.metric import adam_metric
 from megatron_commute.measure.model import Model, full_precision, low_precision
 
 WORK = {
@@ -59,20 +60,26 @@ def probe_model(
     counted = owned or [True] * len(params)
     once = tuple(o and not p.ds_pipe_replicated for o, p in zip(counted, params, strict=True))
 
+    def run(leaves, batches, **work):
+        made = {"engine": engine, "leaves": leaves, "batch": batch, "batches": list(batches)}
+        return _gradient(_Run(**made, **work), leaves, tied, here)
+
     def gradient(at, batches):
         leaves = [p.detach().requires_grad_(True) for p in at]
-        run = _Run(
-            engine=engine,
-            stage=stage,
-            params=dict(zip(names, leaves, strict=True)),
-            batch=batch,
-            batches=list(batches),
-            peers=peers if reduce.size(peers) > 1 else None,
+        moved = dict(zip(names, leaves, strict=True))
+
+        def forward(*given):
+            return torch.func.functional_call(stage, moved, given)
+
+        return run(leaves, batches, forward=forward, peers=(peers,))
+
+    def in_shards(groups):
+        return shards.of(
+            params, once, second_moments, groups, lambda cuts: _in_shards(cuts, groups, stage, run, peers)
         )
-        return _gradient(run, leaves, tied, here)
 
     def metric(name):
-        return None if name == "identity" else torch_loop.adam_metric(second_moments, once, here)
+        return None if name == "identity" else adam_metric(second_moments, once, here.model)
 
     return Model(
         parameters=lambda: full_precision(params),
@@ -84,7 +91,26 @@ def probe_model(
         micro_batch=micro_batch,
         low_precision=low_precision(params),
         gradient=gradient,
+        shards=in_shards,
     )
+
+
+def _in_shards(cuts, groups, stage, run, peers):
+    """The gradient of Shards: the replicas of a stage gather and scatter together, so they fail
+    together.
+    """
+
+    def gradient(at, batches):
+        whole = shards.Whole(cuts=cuts, at=at, group=groups.data, voters=groups.data)
+
+        @contextlib.contextmanager
+        def around():
+            with whole.closing(), whole.instead_of_shards(stage):
+                yield
+
+        return run(whole.leaves, batches, forward=stage, around=around, peers=(peers, groups.data))
+
+    return gradient
 
 
 @contextlib.contextmanager
@@ -165,11 +191,12 @@ class _Run:
     that every stage comes to the end of the schedule and none waits.
     """
 
-    def __init__(self, *, engine, stage, params, batch, batches, peers):
-        self.engine, self.stage, self.params, self.batch, self.batches = engine, stage, params, batch, batches
+    def __init__(self, *, engine, leaves, batch, batches, forward, peers, around=contextlib.nullcontext):
+        self.engine, self.leaves, self.batch, self.batches = engine, leaves, batch, batches
+        self.stage, self.around = forward, around
         self.peers, self.fault, self.slots, self.pending = peers, None, {}, []
         self.loaded = self.begun = 0
-        self.device = next(iter(params.values())).device
+        self.device = leaves[0].device
         stages, here = engine.num_stages, engine.stage_id
         self.last = here == stages - 1
         at = engine.grid.stage_to_global
@@ -191,11 +218,12 @@ class _Run:
             self.fault = self.fault or fault
 
     def _may_compute(self):
-        """Ranks that share this stage compute together or not at all: their layers wait for each
-        other.
+        """Ranks that share this stage, and its replicas where they share shards, compute together
+        or not at all: their layers wait for each other.
         """
-        if reduce.any_rank(self.fault is not None, self.peers) and self.fault is None:
-            self.fault = RuntimeError("another rank of this pipeline stage failed")
+        for group in self.peers:
+            if reduce.any_rank(self.fault is not None, group) and self.fault is None:
+                self.fault = RuntimeError("another rank of this pipeline stage failed")
         return self.fault is None
 
     def load(self, slot):
@@ -212,9 +240,9 @@ class _Run:
         slot.number, self.begun = self.begun, self.begun + 1
         if not self._may_compute():
             return
-        with self._guarded(), torch.enable_grad():
+        with self._guarded(), self.around(), torch.enable_grad():
             inputs = slot.inputs[0] if slot.single else tuple(slot.inputs)
-            made = torch.func.functional_call(self.stage, self.params, (inputs, slot.labels))
+            made = self.stage(inputs, slot.labels)
             if self.last:
                 made = made * self.batches[slot.number][1]
             slot.outputs = [made] if torch.is_tensor(made) else list(made)
@@ -223,9 +251,9 @@ class _Run:
     def backward(self, slot):
         if not self._may_compute():
             return
-        with self._guarded():
+        with self._guarded(), self.around():
             outputs = [t for t in slot.outputs if t.requires_grad]
-            inputs = [*self.params.values(), *(t for t in slot.inputs if t.requires_grad)]
+            inputs = [*self.leaves, *(t for t in slot.inputs if t.requires_grad)]
             if outputs:
                 torch.autograd.backward(outputs, None if self.last else slot.slopes, inputs=inputs)
             slot.outputs = slot.slopes = None

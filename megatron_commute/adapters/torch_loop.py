@@ -13,7 +13,8 @@ import torch
 
 from megatron_commute import config as front_door
 from megatron_commute import reduce
-from megatron_commute.adapters import branch
+from megatron_commute.adapters import branch, shards
+from megatron_commute.adapters.metric import adam_metric
 from megatron_commute.data import blend, resume, takeover
 from megatron_commute.data.indexed import domain_datasets, drawer, inspect_data
 from megatron_commute.data.sampler import MixedDataset, MixtureSampler
@@ -23,11 +24,6 @@ from megatron_commute.hook import Hook
 from megatron_commute.measure.model import Model, full_precision, low_precision
 from megatron_commute.mixture import Mixture
 from megatron_commute.record import log
-
-# D = 1/(sqrt(v) + floor): rows that are hardly ever visited have tiny v and would dominate every
-# inner product;
-# a floor of a tenth of the mean sqrt(v) bounds D at ten times its usual size.
-METRIC_FLOOR = 0.1
 
 # the backward pass comes after functional_call has put the module's own weights back
 HOOKS_REFUSED = (
@@ -51,7 +47,7 @@ def probe_model(
 
     loss: (module, tokens i64[b, n]) -> mean loss, calling module(...) as training does.
     micro_batch: sequences a forward pass. second_moments: () -> bias-corrected second moments of
-    Adam (list of tensors, one per trainable parameter) or None. owned, decayed: per trainable
+    Adam (tensors, one per trainable parameter) or None. owned, decayed: per trainable
     parameter, see measure.model; default: all owned, decay on matrices only. groups:
     reduce.Groups. exact: () -> context manager that makes the module twice differentiable;
     default: nothing to do. Raises ValueError for a module without trainable parameters and for
@@ -73,7 +69,12 @@ def probe_model(
     owned, groups = tuple(owned or [True] * len(named)), groups or reduce.Groups()
 
     def metric(name):
-        return None if name == "identity" else adam_metric(second_moments, owned, groups)
+        return None if name == "identity" else adam_metric(second_moments, owned, groups.model)
+
+    def in_shards(groups):
+        return shards.of(
+            params, owned, second_moments, groups, lambda cuts: shards.gradient(module, loss, cuts, groups)
+        )
 
     def verified(values, tokens):
         verify(lambda point: at(point, tokens), values, lambda v: squared_length(v, owned, groups))
@@ -88,6 +89,7 @@ def probe_model(
         micro_batch=micro_batch,
         verify=_once(verified) if verify is not None else None,
         low_precision=low_precision(params),
+        shards=in_shards,
     )
 
 
@@ -122,31 +124,6 @@ def squared_length(vector, owned, groups):
     return float(reduce.sum_of_numbers(np.array([here]), groups.model)[0])
 
 
-def adam_metric(second_moments, owned, groups):
-    """D = 1 / (sqrt(v) + METRIC_FLOOR * mean sqrt(v)) per parameter; the mean runs over all
-    parameters of the model.
-
-    Raises ValueError where the optimiser has no second moments (yet).
-    """
-    moments = second_moments() if second_moments is not None else None
-    if moments is None:
-        raise ValueError(
-            "probe.metric adam needs an Adam optimiser that has taken a step; write `metric: identity`"
-        )
-    with reduce.agreed(groups.model):
-        roots, moments = [], list(moments)[::-1]
-        while moments:  # each is freed when its root is taken: one vector of memory, not two
-            roots.append(moments.pop().float().sqrt())
-        counted = [
-            (float(r.sum(dtype=torch.float64)), r.numel()) for r, o in zip(roots, owned, strict=True) if o
-        ]
-    total, count = reduce.sum_of_numbers(np.array([(0.0, 0), *counted]).sum(0), groups.model)
-    floor = METRIC_FLOOR * total / count
-    if not floor > 0:
-        raise ValueError("all second moments of the optimiser are zero: probe after its first step")
-    return [r.add_(floor).reciprocal_() for r in roots]
-
-
 @contextlib.contextmanager
 def quiet(module, exact=None):
     """Dropout off and random state kept for the time of a probe; every module's own training
@@ -169,8 +146,8 @@ def quiet(module, exact=None):
 
 
 def second_moments(optimizer, parameters):
-    """Bias-corrected second moments of torch.optim.Adam or AdamW, one per parameter, or None
-    before its first step.
+    """Bias-corrected second moments of torch.optim.Adam or AdamW, one per parameter and made one
+    by one, or None before its first step.
     """
     betas = {
         id(p): group["betas"][1]
@@ -178,13 +155,10 @@ def second_moments(optimizer, parameters):
         for p in group["params"]
         if "betas" in group
     }
-    moments = []
-    for p in parameters:
-        state = optimizer.state.get(p, {})
-        if "exp_avg_sq" not in state or id(p) not in betas:
-            return None
-        moments.append(state["exp_avg_sq"] / (1 - betas[id(p)] ** float(state["step"])))
-    return moments
+    kept = [(p, optimizer.state.get(p, {})) for p in parameters]
+    if any("exp_avg_sq" not in state or id(p) not in betas for p, state in kept):
+        return None
+    return (state["exp_avg_sq"] / (1 - betas[id(p)] ** float(state["step"])) for p, state in kept)
 
 
 class Plugin:

@@ -1,22 +1,14 @@
-"""ZeRO-3: gradients of a model whose parameters are cut into shards over the data-parallel ranks,
-without the engine.
+"""ZeRO-3: the shards of DeepSpeed's own parameters as `shards` wants them, without the engine.
 
-A probe's parameters are this rank's shards, displaced or not. While a loss is evaluated, every
-access of a module to a parameter gives the whole tensor, gathered at that moment by a
-differentiable operation whose adjoint is the scattered sum; what autograd keeps of it is only its
-number, and backward gathers it again. So a gradient is made of shards of the sum over all ranks, at
-the cost of two gathers and one scattered sum for each use of a parameter. DeepSpeed's own hooks
-rest meanwhile: its parameters, prefetch trace, gradient partitions, counters and overflow flags
-take no part. Rank-local faults are survived, since ranks vote before each collective.
+DeepSpeed's hooks rest while a probe works: its parameters, prefetch trace, gradient partitions,
+counters and overflow flags take no part.
 """
 
 import contextlib
-import weakref
-
-import torch
 
 from megatron_commute import reduce
-from megatron_commute.adapters import torch_loop
+from megatron_commute.adapters import shards, torch_loop
+from megatron_commute.adapters.metric import adam_metric
 from megatron_commute.measure.model import Model, full_precision, low_precision
 
 
@@ -38,23 +30,10 @@ def probe_model(engine, loss, micro_batch, owned=None, groups=None, quiet=None):
     _refuse(engine, everything, here)
     params = [p for p in everything if p.requires_grad]
     counted = tuple(owned or [True] * len(params))
+    cuts = {p: _cut(p) for p in everything}
 
-    def parameters():
-        return full_precision(_shard(p) for p in params)
-
-    def gradient(at, batches):
-        leaves = [p.detach().requires_grad_(True) for p in at]
-        vote = _Vote(here.world)
-        whole = _Whole(
-            params=everything,
-            leaves=dict(zip(map(id, params), leaves, strict=True)),
-            group=here.data,
-            vote=vote,
-        )
-        for tokens, share in batches:
-            with vote.closing(), whole.instead_of_shards(module), torch.enable_grad():
-                (loss(module, tokens) * share).backward(inputs=leaves)
-        return [torch.zeros_like(p) if p.grad is None else p.grad for p in leaves]
+    def rest():
+        return _without_hooks(list(module.modules()))
 
     @contextlib.contextmanager
     def silent(method):
@@ -64,12 +43,10 @@ def probe_model(engine, loss, micro_batch, owned=None, groups=None, quiet=None):
     def metric(name):
         if name == "identity":
             return None
-        return torch_loop.adam_metric(
-            lambda: second_moments(engine, params), counted, reduce.Groups(None, here.world, here.world)
-        )
+        return adam_metric(lambda: second_moments(engine, params), counted, here.world)
 
     return Model(
-        parameters=parameters,
+        parameters=lambda: full_precision(_shard(p) for p in params),
         loss=None,
         owned=counted,
         decayed=decayed(engine, params),
@@ -77,7 +54,7 @@ def probe_model(engine, loss, micro_batch, owned=None, groups=None, quiet=None):
         quiet=silent,
         micro_batch=micro_batch,
         low_precision=low_precision(everything),
-        gradient=gradient,
+        gradient=shards.gradient(module, loss, cuts, here, rest),
         together=True,
     )
 
@@ -112,6 +89,12 @@ def _shard(param):
     return param.ds_tensor.detach().narrow(0, 0, min(length, param.ds_numel - begin))
 
 
+def _cut(param):
+    shape, ranks = tuple(param.ds_shape), _ranks(param)
+    rank = reduce.rank_in(param.ds_process_group)
+    return shards.Cut(shape=shape, ranks=ranks, rank=rank, part=lambda: _shard(param), device=param.device)
+
+
 def decayed(engine, params):
     """Per parameter, whether the optimiser's weight decay acts on it."""
     optimizer, decay = engine.optimizer, {}
@@ -135,127 +118,6 @@ def second_moments(engine, params):
         shard = optimizer.get_local_fp32_param(p, "exp_avg_sq").narrow(0, 0, _shard(p).numel())
         moments.append(shard / (1 - beta ** float(state["step"])))
     return moments
-
-
-class _Vote:
-    """Before each collective ranks agree that none has failed; one that has failed says so at the
-    next of its peers.
-    """
-
-    def __init__(self, group):
-        self.group, self.told = group, False
-
-    def before(self):
-        self.told = reduce.any_rank(False, self.group)
-        if self.told:
-            raise RuntimeError("another rank failed in its forward or backward pass")
-
-    @contextlib.contextmanager
-    def closing(self):
-        """A micro-batch, left alike by all ranks."""
-        try:
-            yield
-        except Exception:
-            if not self.told:
-                reduce.any_rank(True, self.group)
-            raise
-        self.before()
-
-
-class _Whole:
-    """Whole parameters from shards, on access."""
-
-    def __init__(self, *, params, leaves, group, vote):
-        self.params, self.leaves = {id(p): p for p in params}, leaves
-        self.group, self.vote, self.lent = group, vote, {}
-
-    @contextlib.contextmanager
-    def instead_of_shards(self, module):
-        """Let `module` see whole parameters, and let DeepSpeed's hooks rest. Left as it was,
-        whatever happens.
-        """
-        modules = list(module.modules())
-        kept = [m.__dict__["_parameters"] for m in modules]
-        with _without_hooks(modules), torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
-            try:
-                for m, own in zip(modules, kept, strict=True):
-                    m.__dict__["_parameters"] = _OnAccess(own, self.of)
-                yield
-            finally:
-                for m, own in zip(modules, kept, strict=True):
-                    m.__dict__["_parameters"] = own
-
-    def of(self, param):
-        """The whole of `param` as a tensor of the graph, gathered anew."""
-        key, own = id(param), self._own(id(param))
-        whole = _Gather.apply(own, self, key) if key in self.leaves else self._gathered(own, key)
-        # what memory holds which parameter, as long as it lives
-        self.lent[whole.untyped_storage().data_ptr()] = (weakref.ref(whole), key)
-        return whole
-
-    def _own(self, key):
-        leaf = self.leaves.get(key)
-        return full_precision([_shard(self.params[key])])[0] if leaf is None else leaf
-
-    def _gathered(self, shard, key):
-        param = self.params[key]
-        self.vote.before()
-        padded = shard.new_zeros(-(-param.ds_numel // _ranks(param)))
-        padded[: shard.numel()] = shard.detach()
-        if param.device.type == "cuda":
-            padded = padded.to(param.device)
-        whole = reduce.gathered(padded, self.group)
-        return whole[: param.ds_numel].view(param.ds_shape)
-
-    def _pack(self, tensor):
-        """What backward keeps of a tensor: of a parameter only which it is, and how it was looked
-        at.
-        """
-        found = self.lent.get(tensor.untyped_storage().data_ptr()) if tensor.numel() else None
-        if found is None or found[0]() is None or found[0]().dtype != tensor.dtype:
-            return tensor
-        return found[1], tensor.size(), tensor.stride(), tensor.storage_offset()
-
-    def _unpack(self, kept):
-        if torch.is_tensor(kept):
-            return kept
-        key, *geometry = kept
-        whole = self._gathered(self._own(key), key)
-        return whole.as_strided(*geometry)
-
-
-class _Gather(torch.autograd.Function):
-    """A whole parameter from the shards of all ranks; backward: this rank's shard of the sum of all
-    ranks' gradients.
-    """
-
-    @staticmethod
-    def forward(ctx, shard, whole, key):
-        ctx.whole, ctx.key, ctx.length = whole, key, shard.numel()
-        return whole._gathered(shard, key)
-
-    @staticmethod
-    def backward(ctx, slope):
-        whole, param = ctx.whole, ctx.whole.params[ctx.key]
-        whole.vote.before()
-        length = -(-param.ds_numel // _ranks(param))
-        flat = slope.new_zeros(length * _ranks(param))
-        flat[: param.ds_numel] = slope.reshape(-1)
-        return reduce.scattered_sum(flat, whole.group)[: ctx.length].clone(), None, None
-
-
-class _OnAccess(dict):
-    """The parameters of one module: reading one gives it whole. Listing them gives the shards'
-    owners, untouched.
-    """
-
-    def __init__(self, own, whole_of):
-        super().__init__(own.items())
-        self.whole_of = whole_of
-
-    def __getitem__(self, name):
-        param = super().__getitem__(name)
-        return param if param is None else self.whole_of(param)
 
 
 @contextlib.contextmanager

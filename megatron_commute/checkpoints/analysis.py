@@ -249,7 +249,7 @@ class _Work:
     def _losses(self, draw, count):
         """Mean held-out loss f64[K], nats per token, on the sequences of the direction."""
         means, chunk = [], self.model.micro_batch
-        params = self.model.parameters()
+        params = list(self.model.parameters())
         with torch.no_grad(), self.model.quiet("difference"):
             for k in range(len(self.setting.plan.names)):
                 total = 0.0
@@ -305,7 +305,7 @@ def memory_words(held, checkpoint, parameters):
     parts = f"model {model}, a checkpoint and its merging {merging}"
     return (
         f"memory: about {memory.in_units(whole)} beside the activations of one micro-batch ({parts}, "
-        f"{held.words} vectors of a probe {memory.in_units(held.bytes)}; {held.mode})"
+        f"{held.words} of a probe {memory.in_units(held.bytes)}; {held.mode})"
     )
 
 

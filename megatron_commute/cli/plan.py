@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import click
 import numpy as np
 
+from megatron_commute.cli import plan_table
 from megatron_commute.cli.words import Refusal, as_json, print_json, table
 from megatron_commute.config import Config, ConfigError, Plan, Run, load, probe_cost, resolve
 from megatron_commute.settings import memory, rates, schedule
@@ -115,21 +116,43 @@ def _rates(flags: dict[str, Any], needed: bool) -> np.ndarray | None:
     "--parameters", type=click.IntRange(min=1), help="Parameters of the model, to show bytes of a probe."
 )
 @click.option(
+    "--largest-layer",
+    type=click.IntRange(min=1),
+    help="Parameters of its largest tensor; default: as in a dense GPT of this size.",
+)
+@click.option(
     "--out", type=click.Path(file_okay=False), help="Folder for a picture of law flow's schedule, flow.png."
 )
+@click.option(
+    "--table",
+    "sizes",
+    is_flag=True,
+    help="Instead: what a probe holds, sends and would take at 1, 7, 13 and 70 billion parameters.",
+)
 @as_json
-def plan(file: str, parameters: int | None, out: str | None, as_json: bool, **flags: Any) -> None:
+def plan(
+    file: str,
+    parameters: int | None,
+    largest_layer: int | None,
+    out: str | None,
+    sizes: bool,
+    as_json: bool,
+    **flags: Any,
+) -> None:
     """Check a mixture file against run and data; show what would happen. Without --out nothing is
     written.
     """
     asked = checked(file, flags)
     config, run, planned = asked.config, asked.run, asked.plan
+    if sizes:
+        return print_sizes(config, run, len(planned.targets), as_json)
     if out and asked.flow is None:
         raise Refusal(
             f"--out {out}: only law flow's schedule is drawn; write law: flow and mode: fixed or act"
         )
     cost = probe_cost(config, run)
-    held = probe_memory(config, run, parameters and parameters / flags["tensor_model_parallel_size"])
+    of_rank = rank_sizes(parameters, largest_layer, flags["tensor_model_parallel_size"])
+    held = probe_memory(config, run, *of_rank)
     large = memory.warning({mode: found["bytes"] for mode, found in held.items()}) if parameters else None
     if large:
         planned = dataclasses.replace(planned, warnings=(*planned.warnings, large))
@@ -155,6 +178,16 @@ def plan(file: str, parameters: int | None, out: str | None, as_json: bool, **fl
         return
     _print_plan(asked, (cost, held, rows))
     click.echo("".join(f"{path}\n" for path in files), nl=False)
+
+
+def print_sizes(config: Config, run: Run, targets: int, as_json: bool) -> None:
+    """The table of large models, in words or as JSON."""
+    rows, notes = list(plan_table.rows(config, run, targets)), plan_table.notes(config, run)
+    if as_json:
+        print_json({"hardware": plan_table.Hardware()._asdict(), "notes": notes, "rows": rows})
+        return
+    click.echo(table([plan_table.cells(row) for row in rows], plan_table.HEADERS))
+    click.echo("".join(f"\n{note}" for note in notes))
 
 
 def drawn(asked: Asked, out: str, with_page: bool = False) -> list[str]:
@@ -195,21 +228,42 @@ def _print_plan(asked: Asked, found: tuple) -> None:
         click.echo(f"warning: {warning}")
 
 
-def probe_memory(config: Config, run: Run, parameters: float | None) -> dict[str, dict[str, Any]]:
+def rank_sizes(parameters: int | None, largest: int | None, ranks: int) -> tuple[float | None, ...]:
+    """Parameters of one rank and of its largest layer, of a model on `ranks` ranks; largest: of the
+    whole model, None: as in a dense GPT.
+    """
+    if parameters is None:
+        return None, None
+    return parameters / ranks, (largest or min(memory.dense_gpt(parameters)[1], parameters)) / ranks
+
+
+def probe_memory(
+    config: Config, run: Run, parameters: float | None, largest: float | None
+) -> dict[str, dict[str, Any]]:
     """By mode that probe.memory may mean here: `vectors` of model size on a rank, as a number and
-    in `words`, and their `bytes` where the `parameters` of one rank are known. For parameters in
-    float32; bf16 and fp16 add one vector.
+    in `words`, `layers` beside them, and `bytes`, also those in the host's memory, where the
+    `parameters` of one rank and of its `largest` layer are known. For parameters in float32; bf16
+    and fp16 add one vector.
     """
     probe, ranks = config.probe, run.data_parallel
     shape = (len(config.domains), probe.method, probe.metric, ranks, False)
-    modes = memory.MODES if probe.memory == "auto" else (memory.choose(probe.memory, {}, ranks),)
+    possible = memory.possible(probe.method, ranks, False, True)
+    if probe.memory != "auto":
+        possible = (memory.choose(probe.memory, dict.fromkeys(possible, 0.0)),)
     found = {}
-    for mode in modes:
-        if mode == "sharded" and ranks == 1:
-            continue  # nothing to share
-        count = memory.vectors(mode, *shape)
-        size = None if parameters is None else round(4 * parameters * count)
-        found[mode] = {"vectors": count, "words": memory.formula(mode, *shape), "bytes": size}
+    for mode in possible:
+        bytes_of = [None, None]
+        if parameters is not None:
+            whole, layer = 4 * parameters, 4 * largest
+            known = memory.size(mode, *shape, whole, layer, probe.offload)
+            bytes_of = [round(known), round(memory.host_size(mode, *shape, whole, probe.offload))]
+        found[mode] = {
+            "vectors": memory.vectors(mode, *shape, probe.offload),
+            "words": memory.formula(mode, *shape, probe.offload),
+            "layers": memory.layers(mode, probe.method, ranks),
+            "bytes": bytes_of[0],
+            "host_bytes": bytes_of[1],
+        }
     return found
 
 
@@ -220,7 +274,8 @@ def memory_words(held: dict[str, dict[str, Any]]) -> str:
         size = "" if found["bytes"] is None else f", {memory.in_units(found['bytes'])} a rank"
         count = f"{found['vectors']:.3g}"
         words = "" if found["words"] == count else f"{found['words']} = "
-        clauses.append(f"{mode} holds {words}{count} vectors of model size{size}")
+        layers, host = memory.beside(found["layers"]), memory.offloaded(found["host_bytes"])
+        clauses.append(f"{mode} holds {words}{count} vectors of model size{layers}{size}{host}")
     return "; ".join(clauses)
 
 

@@ -1,6 +1,7 @@
 """What a probe needs of a model, whoever trains it: the contract that adapters fulfil."""
 
 import dataclasses
+from typing import NamedTuple
 
 import torch
 
@@ -12,7 +13,8 @@ class Model:
     """A model as a probe sees it; adapters build it."""
 
     parameters: object
-    # () -> float32 or float64 tensors at which to measure, one per trainable parameter of this rank
+    # () -> float32 or float64 tensors at which to measure, one after the other for each trainable
+    # parameter of this rank
     loss: object
     # (parameters, tokens i64[b, seq_length + 1]) -> mean loss in nats per token; writes to nothing
     owned: tuple
@@ -36,15 +38,35 @@ class Model:
     # must run together (pipelines) or in lock-step with other ranks; None: one by one through
     # `loss`
     together: bool = False
-    # whether vectors are this rank's SHARDS of what all data-parallel ranks add up (ZeRO-3); then
-    # `gradient` is collective over them and gives shards of the sum over their batches
+    # whether vectors are this rank's SHARDS of what all data-parallel ranks add up; then `gradient`
+    # is collective over them and gives shards of the sum over their batches
+    shards: object = None
+    # (reduce.Groups) -> Shards of this model, for probes that work together on vectors in shards;
+    # None: there is no such way, or (ZeRO-3) no other
+
+
+class Shards(NamedTuple):
+    """What differs in a Model whose vectors lie in shards over the data-parallel ranks; its fields
+    by the same names.
+    """
+
+    parameters: object
+    gradient: object
+    metric: object
 
 
 def full_precision(tensors):
-    """The tensors detached; those in half precision as float32 copies."""
-    return [t.detach() if t.dtype in FULL_PRECISION else t.detach().float() for t in tensors]
+    """The tensors detached, one after the other; those in half precision as float32 copies."""
+    return (t.detach() if t.dtype in FULL_PRECISION else t.detach().float() for t in tensors)
 
 
 def low_precision(tensors):
     """Whether `full_precision` copies any of them."""
     return any(t.dtype not in FULL_PRECISION for t in tensors)
+
+
+def in_shards(model, groups):
+    """The same Model with its vectors in shards over the data-parallel ranks of `groups`."""
+    if model.shards is None:
+        return model
+    return dataclasses.replace(model, together=True, shards=None, **model.shards(groups)._asdict())

@@ -22,6 +22,7 @@ import torch
 
 from megatron_commute import bracket, hvp, reduce
 from megatron_commute.measure import replicate_ways
+from megatron_commute.measure.model import in_shards
 from megatron_commute.settings import memory
 from megatron_commute.settings.memory import vectors
 
@@ -84,8 +85,7 @@ def measure(model, groups, team, draw, settings, targets, weights, flow, time_li
     noise only where every split has its own. Raises ProbeFailed on every rank when any rank met bad
     data, a non-finite value, an exception or the time limit.
     """
-    if model.together and team.size < reduce.size(groups.data):  # its vectors are sums over all of them
-        team = reduce.team(groups, settings.splits, together=True)
+    model, team = _working(model, groups, team, settings)
     deadline = None if time_limit is None else time.monotonic() + time_limit
     ballot = _Ballot(groups, deadline)
     way = replicate_ways.way(settings.memory)
@@ -116,7 +116,7 @@ def measure(model, groups, team, draw, settings, targets, weights, flow, time_li
     ballot.settle()
     with model.quiet(settings.method):
         with ballot.section("metric"):
-            work.metric = model.metric(settings.metric)
+            work.metric = work.keep.taken(model.metric(settings.metric))
         ballot.settle()
         for turn in range(team.rounds):
             split = team.splits[turn] if turn < len(team.splits) else None
@@ -130,6 +130,18 @@ def measure(model, groups, team, draw, settings, targets, weights, flow, time_li
         table[numbers.size :].reshape(checks.shape),
     )
     return _summary(numbers, _numerical(checks), weights, flow)
+
+
+def _working(model, groups, team, settings):
+    """The model and the team of a probe: where vectors lie in shards, they are sums over all
+    data-parallel ranks.
+    """
+    ranks = reduce.size(groups.data)
+    if ranks > 1 and memory.shares(settings.memory, settings.method):
+        model = in_shards(model, groups)
+    if model.together and team.size < ranks:
+        team = reduce.team(groups, settings.splits, together=True)
+    return model, team
 
 
 def _refuse(model, method):
@@ -200,18 +212,22 @@ def choose_memory(model, groups, settings, domains):
     """memory.Memory of this run's probes by probe.memory, the same on all ranks: each way counts by
     the rank with the least room for it. Collective.
     """
-    params = model.parameters()
-    one = sum(p.numel() * p.element_size() for p in params)
-    ranks = 1 if model.together else reduce.size(groups.data)  # shards are not cut again
+    ranks = reduce.size(groups.data)
+    one, devices = zip(*((p.numel() * p.element_size(), p.device) for p in model.parameters()), strict=True)
+    parts = ranks if model.together else 1  # of the whole, that `one` tells
+    whole, largest = sum(one) * parts, max(one) * parts
     shape = (domains, settings.method, settings.metric, ranks, model.low_precision)
-    needed = {mode: vectors(mode, *shape) * one for mode in memory.MODES}
-    room = _free_memory(params[0].device, groups) / 2 if settings.memory == "auto" else 1
-    loads = reduce.max_of_numbers(
-        np.array([needed[mode] / max(room, 1) for mode in memory.MODES]), groups.world
-    )
-    mode = memory.choose(settings.memory, dict(zip(memory.MODES, loads.tolist(), strict=True)), ranks)
-    most = reduce.max_of_numbers(np.array([needed[mode]]), groups.world)[0]
-    return memory.Memory(mode, math.ceil(most), memory.formula(mode, *shape))
+    possible = memory.possible(settings.method, ranks, model.together, model.shards is not None)
+    offload = settings.offload
+    needed = {mode: memory.size(mode, *shape, whole, largest, offload) for mode in possible}
+    room = _free_memory(devices[0], groups) / 2 if settings.memory == "auto" else 1
+    loads = np.array([needed[mode] / max(room, 1) for mode in possible])
+    loads = reduce.max_of_numbers(loads, groups.world)
+    mode = memory.choose(settings.memory, dict(zip(possible, loads.tolist(), strict=True)))
+    kept = memory.host_size(mode, *shape, whole, offload)
+    most, kept = np.ceil(reduce.max_of_numbers(np.array([needed[mode], kept]), groups.world)).tolist()
+    words, beside = memory.formula(mode, *shape, offload), memory.layers(mode, settings.method, ranks)
+    return memory.Memory(mode, int(most), words, beside, int(kept))
 
 
 def _free_memory(device, groups):

@@ -7,7 +7,8 @@ written.
 import numpy as np
 import torch
 
-from megatron_commute import hvp, ops, reduce
+from megatron_commute import hvp, reduce
+from megatron_commute.measure.keep import Keep
 from megatron_commute.settings.probe_cost import direction_samples
 
 
@@ -30,7 +31,8 @@ class Replicate:
         # model has done so
         self.holders = groups.world if model.together else groups.model
         self.adders = None if model.together else team.group
-        self.u = zeros(params)
+        self.keep = Keep(settings.offload)
+        self.u = self.keep.zeros(params)
 
     @staticmethod
     def rows(domains):
@@ -62,7 +64,7 @@ class Replicate:
                 shapes = [[tuple(v.shape) for v in vector] for vector in (given, self.params)]
                 if shapes[0] != shapes[1]:
                     raise ValueError("its shapes differ: give one tensor like each of the model's parameters")
-                torch._foreach_copy_(self.u, hvp.finite(given, "the direction"))
+                self.keep.copy(self.u, hvp.finite(given, "the direction"))
         self.ballot.settle()
 
     def _gradient_of_target(self, split, target):
@@ -72,11 +74,11 @@ class Replicate:
             torch._foreach_zero_(self.u)
             for k in np.flatnonzero(target).tolist() if split is not None else ():
                 for vector, share in self._gradients("direction", k, split, n, self.params):
-                    add(self.u, vector, share * float(target[k]))
+                    self.keep.add(self.u, vector, share * float(target[k]))
                     del vector
         self.ballot.settle()
         if split is not None:
-            reduce.sum_of_vectors(self.u, self.adders)
+            self.keep.sum_over(self.adders, self.u, self.params)
 
     def _displacement(self, split):
         """Turn the gradient into u = D g; the eps of the difference (global norms, equal on all
@@ -87,7 +89,7 @@ class Replicate:
             if split is not None:
                 if self.metric is not None:
                     torch._foreach_mul_(self.u, self.metric)
-                squares = np.array([dot(v, v, self.once) for v in (self.u, self.params)])
+                squares = np.array([self.keep.dot(v, v, self.once) for v in (self.u, self.params)])
         squares = reduce.sum_of_numbers(squares, self.holders)
         with self.ballot.section("displacement"):
             if split is not None:
@@ -98,7 +100,7 @@ class Replicate:
     def _check(self, step, out):
         """For every domain u.H u and u.g of one sequence from gradients at +-eps; how far either is
         off at +-2 eps; that of each parameter tensor, squared and summed. Costs four gradients of
-        one sequence a domain (of one on every rank where vectors are shards).
+        one sequence a domain; where vectors are shards every rank takes the same one.
         """
         if self.team.rank and not self.model.together:
             return
@@ -109,9 +111,9 @@ class Replicate:
                 at = self._displaced(scale, step)
                 for k in range(len(out)):
                     with self._agreed():
-                        tokens = self.draw("gradient", k, np.array([self.team.rank]))
+                        tokens = self.draw("gradient", k, np.arange(1))
                     for vector, part in self._slopes(at, iter([(tokens, share)])):
-                        along[i, k] = [part * dot(self.u, vector, [j]) for j in self.once]
+                        along[i, k] = [part * self.keep.dot(self.u, vector, [j]) for j in self.once]
                         del vector
                 del at
             near, far = (along[0] - along[1]) / (2 * step), (along[2] - along[3]) / (4 * step)
@@ -130,7 +132,7 @@ class Replicate:
 
     def _displaced(self, sign, step):
         with self._agreed():
-            return ops.displace(self.params, self.u, sign * step) if sign else None
+            return self.keep.displaced(self.params, self.u, sign * step) if sign else None
 
     def _visit(self, k, split, step, sign, at, take):
         """One domain's share of `_sweep`. Vectors are handed over without a name, so that two never
@@ -207,25 +209,3 @@ class Replicate:
         forward pass alone.
         """
         return reduce.agreed(self.holders)
-
-
-def zeros(params):
-    return [torch.zeros_like(p) for p in params]
-
-
-def add(into, vector, scale):
-    torch._foreach_add_(into, [v.to(i.dtype) for i, v in zip(into, vector, strict=True)], alpha=scale)
-
-
-def gram(X, Y, metric, indices):
-    """Inner products over the tensors `indices`, float64 numpy [len(X), len(Y)]; zeros where there
-    are none.
-    """
-    if not indices:
-        return np.zeros((len(X), len(Y)))
-    X, Y = ([[v[i] for i in indices] for v in vectors] for vectors in (X, Y))
-    return ops.gram(X, Y, None if metric is None else [metric[i] for i in indices]).cpu().numpy()
-
-
-def dot(a, b, indices):
-    return float(gram([a], [b], None, indices)[0, 0])

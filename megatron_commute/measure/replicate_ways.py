@@ -1,4 +1,5 @@
-"""Three ways to hold and contract the gradients and products of a replicate.
+"""Two ways to hold and contract the gradients and products of a replicate, on whole vectors or on
+shards of them.
 
 They differ in what they hold (megatron_commute.settings.memory) and agree in their numbers: rows of
 a table that is summed over all ranks. Parameters are read, never written.
@@ -7,16 +8,15 @@ a table that is summed over all ranks. Parameters are read, never written.
 import numpy as np
 import torch
 
-from megatron_commute import reduce
-from megatron_commute.measure.replicate import Replicate, add, gram, zeros
+from megatron_commute.measure.replicate import Replicate
 
 
 class Full(Replicate):
-    """All g_k and h_k on this rank: 2 K vectors."""
+    """All g_k and h_k, or this rank's shards of them: 2 K vectors."""
 
     def __init__(self, **given):
         super().__init__(**given)
-        self.g, self.h = ([zeros(self.params) for _ in self.weights] for _ in range(2))
+        self.g, self.h = ([self.keep.zeros(self.params) for _ in self.weights] for _ in range(2))
 
     def _products(self, split, step, out):
         with self.ballot.section("Hessian-vector products"):
@@ -27,100 +27,26 @@ class Full(Replicate):
         self.ballot.settle()
         if split is not None:
             for vector in self.g:
-                reduce.sum_of_vectors(vector, self.adders)
+                self.keep.sum_over(self.adders, vector, self.params)
             with self.ballot.section("contractions"):
                 self._contract(step, out)
 
     def _take(self, k, vector, to_g, to_h):
         for into, scale in ((self.g[k], to_g), (self.h[k], to_h)):
             if scale:
-                add(into, vector, scale)
+                self.keep.add(into, vector, scale)
 
     def _contract(self, step, out):
         """Inner products over the parameters this rank counts. g is the team's, h this rank's
         share, so M sums up; of models whose vectors are shards both are what this rank holds of the
         team's.
         """
-        out[:-4] = gram(self.h, self.g, self.metric, self.once)
-        out[-2] = gram([self.params], self.h, None, self.decaying)
+        out[:-4] = self.keep.gram(self.h, self.g, self.metric, self.once)
+        out[-2] = self.keep.gram([self.params], self.h, None, self.decaying)
         if self.team.rank == 0 or self.model.together:
-            out[-4] = gram([self.u], self.g, None, self.once)
-            out[-3] = gram([self.u], self.g, None, self.decaying)
+            out[-4] = self.keep.gram([self.u], self.g, None, self.once)
+            out[-3] = self.keep.gram([self.u], self.g, None, self.decaying)
         self._note_step(step, out)
-
-
-class Sharded(Replicate):
-    """The team's g_k and h_k once among its R ranks: each domain is added up whole, then every rank
-    keeps a range of it.
-    """
-
-    def __init__(self, **given):
-        super().__init__(**given)
-        sizes = [p.numel() for p in self.params]
-        length = -(-sum(sizes) // self.team.size)
-        begin, starts = length * self.team.rank, np.cumsum([0, *sizes[:-1]])
-        self.spans = [
-            (min(max(begin - start, 0), size), min(max(begin + length - start, 0), size))
-            for start, size in zip(starts.tolist(), sizes, strict=True)
-        ]
-        dtype = max((p.dtype for p in self.params), key=lambda kind: torch.finfo(kind).bits)
-        zeros = self.params[0].new_zeros
-        whole = length * self.team.size
-        # difference: one sum gives g and h; exact: one each
-        self.flat = [zeros(whole, dtype=dtype) for _ in range(1 if self.signs[0] else 2)]
-        self.sums = [
-            [v.view_as(p) for v, p in zip(flat[: sum(sizes)].split(sizes), self.params, strict=True)]
-            for flat in self.flat
-        ]
-        self.g, self.h = (zeros((len(self.weights), length), dtype=dtype) for _ in range(2))
-
-    def _products(self, split, step, out):
-        self.g.zero_()
-        self.h.zero_()
-        for sign in self.signs:
-            at = None
-            with self.ballot.section("displacement"):
-                if split is not None:
-                    at = self._displaced(sign, step)
-            for k in range(len(self.weights)):
-                with self.ballot.section("Hessian-vector products"):
-                    for flat in self.flat if split is not None else ():
-                        flat.zero_()
-                    if split is not None:
-                        self._visit(k, split, step, sign, at, self._take)
-                self.ballot.settle()
-                if split is not None:
-                    self._keep(k, sign, step)
-            del at
-        if split is not None:
-            with self.ballot.section("contractions"):
-                self._contract(step, out)
-
-    def _take(self, k, vector, to_g, to_h):
-        add(self.sums[0 if to_g else 1], vector, to_g or to_h)
-
-    def _keep(self, k, sign, step):
-        """This rank's range of the team's sums: of g itself, and of h or, at theta +- eps u, of
-        +-eps h.
-        """
-        pieces = [reduce.scattered_sum(flat, self.team.group) for flat in self.flat]
-        self.g[k].add_(pieces[0])
-        self.h[k].add_(pieces[-1], alpha=sign / step if sign else 1.0)
-
-    def _contract(self, step, out):
-        """Inner products over this rank's range of the parameters it counts."""
-        sizes = [stop - start for start, stop in self.spans]
-        g, h = ([row[: sum(sizes)].split(sizes) for row in rows] for rows in (self.g, self.h))
-        u, params = self._range(self.u), self._range(self.params)
-        out[:-4] = gram(h, g, None if self.metric is None else self._range(self.metric), self.once)
-        out[-4] = gram([u], g, None, self.once)
-        out[-3] = gram([u], g, None, self.decaying)
-        out[-2] = gram([params], h, None, self.decaying)
-        self._note_step(step, out)
-
-    def _range(self, vector):
-        pairs = zip(vector, self.spans, strict=True)
-        return [v.detach().reshape(-1)[start:stop] for v, (start, stop) in pairs]
 
 
 class Scores(Replicate):
@@ -135,7 +61,7 @@ class Scores(Replicate):
 
     def __init__(self, **given):
         super().__init__(**given)
-        self.g, self.h = zeros(self.params), zeros(self.params)
+        self.g, self.h = self.keep.zeros(self.params), self.keep.zeros(self.params)
 
     @staticmethod
     def rows(domains):
@@ -150,7 +76,7 @@ class Scores(Replicate):
         self.ballot.settle()
         if split is not None:
             for vector in (self.g, self.h):
-                reduce.sum_of_vectors(vector, self.adders)
+                self.keep.sum_over(self.adders, vector, self.params)
         with self.ballot.section("scores"):
             if split is not None:
                 if self.metric is not None:
@@ -163,13 +89,15 @@ class Scores(Replicate):
     def _mix(self, k, vector, to_g, to_h):
         for into, scale in ((self.g, to_g), (self.h, to_h)):
             if scale:
-                add(into, vector, scale * float(self.weights[k]))
+                self.keep.add(into, vector, scale * float(self.weights[k]))
 
     def _score(self, out, k, vector, to_g, to_h):
         """Add what a gradient or product gives to column k; g, h are the mixture's, times D."""
-        decaying = gram([vector], [self.h, self.g, self.u, self.params], None, self.decaying)[0]
+        decaying = self.keep.gram([vector], [self.h, self.g, self.u, self.params], None, self.decaying)[0]
         others = [i for i in self.once if i not in self.decaying]
-        along_h, along_g, along_u = decaying[:3] + gram([vector], [self.h, self.g, self.u], None, others)[0]
+        along_h, along_g, along_u = (
+            decaying[:3] + self.keep.gram([vector], [self.h, self.g, self.u], None, others)[0]
+        )
         out[0, k] += to_g * along_h - to_h * along_g
         out[-4, k] += to_g * along_u
         out[-3, k] += to_g * decaying[2]
@@ -177,7 +105,5 @@ class Scores(Replicate):
 
 
 def way(memory):
-    """The class that works in a mode of probe.memory; "auto" stands for full until somebody has
-    chosen.
-    """
-    return {"sharded": Sharded, "scores": Scores}.get(memory, Full)
+    """The class that works in a mode of probe.memory."""
+    return Scores if memory == "scores" else Full

@@ -1,79 +1,143 @@
 """Memory of a probe: vectors of model size that each way of working holds, and which way fits.
 
 full     every g_k and h_k on every rank: M and P, no traffic while splits >= data-parallel ranks
-sharded  every g_k and h_k once among the R data-parallel ranks, which share each replicate
-scores   two vectors whatever K, twice the gradients: s and the full score, but neither M nor P
+sharded  every vector in shards over the R data-parallel ranks, parameters whole one layer at a time
+scores   two vectors whatever K, twice the gradients: s and the full score, but neither M nor P; in
+         shards too where there are some
+
+A layer is one parameter tensor here, the unit that is gathered and scattered.
 """
 
 from typing import NamedTuple
 
-MODES = ("full", "sharded", "scores")  # from the most lavish to the most frugal
+MODES = ("full", "sharded", "scores")
 GPU, SPARE = 80e9, 40e9  # bytes of a large GPU, and half of it, which auto may take where all is free
 VERIFYING = 12  # vectors that the first probe of method exact holds while it verifies itself
+WORDS = 50304  # in the vocabulary of a GPT whose size alone is known
+LAYERS = 3  # a parameter, its gradient and what is scattered of it, where vectors lie in shards
 
 
 class Memory(NamedTuple):
-    """How a run's probes work: mode, one of MODES; bytes: of vectors on a rank; words: their number
-    as a formula.
+    """How a run's probes work: mode, one of MODES; bytes: on a rank; words: number of vectors as a
+    formula; layers: largest layers beside them; host: bytes of vectors in the host's memory.
     """
 
     mode: str
     bytes: int
     words: str
+    layers: int
+    host: int = 0
 
     @property
     def sentence(self):
         return (
-            f"probe memory: {self.mode}, {self.words} vectors, {in_units(self.bytes)} per rank beside the "
-            "activations of one micro-batch"
+            f"probe memory: {self.mode}, {self.words} vectors{beside(self.layers)}, {in_units(self.bytes)} "
+            f"per rank beside the activations of one micro-batch{offloaded(self.host)}"
         )
 
 
-def vectors(memory, domains, method, metric, ranks, low_precision):
-    """Vectors of model size that a probe holds on a rank at its peak, beside parameters and
-    activations; a float.
+def offloaded(host):
+    """The words for `host` bytes of vectors in the host's memory."""
+    return f", and {in_units(host)} per rank in the memory of the host" if host else ""
 
-    memory: of MODES; domains: K; ranks: data-parallel ranks; low_precision: whether the model's
-    parameters are bf16 or fp16, which a probe reads as float32 copies. Targets add none: each has
-    its direction in turn.
+
+def beside(layers):
+    """The words for `layers` largest layers, which follow those for vectors."""
+    return f" and {layers} of the largest layer" if layers else ""
+
+
+def shares(memory, method):
+    """Whether vectors lie in shards in a mode of MODES, where a model has them in shards at all."""
+    return memory == "sharded" or (memory == "scores" and method == "difference")
+
+
+def vectors(memory, domains, method, metric, ranks, low_precision, offload=False):
+    """Vectors of model size that a probe holds on a rank at its peak, beside parameters,
+    activations and, in shards, LAYERS of the largest layer; a float.
+
+    memory: of MODES; domains: K; ranks: over which vectors are cut, 1: they are whole;
+    low_precision: whether the model's parameters are bf16 or fp16, which a probe reads as float32
+    copies; offload: those that are kept are elsewhere. Targets add none: each has its direction in
+    turn.
     """
-    growing, constant = _parts(memory, domains, method, metric, ranks, low_precision)
-    return max(growing + constant, VERIFYING + bool(low_precision) if method == "exact" else 0)
+    growing, constant = _parts(memory, domains, metric, low_precision, offload)
+    if method == "exact":
+        return max(growing + constant, VERIFYING + bool(low_precision))
+    return (growing + constant) / (ranks if shares(memory, method) else 1)
 
 
-def formula(memory, domains, method, metric, ranks, low_precision):
+def formula(memory, domains, method, metric, ranks, low_precision, offload=False):
     """The number of `vectors` in words, such as 2K+4."""
-    growing, constant = _parts(memory, domains, method, metric, ranks, low_precision)
-    most = vectors(memory, domains, method, metric, ranks, low_precision)
-    if most > growing + constant or not growing:
-        return f"{most:g}"
-    return f"2K+{constant}" if memory == "full" else f"(2K+1)/{ranks}+{constant}"
+    growing, constant = _parts(memory, domains, metric, low_precision, offload)
+    most = vectors(memory, domains, method, metric, 1, low_precision, offload)
+    count = f"2K+{constant}" if growing and most == growing + constant else f"{most:g}"
+    if not layers(memory, method, ranks):
+        return count
+    return f"({count})/{ranks}" if growing else f"{count}/{ranks}"
 
 
-def _parts(memory, domains, method, metric, ranks, low_precision):
-    """Vectors that grow with K, and the others."""
-    # direction and metric; then displaced weights and their gradient, or gradient and product
-    constant = 3 + (metric == "adam") + bool(low_precision)
+def layers(memory, method, ranks):
+    """Largest layers that a probe holds beside `vectors`."""
+    return LAYERS if ranks > 1 and shares(memory, method) else 0
+
+
+def size(memory, domains, method, metric, ranks, low_precision, whole, largest, offload=False):
+    """Bytes of `vectors` of `whole` bytes each and of `layers` of `largest` bytes."""
+    count = vectors(memory, domains, method, metric, ranks, low_precision, offload)
+    return count * whole + layers(memory, method, ranks) * largest
+
+
+def host_size(memory, domains, method, metric, ranks, low_precision, whole, offload):
+    """Bytes of the vectors that a probe keeps in the memory of the host."""
+    shape = memory, domains, method, metric, ranks, low_precision
+    return (vectors(*shape) - vectors(*shape, offload)) * whole
+
+
+def dense_gpt(parameters):
+    """(hidden size, parameters of the largest layer) of a GPT 128 times as wide as deep: layers of
+    12 hidden^2, and the words.
+    """
+    hidden = 128 * max(1, round((parameters * 128 / 12) ** (1 / 3) / 128))
+    return hidden, max(WORDS * hidden, 4 * hidden**2)
+
+
+def _parts(memory, domains, metric, low_precision, offload):
+    """Vectors that grow with K, and the others: displaced weights, their gradient (or gradient and
+    product) and float32 copies; direction and metric.
+    """
+    working = 2 + bool(low_precision)
+    if offload:
+        return 0, working
+    constant = working + 1 + (metric == "adam")
     if memory == "scores":
         return 0, constant + 2  # the mixture's g_w and h_w
-    if memory == "sharded":
-        # what a domain adds up before the ranks share it, and the piece that comes back
-        return (2 * domains + 1) / ranks, constant + (1 if method == "difference" else 2)
     return 2 * domains, constant
 
 
-def choose(wish, load, ranks):
-    """The mode of MODES that a run takes: `wish` itself, or for "auto" the first that fits; where
-    none does, the leanest, and of equals the one that measures more.
+def possible(method, ranks, only_shards, any_shards):
+    """The modes of MODES that a run may take. ranks: data-parallel ranks; only_shards, any_shards:
+    whether its model has nothing but shards (ZeRO 3), or shards as well.
+    """
+    if only_shards:
+        return MODES[1:]
+    return MODES if ranks > 1 and any_shards and method == "difference" else (MODES[0], MODES[2])
 
-    load: by mode, vectors as a part of the memory that they may take, the most of any rank; one
-    that fits is at most 1. ranks: data-parallel ranks; with one there is nothing to share.
+
+def choose(wish, load):
+    """The mode that a run takes: `wish`, or what comes nearest to it where it is not possible. For
+    "auto" full where it is comfortable, else the leanest that measures M and P; scores only where
+    they fit and nothing else does.
+
+    load: by possible mode, in the order of MODES, bytes as a part of the memory that a probe may
+    take with comfort, half of what is free, the most of any rank; up to 1 is comfortable, up to 2
+    fits.
     """
     if wish != "auto":
-        return "full" if wish == "sharded" and ranks == 1 else wish
-    possible = [mode for mode in MODES if mode != "sharded" or ranks > 1]
-    fitting = [mode for mode in possible if load[mode] <= 1]
-    return fitting[0] if fitting else min(possible, key=lambda mode: load[mode])
+        return wish if wish in load else next(iter(load))
+    leanest = min((mode for mode in load if mode != "scores"), key=load.get)
+    if load.get("full", 2) <= 1:
+        return "full"
+    return leanest if load[leanest] <= 2 or load["scores"] > 2 else "scores"
 
 
 def warning(bytes_of):
@@ -83,11 +147,11 @@ def warning(bytes_of):
     mode, least = min(bytes_of.items(), key=lambda found: found[1])
     if least <= SPARE:
         return None
-    other = "" if len(bytes_of) > 1 else "write memory: auto, "
+    other = "" if len(bytes_of) > 1 else "write memory: auto, or "
     return (
         f"probe.memory: {mode} needs {in_units(least)} a rank, and a GPU of {in_units(GPU)} has "
-        f"{in_units(SPARE)} for it at most; {other}share the model among more ranks "
-        "(--tensor-model-parallel-size), or use ZeRO 3"
+        f"{in_units(SPARE)} for it at most; {other}share it among more "
+        "ranks: data-parallel ones with method: difference, or --tensor-model-parallel-size"
     )
 
 

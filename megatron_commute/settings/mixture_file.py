@@ -18,6 +18,7 @@ from megatron_commute.settings.yaml_checks import (
     Document,
     Refused,
     anything,
+    boolean,
     did_you_mean,
     integer,
     number,
@@ -142,6 +143,7 @@ PROBE_KEYS: dict[str, Check] = {
     "method": one_of(METHODS),
     "metric": one_of(METRICS),
     "memory": one_of(MEMORIES),
+    "offload": boolean,
     "time_limit": or_null(number("write a positive number of seconds, or null", lambda x: x > 0)),
 }
 CONTROLLER_KEYS: dict[str, Check] = {
@@ -176,6 +178,12 @@ def load(path: str | Path) -> Config:
         fitting = -(-probe.samples // probe.splits) * probe.splits
         problem = f"{probe.samples} is not divisible by the {probe.splits} splits"
         raise document.error("probe.samples", problem, f"write {fitting}, or other probe.splits")
+    if probe.memory == "sharded" and probe.method != "difference":
+        problem = f"method {probe.method} needs whole parameters on every rank"
+        raise document.error("probe.memory", problem, "write full or scores, or method: difference")
+    if probe.offload and probe.method != "difference":
+        problem = f"method {probe.method} needs its direction beside the parameters"
+        raise document.error("probe.offload", problem, "write false, or method: difference")
     law = _controller(document, values.pop("controller", None), names, DEFAULT_LAWS[values.get("mode")])
     if isinstance(values.get("target"), dict):
         refuse_strangers(document, "target", values["target"], names)

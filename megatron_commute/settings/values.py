@@ -58,6 +58,8 @@ class Probe:
     # of inner products, one of METRICS
     memory: str = "auto"
     # way of working, one of MEMORIES
+    offload: bool = False
+    # whether vectors are kept in the memory of the host
     time_limit: float | None = None
     # seconds (soft), or None
 

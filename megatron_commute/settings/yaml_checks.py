@@ -226,6 +226,13 @@ def number(cure: str, inside: Callable[[float], bool]) -> Check:
     return check
 
 
+def boolean(value: Any) -> bool:
+    """true or false."""
+    if not isinstance(value, bool):
+        raise Refused("write true or false")
+    return value
+
+
 def one_of(known: tuple[str, ...]) -> Check:
     def check(value: Any) -> str:
         if value not in known:

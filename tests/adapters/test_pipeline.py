@@ -32,7 +32,7 @@ def out_of_order(self, slot, send=pipeline._Run.send_forward):
 ORDER = {"order": "pipeline stages are out of order: message 0 was due from rank 1, 6 came"}
 
 
-def faulty(engine):
+def faulty(engine, mode="full"):
     """A probe for stacks.survived, with a fault that only pipelines have."""
 
     def measured(kind, draw, limit):
@@ -41,7 +41,7 @@ def faulty(engine):
             if kind == "order"
             else nullcontext()
         ):
-            return probed(engine, draw=draw, limit=limit)
+            return probed(engine, stacks.settings(memory=mode), draw=draw, limit=limit)
 
     return measured
 
@@ -81,6 +81,7 @@ def everything(rank):
     engine = stacks.pipeline_engine(2, 2)
     for mode in memory.MODES:
         told["2x2", mode] = probed(engine, stacks.settings(memory=mode))
+    told["faults in shards"] = stacks.survived(rank, engine, faulty(engine, "sharded"), state, ORDER)
     told["team"] = probed(engine, stacks.settings(splits=3, samples=9))
     told["alone"] = trained(stacks.pipeline_engine(2, 2))
     seen = []
@@ -153,7 +154,8 @@ def test_training_with_probes_is_training_without(run):
 
 
 def test_a_fault_on_one_stage_is_told_by_all_and_leaves_no_trace(run):
-    stacks.assert_survived((told["faults"] for told in run), ORDER)
+    for mode in ("faults", "faults in shards"):
+        stacks.assert_survived((told[mode] for told in run), ORDER)
 
 
 def test_half_precision_is_measured_in_float32():

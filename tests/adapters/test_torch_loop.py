@@ -10,7 +10,7 @@ from indexed_files import LENGTH, VOCABULARY, write_domain
 from torch.utils.checkpoint import checkpoint
 
 from megatron_commute import hvp, reduce
-from megatron_commute.adapters import torch_loop
+from megatron_commute.adapters import metric, torch_loop
 from megatron_commute.config import ConfigError, Run, holdout_parts
 from megatron_commute.data import blend
 from megatron_commute.data.indexed import drawer
@@ -41,7 +41,7 @@ def test_losses_are_taken_at_given_weights_and_nothing_is_written():
     module[0].words.requires_grad_(False)  # frozen: not among the parameters, and still used
     model = torch_loop.probe_model(module, mean_loss, 2)
     before = [p.detach().clone() for p in module.parameters()]
-    params = model.parameters()
+    params = list(model.parameters())
     assert len(params) == len(before) - 1 and not any(p.requires_grad for p in params)
     doubled = [2 * p for p in params]
     slopes = hvp.gradient(lambda at: model.loss(at, tokens), doubled)
@@ -66,7 +66,7 @@ def test_half_precision_weights_are_read_as_float32_copies():
     module = torch.nn.Linear(4, 1).bfloat16()
     model = torch_loop.probe_model(module, lambda m, x: m(x).square().mean(), 2)
     assert all(p.dtype is torch.float32 for p in model.parameters()) and model.low_precision
-    params = model.parameters()
+    params = list(model.parameters())
     assert torch.equal(params[0], module.weight.float())
     assert model.loss(params, torch.ones(2, 4)).dtype is torch.float32
 
@@ -106,7 +106,7 @@ def test_activation_checkpointing_is_refused_not_silently_wrong():
     x = torch.randn(3, 4)
     for always in (True, False):
         model = torch_loop.probe_model(Checkpointing(always), lambda m, x: m(x), 2)
-        params = model.parameters()
+        params = list(model.parameters())
         with model.quiet("difference"):
             if always:
                 with pytest.raises(RuntimeError, match=r"activation checkpointing.*switch it off"):
@@ -149,7 +149,7 @@ def test_second_moments_of_zero_or_of_no_adam_are_no_metric():
     assert torch_loop.second_moments(torch.optim.SGD(params, lr=0.1), params) is None
     zeros = [torch.zeros_like(p) for p in params]
     with pytest.raises(ValueError, match="all second moments of the optimiser are zero"):
-        torch_loop.adam_metric(lambda: zeros, (True,) * len(params), reduce.Groups())
+        metric.adam_metric(lambda: zeros, (True,) * len(params), None)
 
 
 def test_quiet_puts_back_flags_and_random_state_even_after_an_exception():

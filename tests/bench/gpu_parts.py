@@ -11,7 +11,6 @@ import sys
 import sysconfig
 import tempfile
 import time
-import types
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +32,7 @@ from megatron_commute.adapters import torch_loop
 from megatron_commute.kernels import compiled, reference
 from megatron_commute.measure import probe, rop
 from megatron_commute.measure.model import Model
+from megatron_commute.settings.values import Probe
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SIZES = {
@@ -197,7 +197,7 @@ def probed(model, draw, method, memory, samples, splits):
     how = {"samples": samples, "splits": splits, "method": method, "metric": "identity", "memory": memory}
     groups, even = reduce.Groups(), np.full(3, 1 / 3)
     team = reduce.team(groups, splits)
-    kind = types.SimpleNamespace(**how)
+    kind = Probe(**how)
     return probe.measure(model, groups, team, draw, kind, even[None], even, (0.0, (1.0, 1.0)))
 
 

@@ -16,7 +16,6 @@ import itertools
 import statistics
 import sys
 import time
-import types
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +28,7 @@ import oracles
 from megatron_commute import reduce
 from megatron_commute.adapters import torch_loop
 from megatron_commute.measure import probe, replicate
+from megatron_commute.settings.values import Probe
 
 VOCABULARY, LENGTH, MICRO, BATCH, ROUNDS = 128, 64, 8, 32, 5
 EVERY, PAPER_BATCH, PAPER_SAMPLES = 1000, 512, 600
@@ -76,9 +76,7 @@ def step(module, optimizer, number):
 
 def measure(module, K, samples):
     """A probe of K domains of even weight."""
-    how = types.SimpleNamespace(
-        samples=samples, splits=SPLITS, method="difference", metric="identity", memory="full"
-    )
+    how = Probe(samples=samples, splits=SPLITS, method="difference", metric="identity", memory="full")
     model, even, groups = torch_loop.probe_model(module, loss, MICRO), np.full(K, 1 / K), reduce.Groups()
     return probe.measure(
         model, groups, reduce.team(groups, SPLITS), text, how, even[None], even, (0.0, (1.0, 1.0))

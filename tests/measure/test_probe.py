@@ -27,7 +27,7 @@ from probing import (
 
 from megatron_commute import hvp, reduce
 from megatron_commute.adapters import torch_loop
-from megatron_commute.measure import probe, replicate
+from megatron_commute.measure import keep, probe
 from megatron_commute.measure.model import Model
 
 CASES = list(itertools.product(("difference", "exact"), ("identity", "adam"), (MIXED, EACH)))
@@ -273,15 +273,15 @@ def with_faults(rank, groups):
     team, told = reduce.team(groups, 2), {}
     for kind in ("exception", "memory", "nan", "token", "metric", "late", "contraction", "none"):
         model, draw, limit = with_fault(kind)
-        before, gram = state(), replicate.ops.gram
+        before, gram = state(), keep.ops.gram
         if kind == "contraction" and rank == 1:
-            replicate.ops.gram = _fails_on_many(gram)
+            keep.ops.gram = _fails_on_many(gram)
         try:
             probe.measure(model, groups, team, draw, how, MIXED, WEIGHTS, FLOW, limit)
             told[kind] = "measured"
         except probe.ProbeFailed as fault:
             told[kind] = str(fault)
-        replicate.ops.gram = gram
+        keep.ops.gram = gram
         after = state()
         same = all(torch.equal(a, b) for a, b in zip(before[0], after[0], strict=True))
         told[kind] = (told[kind], same and before[1] == after[1])

@@ -52,12 +52,20 @@ def moments(module):
 def measured(mode, method, metric, targets, groups, splits=2, weights=WEIGHTS):
     module = network()
     model = torch_loop.probe_model(module, loss, 2, lambda: moments(module), groups=groups)
-    how = types.SimpleNamespace(samples=6 * splits, splits=splits, method=method, metric=metric, memory=mode)
+    how = config.Probe(samples=6 * splits, splits=splits, method=method, metric=metric, memory=mode)
     team = reduce.team(groups, splits, together=mode == "sharded")
     return probe.measure(model, groups, team, draw, how, targets, weights, FLOW)
 
 
-CASES = list(itertools.product(("difference", "exact"), ("identity", "adam"), ("single", "each")))
+def modes(method):
+    return memory.possible(method, 2, False, True)
+
+
+CASES = [
+    (method, *case)
+    for method in ("difference", "exact")
+    for case in (("identity", "single"), ("adam", "each"))
+]
 
 
 def everything(rank):
@@ -67,27 +75,27 @@ def everything(rank):
     found = {}
     for size, groups in both.items():
         for method, metric, target in CASES if rank < size else ():
-            for mode in memory.MODES:
+            for mode in modes(method):
                 reduce.traffic.reset()
                 targets = MIXED if target == "single" else EACH
                 found[size, mode, method, metric, target] = measured(mode, method, metric, targets, groups)
                 sent[size, mode, method, metric, target] = dict(reduce.traffic.by_kind)
     scattered = mock.patch.object(reduce, "_scatters", lambda group: True)  # as with NCCL
     with scattered:
-        found[3, "sharded", "exact", "adam", "single"] = measured("sharded", "exact", "adam", MIXED, both[3])
-    short = mock.patch.object(probe, "_free_memory", lambda *_: 15 * 8 * 59 if rank == 1 else 1e12)
-    with (
-        short
-    ):  # three ranks, K = 3, float64: full holds 10 vectors, sharded 7.33, of which 7.5 fit on rank 1
+        case = "sharded", "difference", "adam", "single"
+        found[(3, *case)] = measured("sharded", "difference", "adam", MIXED, both[3])
+    # three ranks, K = 3, float64: full holds 10 vectors, sharded 10/3 and 3 layers of 25 of 59 numbers, 4.6, scores 3.3
+    short = mock.patch.object(probe, "_free_memory", lambda *_: 10 * 8 * 59 if rank == 1 else 1e12)
+    with short:
         model = torch_loop.probe_model(network(), loss, 2, groups=both[3])
         agreed = probe.choose_memory(model, both[3], config.Probe(), K)
-    assert agreed == memory.Memory("sharded", 3462, "(2K+1)/3+5"), agreed
+    assert agreed == memory.Memory("sharded", 2174, "(2K+4)/3", 3), agreed
     return found, sent
 
 
 @pytest.fixture(scope="module")
 def run():
-    return ranks.run(everything, 3, timeout=120)
+    return ranks.run(everything, 3, timeout=300)
 
 
 @pytest.mark.parametrize(("size", "case"), list(itertools.product((2, 3), CASES)), ids=str)
@@ -96,7 +104,7 @@ def test_the_three_ways_agree(run, size, case):
     method, metric, target = case
     alone = measured("full", method, metric, MIXED if target == "single" else EACH, reduce.Groups())
     scale, rounding = np.abs(alone.M).max(), 1e-12 if method == "exact" else 1e-10
-    for rank, mode in itertools.product(range(size), memory.MODES):
+    for rank, mode in itertools.product(range(size), modes(method)):
         found = run[rank][0][(size, mode, *case)]
         matrices = ("M", "P", "P_se", "replicates")
         assert all(np.isnan(getattr(found, name)).all() == (mode == "scores") for name in matrices)
@@ -118,49 +126,69 @@ def test_scores_of_domains_without_weight_are_measured_too():
 def test_what_the_network_carries(run):
     """Payload of vectors, in bytes, of one probe on ranks 1 and 2 of 3, that share the second of two splits."""
     vector = 8 * sum(p.numel() for p in network().parameters())
-    piece = -(-vector // 8 // 3) * 8
+    padded = 8 * sum(-(-p.numel() // 3) * 3 for p in network().parameters())
     for method, metric, target in CASES:
         T = 1 if target == "single" else K
         for rank in (1, 2):
-            sent = {mode: run[rank][1][3, mode, method, metric, target] for mode in memory.MODES}
-            # full: a direction and K gradients; scores: a direction and the mixture's two
+            sent = {mode: run[rank][1][3, mode, method, metric, target] for mode in modes(method)}
+            # full: a direction and K gradients
             assert sent["full"]["vector"][1] == (1 + K) * T * vector
-            assert sent["scores"]["vector"][1] == 3 * T * vector
-            # sharded, both splits on every rank: a direction whole, each domain twice (both signs, or g and h) by ranges
-            assert sent["sharded"]["vector"][1] == 2 * T * vector
-            assert sent["sharded"]["scatter"] == (2 * T * 2 * K, 2 * T * 2 * K * 3 * piece)
-            assert sent["scores"]["sum"] == (1, 8 * T * (2 * 5 * K + 6 * K))
+            if method == "exact":  # scores: a direction and the mixture's two
+                assert sent["scores"]["vector"][1] == 3 * T * vector
+                continue
+            # in shards no vector travels; each of three ranks takes one sequence of a direction and two of a
+            # gradient in a micro-batch, both splits: a scattered sum of either sign, and four of the error
+            domains = 2 if target == "single" else 1
+            gradients = {"sharded": 2 * (domains + 2 * K) + 4 * K, "scores": 2 * (domains + 4 * K) + 4 * K}
+            for mode, count in gradients.items():
+                assert "vector" not in sent[mode]
+                assert sent[mode]["scatter"] == (6 * T * count, T * count * padded)
+            assert sent["scores"]["sum"][0] == 1 + 2 * T + (metric == "adam")
         assert "vector" not in run[0][1][3, "full", method, metric, target]
 
 
 # --- choice -----------------------------------------------------------------------------------------------------------
 
 
-def chosen(monkeypatch, vectors_free, ranks_=1, **settings):
+def chosen(monkeypatch, vectors_free, ranks_=1, method="difference", **settings):
     module = network()
     model = torch_loop.probe_model(module, loss, 2)
     size = 8 * sum(p.numel() for p in module.parameters())
     monkeypatch.setattr(probe, "_free_memory", lambda device, groups: vectors_free * size)
     monkeypatch.setattr(reduce, "size", lambda group: ranks_ if group == "data" else 1)
     groups = types.SimpleNamespace(data="data", world=None)
-    return probe.choose_memory(model, groups, config.Probe(**settings), K)
+    return probe.choose_memory(model, groups, config.Probe(method=method, **settings), K)
 
 
 @pytest.mark.parametrize(
-    ("free", "ranks_", "mode", "words"),
+    ("free", "ranks_", "method", "mode", "words"),
     [
-        (20, 1, "full", "2K+4"),
-        (20, 3, "full", "2K+4"),
-        (19.9, 3, "sharded", "(2K+1)/3+5"),
-        (14.6, 3, "scores", "6"),  # 2 x 7.33 vectors are needed
-        (0, 1, "scores", "6"),
-        (1, 64, "sharded", "(2K+1)/64+5"),  # nothing fits: the leanest is not the one that measures less
+        (20, 1, "difference", "full", "2K+4"),
+        (20, 3, "difference", "full", "2K+4"),
+        (
+            19.9,
+            3,
+            "difference",
+            "sharded",
+            "(2K+4)/3",
+        ),  # and 3 layers of 25 of the 59 parameters: 4.6 vectors
+        (4.7, 3, "difference", "sharded", "(2K+4)/3"),
+        (4.5, 3, "difference", "scores", "6/3"),  # and 3 layers: 3.3 vectors
+        (3.2, 3, "difference", "sharded", "(2K+4)/3"),  # nothing fits: the leanest that measures M and P
+        (19.9, 1, "difference", "full", "2K+4"),
+        (9.9, 1, "difference", "scores", "6"),
+        (0, 1, "difference", "full", "2K+4"),
+        (12, 3, "exact", "full", "12"),  # needs whole parameters
+        (1, 64, "difference", "sharded", "(2K+4)/64"),
     ],
 )
-def test_auto_takes_what_fits_in_half_of_the_free_memory(monkeypatch, free, ranks_, mode, words):
-    found = chosen(monkeypatch, free, ranks_)
+def test_auto_takes_full_in_half_of_the_free_memory_else_the_leanest_that_measures_P(
+    monkeypatch, free, ranks_, method, mode, words
+):
+    found = chosen(monkeypatch, free, ranks_, method)
     assert (found.mode, found.words) == (mode, words)
-    assert found.sentence.startswith(f"probe memory: {mode}, {words} vectors, ")
+    layers = " and 3 of the largest layer" if "/" in words else ""
+    assert found.sentence.startswith(f"probe memory: {mode}, {words} vectors{layers}, ")
     assert found.sentence.endswith(" per rank beside the activations of one micro-batch")
 
 
@@ -168,6 +196,17 @@ def test_auto_takes_what_fits_in_half_of_the_free_memory(monkeypatch, free, rank
 def test_a_wish_is_taken_literally_but_one_rank_shares_with_nobody(monkeypatch, wish):
     assert chosen(monkeypatch, 0, 4, memory=wish).mode == wish
     assert chosen(monkeypatch, 0, 1, memory=wish).mode == ("full" if wish == "sharded" else wish)
+
+
+def test_zero_3_has_nothing_but_shards():
+    """A wish for whole vectors becomes shards; with these, one rank more or less is a matter of bytes."""
+    possible = memory.possible("difference", 2, True, False)
+    assert possible == ("sharded", "scores")
+    assert [memory.choose(wish, dict.fromkeys(possible, 9)) for wish in ("full", "scores", "auto")] == [
+        "sharded",
+        "scores",
+        "sharded",
+    ]
 
 
 def test_free_memory_of_a_host_is_shared_by_its_ranks(monkeypatch):
@@ -182,16 +221,17 @@ def test_free_memory_of_a_host_is_shared_by_its_ranks(monkeypatch):
 
 
 def test_vectors_by_hand():
-    """Direction, displaced copy, gradient; +1 Adam, +1 float32 copy; g and h of K, of K/R with a sum and a piece, of two."""
+    """Direction, displaced copy, gradient; +1 Adam, +1 float32 copy; g and h of K, or of two; in shards the R-th part."""
     cases = {
         ("full", 4, "difference", "identity", 1, False): 11,
         ("full", 4, "difference", "adam", 1, True): 13,
         ("full", 8, "exact", "adam", 1, False): 20,
         ("full", 2, "exact", "identity", 1, True): 13,  # the first probe verifies itself with a dozen
-        ("sharded", 4, "difference", "adam", 3, False): 8,
-        ("sharded", 4, "exact", "adam", 1, False): 15,
+        ("sharded", 4, "difference", "adam", 3, False): 4,
+        ("sharded", 4, "difference", "adam", 2, True): 6.5,
         ("scores", 4, "difference", "adam", 1, False): 6,
-        ("scores", 400, "difference", "identity", 8, False): 5,
+        ("scores", 400, "difference", "identity", 8, False): 0.625,
+        ("scores", 4, "exact", "adam", 8, False): 12,
     }
     assert {case: probe.vectors(*case) for case in cases} == cases
 
@@ -209,7 +249,7 @@ def test_the_peak_of_a_probe_is_what_it_states(mode, domains):
         1,
         lambda: [torch.ones_like(p) for p in module.parameters()],
     )
-    how = types.SimpleNamespace(samples=2, splits=2, method="difference", metric="adam", memory=mode)
+    how = config.Probe(samples=2, splits=2, method="difference", metric="adam", memory=mode)
     groups, even = reduce.Groups(), np.full(domains, 1 / domains)
 
     def measure():
@@ -255,19 +295,54 @@ def test_a_record_without_P_is_drawn_and_told(tmp_path, each, unknown):
 def test_plan_shows_what_a_probe_would_hold():
     run = config.Run(8, 8, 1, 4, 100)
     domains = tuple(config.Domain(name=name, path=(name,)) for name in "abc")
-    held = plan_command.probe_memory(config.Config(domains=domains), run, 25e6)
-    assert held["full"] == {"vectors": 10, "words": "2K+4", "bytes": 1_000_000_000}
-    assert held["sharded"] == {"vectors": 6.75, "words": "(2K+1)/4+5", "bytes": 675_000_000}
-    assert held["scores"] == {"vectors": 6, "words": "6", "bytes": 600_000_000}
+    held = plan_command.probe_memory(config.Config(domains=domains), run, 25e6, 2e6)
+    assert held["full"] == {
+        "vectors": 10,
+        "words": "2K+4",
+        "layers": 0,
+        "bytes": 1_000_000_000,
+        "host_bytes": 0,
+    }
+    assert held["sharded"] == {
+        "vectors": 2.5,
+        "words": "(2K+4)/4",
+        "layers": 3,
+        "bytes": 274_000_000,
+        "host_bytes": 0,
+    }
+    assert held["scores"] == {
+        "vectors": 1.5,
+        "words": "6/4",
+        "layers": 3,
+        "bytes": 174_000_000,
+        "host_bytes": 0,
+    }
     assert plan_command.memory_words(held) == (
         "full holds 2K+4 = 10 vectors of model size, 1 GB a rank; "
-        "sharded holds (2K+1)/4+5 = 6.75 vectors of model size, 675 MB a rank; "
-        "scores holds 6 vectors of model size, 600 MB a rank"
+        "sharded holds (2K+4)/4 = 2.5 vectors of model size and 3 of the largest layer, 274 MB a rank; "
+        "scores holds 6/4 = 1.5 vectors of model size and 3 of the largest layer, 174 MB a rank"
+    )
+    away = config.Config(domains=domains, probe=config.Probe(memory="sharded", offload=True))
+    held = plan_command.probe_memory(away, run, 25e6, 2e6)
+    assert held == {
+        "sharded": {
+            "vectors": 0.5,
+            "words": "2/4",
+            "layers": 3,
+            "bytes": 74_000_000,
+            "host_bytes": 200_000_000,
+        }
+    }
+    assert plan_command.memory_words(held).endswith(
+        "3 of the largest layer, 74 MB a rank, and 200 MB per rank in the memory of the host"
     )
     alone = config.Run(8, 8, 1, 1, 100)
-    assert set(plan_command.probe_memory(config.Config(domains=domains), alone, None)) == {"full", "scores"}
+    assert set(plan_command.probe_memory(config.Config(domains=domains), alone, None, None)) == {
+        "full",
+        "scores",
+    }
     wish = config.Config(domains=domains, probe=config.Probe(memory="sharded"))
     assert (
-        plan_command.memory_words(plan_command.probe_memory(wish, alone, None))
+        plan_command.memory_words(plan_command.probe_memory(wish, alone, None, None))
         == "full holds 2K+4 = 10 vectors of model size"
     )

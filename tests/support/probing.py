@@ -1,7 +1,5 @@
 """A probe of a small GPT and its truth: every field from its definition, by double backward in float64."""
 
-import types
-
 import numpy as np
 import oracles
 import torch
@@ -9,6 +7,7 @@ import torch
 from megatron_commute import reduce
 from megatron_commute.adapters import torch_loop
 from megatron_commute.measure import probe
+from megatron_commute.settings.values import Probe
 
 K, VOCABULARY, LENGTH = 3, 16, 6
 WEIGHTS = np.array([0.5, 0.2, 0.3])
@@ -16,8 +15,9 @@ MIXED, EACH = np.array([[0.6, 0.4, 0.0]]), np.eye(K)
 FLOW = (0.1, (0.02, 0.01))  # weight decay and the flow times of two windows
 
 
-def settings(samples=16, splits=4, method="difference", metric="identity", memory="full"):
-    return types.SimpleNamespace(samples=samples, splits=splits, method=method, metric=metric, memory=memory)
+def settings(samples=16, splits=4, method="difference", metric="identity", memory="full", offload=False):
+    how = {"samples": samples, "splits": splits, "method": method, "metric": metric}
+    return Probe(**how, memory=memory, offload=offload)
 
 
 def small_gpt(dtype=torch.float64):

@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import types
 import warnings
 
 import numpy as np
@@ -13,6 +12,7 @@ import torch
 from megatron_commute import reduce
 from megatron_commute.adapters import torch_loop
 from megatron_commute.measure import probe
+from megatron_commute.settings.values import Probe
 
 VOCABULARY, LENGTH, WIDTH, BLOCKS = 24, 7, 12, 2
 WEIGHTS, FLOW = np.array([0.5, 0.2, 0.3]), (0.1, (0.02, 0.01))
@@ -112,8 +112,9 @@ def draw(part, domain, numbers):
     return oracles.sequences(part, domain, numbers, VOCABULARY, LENGTH)
 
 
-def settings(method="difference", metric="identity", memory="full", samples=6, splits=2):
-    return types.SimpleNamespace(samples=samples, splits=splits, method=method, metric=metric, memory=memory)
+def settings(method="difference", metric="identity", memory="full", samples=6, splits=2, offload=False):
+    how = {"samples": samples, "splits": splits, "method": method, "metric": metric}
+    return Probe(**how, memory=memory, offload=offload)
 
 
 def measured(model, groups, how=None, draw=draw, limit=None):

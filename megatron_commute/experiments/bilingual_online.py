@@ -210,13 +210,13 @@ def write_control(place, then, options, ahead, steps):
     if "window" in options:
         rows = window_rows(options["window"], ahead, NAMES.index(then), steps)
         text = "\n".join(",".join(str(value) for value in row) for row in [("at", *NAMES), *rows])
-        (place / "window.csv").write_text(text + "\n")
+        text_files.replace(place / "window.csv", text + "\n")
         told["schedule"] = "window.csv"
     elif options.get("strength"):
         told |= {"target": {then: 1}, "strength": options["strength"]}
     else:
         return
-    (place / control_file.NAME).write_text(json.dumps(told))
+    text_files.replace(place / control_file.NAME, json.dumps(told))
 
 
 def window_rows(window, ahead, low, steps):

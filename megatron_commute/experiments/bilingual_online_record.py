@@ -30,8 +30,9 @@ def recorded(run, folder, first, then):
     place.mkdir(parents=True)
     told = run.mixture({first: 1}) | {"probe": {"samples": 64, "splits": 4}, "measure_budget": 1}
     told["controller"] = {"compare": ["hold", "tilt"]}
-    (place / "mixture.yaml").write_text(json.dumps(told))
-    (place / control_file.NAME).write_text(json.dumps({"target": {then: 1}, "from": steps // 2 * batch}))
+    text_files.replace(place / "mixture.yaml", json.dumps(told))
+    change = {"target": {then: 1}, "from": steps // 2 * batch}
+    text_files.replace(place / control_file.NAME, json.dumps(change))
     a_run = Run(run.settings.sequence, batch, batch, 1, steps)
     plugin = torch_loop.Plugin(str(place / "mixture.yaml"), a_run)
     trainer = run.trainer

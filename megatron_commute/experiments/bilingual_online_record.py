@@ -16,6 +16,7 @@ from megatron_commute.decide import control_file
 from megatron_commute.experiments.bilingual_trainer import mean_loss, sequence_losses
 from megatron_commute.record import log
 from megatron_commute.report import plots
+from megatron_commute.settings import text_files
 
 LOGGED = 50  # lines of losses of a run
 SHOWN = ("flow", "weights")  # pictures kept beside the record

@@ -9,6 +9,7 @@ from planned_jobs import CUT, Jobs
 
 from megatron_commute.adapters.megatron_deepspeed import model as models
 from megatron_commute.record.tally import Tally
+from megatron_commute.settings.batches import Batches
 
 FP16 = [row for row in agreement.ROWS if row[0].startswith("fp16")]
 
@@ -31,7 +32,7 @@ def test_the_rate_follows_a_scheduler_that_counts_fewer_steps():
         def get_lr(self):
             return self.num_steps + 1e-6 * self.num_tokens
 
-    rate = models.learning_rate(Scheduler(), 8, 32, lambda: 16)
+    rate = models.learning_rate(Scheduler(), Batches(8), 32, lambda: 16)
     assert rate(5) == 24 + 1e-6 * 1280 and rate(1) == 0 + 1e-6 * 256
 
 

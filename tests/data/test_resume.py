@@ -23,7 +23,7 @@ lead: 16
 seed: 5
 measure_budget: 1
 target: {en: 0.5, ru: 0.5}
-probe: {samples: 8, splits: 2, method: difference, metric: identity, memory: full, time_limit: 60}
+probe: {samples: 8, splits: 2, method: difference, metric: identity, memory: full, offload: false, time_limit: 60}
 controller: {law: tilt, strength: 1, rate: 0.3, confidence: 0.9, floors: 0.1, caps: {en: 0.8}, cooldown: 1,
   freeze: 0.9, compare: [hold]}
 """
@@ -38,6 +38,7 @@ CHANGES = {  # what is written instead of what -> how the difference is told
     "method: difference": ("method: exact", "probe.method was difference, it is exact"),
     "metric: identity": ("metric: adam", "probe.metric was identity, it is adam"),
     "memory: full": ("memory: scores", "probe.memory was full, it is scores"),
+    "offload: false": ("offload: true", "probe.offload was false, it is true"),
     "time_limit: 60": ("time_limit: 30", "probe.time_limit was 60.0, it is 30.0"),
     "law: tilt": ("law: hold", "controller.law was tilt, it is hold"),
     "strength: 1": ("strength: 2", "controller.strength was 1.0, it is 2.0"),

@@ -13,7 +13,7 @@ import warnings
 import torch
 
 from megatron_commute import reduce
-from megatron_commute.adapters import torch_loop
+from megatron_commute.adapters import torch_loop, zero_partitions
 
 _MPU = ("rank", "world_size", "group")
 
@@ -208,7 +208,7 @@ def probe_model(engine, micro_batch, method, loss=mean_loss):
         module,
         loss,
         micro_batch,
-        second_moments=lambda: second_moments(engine, params),
+        second_moments=lambda: zero_partitions.second_moments(engine, params, groups()),
         owned=owned,
         decayed=decayed(engine, params),
         groups=here,
@@ -230,7 +230,7 @@ def decayed(engine, params):
     """Per parameter, whether the optimiser's weight decay acts on it. ValueError where DeepSpeed
     hides the parameters.
     """
-    both = zip(_partitions(engine), engine.optimizer.param_groups, strict=True)
+    both = zip(zero_partitions.of(engine), engine.optimizer.param_groups, strict=True)
     decay = {id(p): bool(group.get("weight_decay")) for (members, _), group in both for p in members}
     if any(id(p) not in decay for p in params):
         kind = type(engine.optimizer).__name__
@@ -270,56 +270,6 @@ def replaced(module, **values):
     finally:
         for m, name, value in kept:
             setattr(m, name, value)
-
-
-def _partitions(engine):
-    """(model parameters, this rank's flat float32 partition of them) per optimiser group; partition
-    None without ZeRO.
-    """
-    optimizer = engine.optimizer
-    for members, flat in (
-        ("bit16_groups", "single_partition_of_fp32_groups"),  # ZeRO 1 and 2
-        ("bf16_groups", "fp32_groups_flat_partition"),  # DeepSpeed's BF16_Optimizer
-    ):
-        if hasattr(optimizer, members):
-            return list(zip(getattr(optimizer, members), getattr(optimizer, flat), strict=True))
-    return [(group["params"], None) for group in optimizer.param_groups]
-
-
-def second_moments(engine, params):
-    """Bias-corrected second moments of Adam, one per parameter and made one by one; None before its
-    first step. Under ZeRO each is gathered when its turn comes: collective over all ranks.
-    """
-    inner, here, kept = getattr(engine.optimizer, "optimizer", engine.optimizer), groups(), None
-    if all(flat is None for _, flat in _partitions(engine)):
-        return torch_loop.second_moments(inner, params)
-    with reduce.agreed(here.world):
-        kept = _own_moments(engine, inner)
-    if reduce.any_rank(kept is None, here.world):
-        return None
-    return (reduce.sum_of_vectors([_whole(p, *kept[id(p)])], here.data)[0] for p in params)
-
-
-def _own_moments(engine, inner):
-    """{id of a parameter: (second moments of its flat ZeRO partition here, their correction)}."""
-    found = {}
-    for (members, flat), group in zip(_partitions(engine), inner.param_groups, strict=True):
-        state = inner.state.get(flat, {})
-        if "exp_avg_sq" not in state:
-            return None
-        correction = 1 - group["betas"][1] ** float(state["step"])
-        found |= {id(p): (state["exp_avg_sq"], correction) for p in members}
-    return found
-
-
-def _whole(param, flat, correction):
-    """A tensor like `param`: its part in the partition `flat`, over `correction`; else zeros."""
-    found = torch.zeros_like(param, dtype=torch.float32)
-    if param._hp_mapping is not None:
-        here, there = param._hp_mapping.lp_fragment_address, param._hp_mapping.hp_fragment_address
-        piece = flat.narrow(0, there.start, there.numel) / correction
-        found.view(-1).narrow(0, here.start, here.numel).copy_(piece)
-    return found
 
 
 def stock_dataset(blend, samples, seq_length, vocab_size, seed, cache):

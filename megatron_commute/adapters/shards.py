@@ -18,7 +18,7 @@ import weakref
 import torch
 
 from megatron_commute import reduce
-from megatron_commute.adapters.metric import adam_metric
+from megatron_commute.adapters.metric import Summed, adam_metric
 from megatron_commute.measure.model import Shards, full_precision
 
 
@@ -68,7 +68,8 @@ def of(params, owned, second_moments, groups, gradient):
         found = second_moments() if second_moments is not None else None
         if found is None:
             return None
-        return (c.of(whole) for c, whole in zip(cuts.values(), found, strict=True))
+        wholes, group = found if isinstance(found, Summed) else (found, None)
+        return Summed((c.of(whole) for c, whole in zip(cuts.values(), wholes, strict=True)), group)
 
     return Shards(
         parameters=lambda: full_precision(c.part() for c in cuts.values()),

@@ -246,8 +246,15 @@ def probe_memory(
     and fp16 add one vector.
     """
     probe, ranks = config.probe, run.data_parallel
-    shape = (len(config.domains), probe.method, probe.metric, ranks, False)
-    possible = memory.possible(probe.method, ranks, False, True)
+    demand = memory.Demand(
+        domains=len(config.domains),
+        method=probe.method,
+        metric=probe.metric,
+        ranks=ranks,
+        low_precision=False,
+        offload=probe.offload,
+    )
+    possible = memory.possible(probe.method, ranks, only_shards=False, any_shards=True)
     if probe.memory != "auto":
         possible = (memory.choose(probe.memory, dict.fromkeys(possible, 0.0)),)
     found = {}
@@ -255,12 +262,12 @@ def probe_memory(
         bytes_of = [None, None]
         if parameters is not None:
             whole, layer = 4 * parameters, 4 * largest
-            known = memory.size(mode, *shape, whole, layer, probe.offload)
-            bytes_of = [round(known), round(memory.host_size(mode, *shape, whole, probe.offload))]
+            known = memory.size(mode, demand, whole=whole, largest=layer)
+            bytes_of = [round(known), round(memory.host_size(mode, demand, whole))]
         found[mode] = {
-            "vectors": memory.vectors(mode, *shape, probe.offload),
-            "words": memory.formula(mode, *shape, probe.offload),
-            "layers": memory.layers(mode, probe.method, ranks),
+            "vectors": memory.vectors(mode, demand),
+            "words": memory.formula(mode, demand),
+            "layers": memory.layers(mode, demand),
             "bytes": bytes_of[0],
             "host_bytes": bytes_of[1],
         }

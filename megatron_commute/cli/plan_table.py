@@ -60,57 +60,71 @@ def rows(config: Config, run: Run, targets: int) -> Iterator[dict[str, Any]]:
         training = training_bytes(own, layout)
         if training > machine.memory:
             continue
-        shape = len(config.domains), config.probe.method, config.probe.metric, layout.dp, True
-        possible = memory.possible(config.probe.method, layout.dp, layout.zero == 3, True)
-        offload = config.probe.offload
-        held = {mode: memory.size(mode, *shape, 4 * own, 4 * words, offload) for mode in possible}
+        possible = memory.possible(
+            config.probe.method, layout.dp, only_shards=layout.zero == 3, any_shards=True
+        )
+        demand = memory.Demand(
+            domains=len(config.domains),
+            method=config.probe.method,
+            metric=config.probe.metric,
+            ranks=layout.dp,
+            low_precision=True,
+            offload=config.probe.offload,
+        )
+        held = {mode: memory.size(mode, demand, whole=4 * own, largest=4 * words) for mode in possible}
         room = (machine.memory - training) / 2
         mode = memory.choose(config.probe.memory, {mode: held[mode] / room for mode in possible})
-        work = Work(config, run.micro_batch, layout, mode, targets)
-        wire = work.vectors * 4 * own
-        flops = 6 * own * run.seq_length * work.sequences
+        sequences, vectors = work(
+            config=config,
+            micro_batch=run.micro_batch,
+            layout=layout,
+            targets=targets,
+            mode=mode,
+            shared=memory.layers(mode, demand) > 0,
+        )
+        wire = vectors * 4 * own
+        flops = 6 * own * run.seq_length * sequences
         yield {
             "parameters": parameters,
             **layout._asdict(),
             "training_bytes": round(training),
             "memory": mode,
             "bytes": round(held[mode]),
-            "host_bytes": round(memory.host_size(mode, *shape, 4 * own, offload)),
+            "host_bytes": round(memory.host_size(mode, demand, 4 * own)),
             "fits": held[mode] <= machine.memory - training,
             "wire_bytes": round(wire),
             "predicted_seconds": flops / (machine.flops * machine.attained) + wire / machine.wire,
         }
 
 
-class Work:
-    """What one rank does in a probe: `sequences` whose gradient it takes, the idle ones of a
-    pipeline included, and `vectors` of a rank's size that it sends.
+def work(
+    *, config: Config, micro_batch: int, layout: Layout, targets: int, mode: str, shared: bool
+) -> tuple[float, float]:
+    """What one rank does in a probe: how many sequences' gradients it takes, the idle ones of a
+    pipeline included, and how many vectors of its size it sends. shared: whether vectors lie in
+    shards.
     """
-
-    def __init__(self, config: Config, micro_batch: int, layout: Layout, mode: str, targets: int) -> None:
-        probe, self.micro_batch, self.layout = config.probe, micro_batch, layout
-        shared = memory.layers(mode, probe.method, layout.dp) > 0
-        team = layout.dp if shared else max(1, layout.dp // probe.splits)
-        rounds = probe.splits if shared else -(-probe.splits // layout.dp)
-        drawn = probe_cost.sequences_drawn(probe)
-        each = probe_cost.GRADIENTS_PER_SAMPLE[probe.method] * (2 if mode == "scores" else 1)
-        domains = len(config.domains)
-        kinds = [  # how many sequences of a domain a split takes, and how often
-            (drawn["direction"] // probe.splits, rounds * domains),
-            (drawn["gradient"] // probe.splits, rounds * domains * each),
-        ]
-        if probe.method == "difference":
-            kinds.append((1, domains * probe_cost.CHECK_GRADIENTS))
-        micro = [(-(-count // (team * micro_batch)), times) for count, times in kinds]
-        self.sequences = targets * sum(
-            min(micro_batch, -(-count // team)) * (batches + layout.pp - 1) * times
-            for (count, _), (batches, times) in zip(kinds, micro, strict=True)
-        )
-        others = (team - 1) / team
-        if shared:  # gathered, gathered again, scattered
-            self.vectors = targets * 3 * others * sum(batches * times for batches, times in micro)
-        else:  # sums over a team, twice its size on the wire
-            self.vectors = targets * rounds * 2 * others * (1 + (2 if mode == "scores" else domains))
+    probe, domains = config.probe, len(config.domains)
+    team = layout.dp if shared else max(1, layout.dp // probe.splits)
+    rounds = probe.splits if shared else -(-probe.splits // layout.dp)
+    drawn = probe_cost.sequences_drawn(probe)
+    each = probe_cost.GRADIENTS_PER_SAMPLE[probe.method] * (2 if mode == "scores" else 1)
+    kinds = [  # how many sequences of a domain a split takes, and how often
+        (drawn["direction"] // probe.splits, rounds * domains),
+        (drawn["gradient"] // probe.splits, rounds * domains * each),
+    ]
+    if probe.method == "difference":
+        kinds.append((1, domains * probe_cost.CHECK_GRADIENTS))
+    micro = [(-(-count // (team * micro_batch)), times) for count, times in kinds]
+    sequences = targets * sum(
+        min(micro_batch, -(-count // team)) * (batches + layout.pp - 1) * times
+        for (count, _), (batches, times) in zip(kinds, micro, strict=True)
+    )
+    others = (team - 1) / team
+    if shared:  # gathered, gathered again, scattered
+        return sequences, targets * 3 * others * sum(batches * times for batches, times in micro)
+    # sums over a team, twice its size on the wire
+    return sequences, targets * rounds * 2 * others * (1 + (2 if mode == "scores" else domains))
 
 
 def cells(row: dict[str, Any]) -> list[str]:

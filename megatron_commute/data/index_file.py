@@ -22,7 +22,7 @@ import numpy as np
 
 MAGIC = b"MMIDIDX\x00\x00"
 TOKEN_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
-_HEAD = struct.Struct("<9sQBQQ")
+HEAD = struct.Struct("<9sQBQQ")
 _CHUNK = 1 << 16  # texts that are looked at together, few enough for a processor's cache
 
 
@@ -100,14 +100,14 @@ def layout(prefix: str) -> Layout:
 
 
 def _read(file, index: Path, data: Path, bin_stat) -> Layout:
-    raw, size = file.read(_HEAD.size), os.fstat(file.fileno()).st_size
-    if len(raw) < _HEAD.size or not raw.startswith(MAGIC):
+    raw, size = file.read(HEAD.size), os.fstat(file.fileno()).st_size
+    if len(raw) < HEAD.size or not raw.startswith(MAGIC):
         raise DataError(f"{index} is no Megatron index", "prepare the data with IndexedDatasetBuilder")
-    _, version, code, texts, boundaries = _HEAD.unpack(raw)
+    _, version, code, texts, boundaries = HEAD.unpack(raw)
     if version != 1 or code not in TOKEN_DTYPES:
         problem = f"{index} has version {version} and dtype code {code}"
         raise DataError(problem, "prepare the data again: version 1 with integer tokens is read")
-    whole = _HEAD.size + 12 * texts + 8 * boundaries
+    whole = HEAD.size + 12 * texts + 8 * boundaries
     if size < whole:
         problem = (
             f"{index} is cut off: {texts} texts and {boundaries} boundaries are {whole} bytes, it has {size}"
@@ -125,8 +125,8 @@ def _read(file, index: Path, data: Path, bin_stat) -> Layout:
     runs = _Runs(width=width)
     for number in range(0, texts, _CHUNK):
         count = min(_CHUNK, texts - number)
-        lengths = _section(file, index, "<i4", _HEAD.size + 4 * number, count)
-        pointers = _section(file, index, "<i8", _HEAD.size + 4 * texts + 8 * number, count)
+        lengths = _section(file, index, "<i4", HEAD.size + 4 * number, count)
+        pointers = _section(file, index, "<i8", HEAD.size + 4 * texts + 8 * number, count)
         if not runs.go_on(lengths, pointers, length):
             lengths = lengths.astype(np.int64)
             _check_texts(index, data, number, lengths, pointers, width, length)
@@ -148,7 +148,7 @@ def _check_boundaries(file, index: Path, texts: int, boundaries: int) -> None:
     last = 0
     for number in range(0, boundaries, _CHUNK):
         count = min(_CHUNK, boundaries - number)
-        found = _section(file, index, "<i8", _HEAD.size + 12 * texts + 8 * number, count)
+        found = _section(file, index, "<i8", HEAD.size + 12 * texts + 8 * number, count)
         before = np.append(last, found[:-1])
         wrong = (found < before) | (found > texts)
         if number == 0:

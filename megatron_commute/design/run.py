@@ -155,10 +155,15 @@ def planned(design, folder, processes, say):
     return {"recorded": base, "roads": entries, "chosen": best if entries[best]["gain"] < 0 else None}
 
 
+def segments_of(design, road, strength):
+    """Weights f64[M, K] of a road at a strength on the proxy."""
+    about = (design.proxy.shares, design.low, design.high)
+    return plan.weights(road, strength, *(np.array(each) for each in about))
+
+
 def _job(design, road, strength):
-    shares, low, high = (np.array(x) for x in (design.proxy.shares, design.low, design.high))
-    segments = plan.weights(road, strength, shares, low, high)
-    arguments = {"seed": PLANNING_SEED, "edges": road.edges.tolist(), "weights": segments.tolist()}
+    weights = segments_of(design, road, strength).tolist()
+    arguments = {"seed": PLANNING_SEED, "edges": road.edges.tolist(), "weights": weights}
     return f"tried/{road.name}/{strength:g}/sampled", tried, arguments
 
 
@@ -182,8 +187,7 @@ def proven(design, road, strength, folder, processes, say, attempt=0):
     "changes": [verify.Change]}], "weights": f64[M, K], "attempt", "strength"}. changes: as of
     `changes_of`.
     """
-    shares = np.array(design.proxy.shares)
-    segments = plan.weights(road, strength, shares, np.array(design.low), np.array(design.high))
+    segments = segments_of(design, road, strength)
     ours = {"edges": road.edges.tolist(), "weights": segments.tolist()}
     looks = []
     for i, count in enumerate(design.looks):
@@ -196,7 +200,7 @@ def proven(design, road, strength, folder, processes, say, attempt=0):
         pairs = [[found[key]["losses"] for key, _, _ in jobs[half::2]] for half in (1, 0)]
         changes = changes_of(design, pairs)
         last = i + 1 == len(design.looks)
-        verdict = verify.verdict(changes[0], changes[1 : 1 + len(shares)], design.harm, last)
+        verdict = verify.verdict(changes[0], changes[1 : 1 + len(design.names)], design.harm, last)
         looks.append({"seeds": count, "verdict": verdict, "changes": changes})
         if verdict != verify.OPEN:
             break

@@ -40,7 +40,7 @@ def measured(design, folder, seed):
     for step in found["steps"]:
         state = run.advance(state, weights, before, step)
         before = step
-        D = _metric(run, state, step)
+        D = metric(run, state, step)
         gradients = torch.stack([run.model.mean_gradient(state.theta, tokens) for tokens in held.values()])
         target = torch.tensor(design.target, dtype=gradients.dtype) @ gradients
         found["local"].append(_scores(run, state, held, design, D, gradients, D * target))
@@ -50,13 +50,13 @@ def measured(design, folder, seed):
     return found
 
 
-def _metric(run, state, step):
+def metric(run, state, step):
     """D [P] of Adam after `step` steps."""
     root = (state.second / (1 - run.proxy.recipe.betas[1] ** step)).sqrt_()
     return (root + run.proxy.recipe.eps).reciprocal_()
 
 
-def _products(run, state, held, u):
+def products(run, state, held, u):
     """H_k u f32[K, P], by a central difference."""
     h = STEP / float(u.norm())
     above = [run.model.mean_gradient(state.theta + h * u, tokens) for tokens in held.values()]
@@ -65,13 +65,13 @@ def _products(run, state, held, u):
 
 
 def _scores(run, state, held, design, D, gradients, u):
-    M = (_products(run, state, held, u) @ (D * gradients).T).double().numpy()
+    M = (products(run, state, held, u) @ (D * gradients).T).double().numpy()
     return bracket.scores(bracket.pairwise(M), np.array(design.proxy.shares)).tolist()
 
 
 def _curvature(run, state, held, design, D, g):
     u = D * g
-    product = torch.tensor(design.proxy.shares, dtype=u.dtype) @ _products(run, state, held, u)
+    product = torch.tensor(design.proxy.shares, dtype=u.dtype) @ products(run, state, held, u)
     return float(u @ product) / float(g @ u)
 
 

@@ -77,26 +77,28 @@ def designed(settings, folder, size, style, untrained=True, **changes):
         }
         for name, budget in budgets.items()
     }
-    path = folder / f"{style}-{own.steps}.yaml"
-    told = {
-        "domains": domains,
-        "target": {"russian": 1},
-        "mode": "fixed",
-        "probe": {"samples": 8, "splits": 2},
-    }
+    texts = [(name, f"{settings.data}/{name}_valid") for name in UNTRAINED_TEXT if untrained]
+    told = {"domains": domains, "target": {"russian": 1}}
+    return design_of(folder / f"{style}-{own.steps}.yaml", told, style, own, texts)
+
+
+def design_of(path, told, style, own, texts=()):
+    """The Design of a mixture file with the keys `told`, written to `path`, for a run as long as
+    its proxy. own: options.Options; texts: as `untrained` of options.design.
+    """
+    told = {**told, "mode": "fixed", "probe": {"samples": 8, "splits": 2}}
     text_files.replace(path, json.dumps(told))  # JSON is YAML
     config = load(str(path))
     a_run = Run(
-        seq_length=settings.sequence,
-        global_batch=BATCH,
-        micro_batch=BATCH,
+        seq_length=own.sequence,
+        global_batch=own.batch,
+        micro_batch=own.batch,
         data_parallel=1,
         train_iters=own.steps,
         prefetched=0,
     )
-    about = {"config": config, "plan": resolve(config, a_run, *inspect_data(config, settings.sequence))}
+    about = {"config": config, "plan": resolve(config, a_run, *inspect_data(config, own.sequence))}
     about |= {"run": a_run, "rates": rates(rate_of(style, own.steps, own.lr)), "options": own}
-    texts = [(name, f"{settings.data}/{name}_valid") for name in UNTRAINED_TEXT if untrained]
     return options.design(**about, untrained=texts, harm=flow.HARM)
 
 
@@ -121,12 +123,11 @@ def roads(settings, folder, size, style, processes, tell):
     """
     design = designed(settings, folder, size, style)
     found = work.planned(design, folder / style, processes, tell)
-    shares, low, high = (np.array(x) for x in (design.proxy.shares, design.low, design.high))
     result, rows = {"flow": designed_flow(design)}, []
     for number, entry in enumerate(found["roads"]):
         road, strength = entry["road"], entry["strength"]
         name = "fitted flow" if road.name == "flow" else road.name
-        result[name] = road.edges, plan.weights(road, strength, shares, low, high)
+        result[name] = road.edges, work.segments_of(design, road, strength)
         row = {"style": style, "road": name, "memory": road.memory, "explained": road.explained}
         row |= {"strength": strength, "foreseen": entry["gain"], "chosen": number == found["chosen"]}
         rows.append(row)
@@ -336,4 +337,4 @@ def _folding(settings, folder, size, processes, tell):
 
 def _halves(settings, folder, size, processes, tell):
     """False alarms."""
-    return halves.rows(settings, folder, size.short, TWO, size.designs, processes, tell)
+    return halves.rows(settings, folder, size.short, size.designs, design_of, processes, tell)

@@ -65,14 +65,14 @@ def measured(design, folder, seed):
     for step in found["steps"]:
         state = run.advance(state, weights, before, step)
         before = step
-        root = criterion._metric(run, state, step).sqrt()
+        root = criterion.metric(run, state, step).sqrt()
         target = sum(
             share * run.model.mean_gradient(state.theta, held[name])
             for name, share in zip(held, design.target, strict=True)
         )
 
         def product(v, state=state, root=root):
-            products = criterion._products(run, state, held, root * v)
+            products = criterion.products(run, state, held, root * v)
             return root * (shares.to(products.dtype) @ products)
 
         quadrature = lanczos(product, root * target, STEPS)
@@ -84,7 +84,7 @@ def part(settings, folder, size, processes, tell):
     """Rows: memory by 1 to STEPS steps at every point, beside the one that fits the influences."""
     rows = []
     for style in STYLES:
-        design = designed(settings, folder, DesignSize(steps=size.steps), style)
+        design = designed(settings, folder, DesignSize(steps=size.steps), style, untrained=False)
         rates = np.array(design.proxy.recipe.rates)
         jobs = []
         for seed in SEEDS[: size.choosing]:

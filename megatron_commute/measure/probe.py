@@ -24,9 +24,8 @@ from megatron_commute import bracket, hvp, reduce
 from megatron_commute.measure import replicate_ways
 from megatron_commute.measure.model import in_shards
 from megatron_commute.settings import memory
-from megatron_commute.settings.memory import vectors
 
-__all__ = ["Measurement", "ProbeFailed", "choose_memory", "measure", "vectors"]
+__all__ = ["Measurement", "ProbeFailed", "choose_memory", "measure"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -216,17 +215,24 @@ def choose_memory(model, groups, settings, domains):
     one, devices = zip(*((p.numel() * p.element_size(), p.device) for p in model.parameters()), strict=True)
     parts = ranks if model.together else 1  # of the whole, that `one` tells
     whole, largest = sum(one) * parts, max(one) * parts
-    shape = (domains, settings.method, settings.metric, ranks, model.low_precision)
-    possible = memory.possible(settings.method, ranks, model.together, model.shards is not None)
-    offload = settings.offload
-    needed = {mode: memory.size(mode, *shape, whole, largest, offload) for mode in possible}
+    demand = memory.Demand(
+        domains=domains,
+        method=settings.method,
+        metric=settings.metric,
+        ranks=ranks,
+        low_precision=model.low_precision,
+        offload=settings.offload,
+    )
+    any_shards = model.shards is not None
+    possible = memory.possible(settings.method, ranks, only_shards=model.together, any_shards=any_shards)
+    needed = {mode: memory.size(mode, demand, whole=whole, largest=largest) for mode in possible}
     room = _free_memory(devices[0], groups) / 2 if settings.memory == "auto" else 1
     loads = np.array([needed[mode] / max(room, 1) for mode in possible])
     loads = reduce.max_of_numbers(loads, groups.world)
     mode = memory.choose(settings.memory, dict(zip(possible, loads.tolist(), strict=True)))
-    kept = memory.host_size(mode, *shape, whole, offload)
+    kept = memory.host_size(mode, demand, whole)
     most, kept = np.ceil(reduce.max_of_numbers(np.array([needed[mode], kept]), groups.world)).tolist()
-    words, beside = memory.formula(mode, *shape, offload), memory.layers(mode, settings.method, ranks)
+    words, beside = memory.formula(mode, demand), memory.layers(mode, demand)
     return memory.Memory(mode, int(most), words, beside, int(kept))
 
 

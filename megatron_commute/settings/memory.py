@@ -36,6 +36,21 @@ class Memory(NamedTuple):
         )
 
 
+class Demand(NamedTuple):
+    """What the memory of a probe follows from, beside its mode."""
+
+    domains: int
+    # K; targets add none: each has its direction in turn
+    method: str
+    metric: str
+    ranks: int
+    # over which vectors in shards are cut, 1: they are whole
+    low_precision: bool
+    # whether the model's parameters are bf16 or fp16, which a probe reads as float32 copies
+    offload: bool = False
+    # whether vectors that are kept are in the memory of the host
+
+
 def offloaded(host):
     """The words for `host` bytes of vectors in the host's memory."""
     return f", and {in_units(host)} per rank in the memory of the host" if host else ""
@@ -51,46 +66,39 @@ def shares(memory, method):
     return memory == "sharded" or (memory == "scores" and method == "difference")
 
 
-def vectors(memory, domains, method, metric, ranks, low_precision, offload=False):
+def vectors(memory, demand):
     """Vectors of model size that a probe holds on a rank at its peak, beside parameters,
-    activations and, in shards, LAYERS of the largest layer; a float.
-
-    memory: of MODES; domains: K; ranks: over which vectors are cut, 1: they are whole;
-    low_precision: whether the model's parameters are bf16 or fp16, which a probe reads as float32
-    copies; offload: those that are kept are elsewhere. Targets add none: each has its direction in
-    turn.
+    activations and, in shards, LAYERS of the largest layer; a float. memory: of MODES.
     """
-    growing, constant = _parts(memory, domains, metric, low_precision, offload)
-    if method == "exact":
-        return max(growing + constant, VERIFYING + bool(low_precision))
-    return (growing + constant) / (ranks if shares(memory, method) else 1)
+    growing, constant = _parts(memory, demand)
+    if demand.method == "exact":
+        return max(growing + constant, VERIFYING + bool(demand.low_precision))
+    return (growing + constant) / (demand.ranks if shares(memory, demand.method) else 1)
 
 
-def formula(memory, domains, method, metric, ranks, low_precision, offload=False):
+def formula(memory, demand):
     """The number of `vectors` in words, such as 2K+4."""
-    growing, constant = _parts(memory, domains, metric, low_precision, offload)
-    most = vectors(memory, domains, method, metric, 1, low_precision, offload)
+    growing, constant = _parts(memory, demand)
+    most = vectors(memory, demand._replace(ranks=1))
     count = f"2K+{constant}" if growing and most == growing + constant else f"{most:g}"
-    if not layers(memory, method, ranks):
+    if not layers(memory, demand):
         return count
-    return f"({count})/{ranks}" if growing else f"{count}/{ranks}"
+    return f"({count})/{demand.ranks}" if growing else f"{count}/{demand.ranks}"
 
 
-def layers(memory, method, ranks):
+def layers(memory, demand):
     """Largest layers that a probe holds beside `vectors`."""
-    return LAYERS if ranks > 1 and shares(memory, method) else 0
+    return LAYERS if demand.ranks > 1 and shares(memory, demand.method) else 0
 
 
-def size(memory, domains, method, metric, ranks, low_precision, whole, largest, offload=False):
+def size(memory, demand, *, whole, largest):
     """Bytes of `vectors` of `whole` bytes each and of `layers` of `largest` bytes."""
-    count = vectors(memory, domains, method, metric, ranks, low_precision, offload)
-    return count * whole + layers(memory, method, ranks) * largest
+    return vectors(memory, demand) * whole + layers(memory, demand) * largest
 
 
-def host_size(memory, domains, method, metric, ranks, low_precision, whole, offload):
-    """Bytes of the vectors that a probe keeps in the memory of the host."""
-    shape = memory, domains, method, metric, ranks, low_precision
-    return (vectors(*shape) - vectors(*shape, offload)) * whole
+def host_size(memory, demand, whole):
+    """Bytes of the vectors, of `whole` bytes each, that a probe keeps in the memory of the host."""
+    return (vectors(memory, demand._replace(offload=False)) - vectors(memory, demand)) * whole
 
 
 def dense_gpt(parameters):
@@ -101,20 +109,20 @@ def dense_gpt(parameters):
     return hidden, max(WORDS * hidden, 4 * hidden**2)
 
 
-def _parts(memory, domains, metric, low_precision, offload):
+def _parts(memory, demand):
     """Vectors that grow with K, and the others: displaced weights, their gradient (or gradient and
     product) and float32 copies; direction and metric.
     """
-    working = 2 + bool(low_precision)
-    if offload:
+    working = 2 + bool(demand.low_precision)
+    if demand.offload:
         return 0, working
-    constant = working + 1 + (metric == "adam")
+    constant = working + 1 + (demand.metric == "adam")
     if memory == "scores":
         return 0, constant + 2  # the mixture's g_w and h_w
-    return 2 * domains, constant
+    return 2 * demand.domains, constant
 
 
-def possible(method, ranks, only_shards, any_shards):
+def possible(method, ranks, *, only_shards, any_shards):
     """The modes of MODES that a run may take. ranks: data-parallel ranks; only_shards, any_shards:
     whether its model has nothing but shards (ZeRO 3), or shards as well.
     """

@@ -62,8 +62,8 @@ def exact_budgets(config: Config, run: Run) -> list[int | None]:
         problem = f"the budgets sum to {total} sequences, the run has {run.samples} ({of_steps})"
         cures = []
         if run.batches.next(total) == total:
-            steps = run.batches.step(total)
-            cures.append(f"run --train-iters {steps}" if run.rampup is None else f"--train-samples {total}")
+            longer = f"--train-iters {run.batches.step(total)}"  # Megatron ramps up by samples only
+            cures.append(f"run {longer if run.rampup is None else f'--train-samples {total}'}")
         fitting = budgets[largest] + run.samples - total
         if fitting > 0:
             cures.append(f"write {fitting} here")

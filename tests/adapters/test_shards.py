@@ -110,15 +110,9 @@ def test_every_number_lies_on_one_rank(run):
 
 def test_what_a_gradient_costs_the_network(run):
     """Each use of a parameter: gathered in forward, again where backward needs its values, and one scattered sum."""
-    module = stacks.Stack()
-    padded = sum(-(-p.numel() // 2) * 2 for p in module.parameters())
-    uses = len(list(module.parameters())) + 1  # the words are used twice
-    traffic = run[0]["traffic"]
-    assert traffic["scatter"] == (uses, 4 * (padded + stacks.VOCABULARY * stacks.WIDTH))
-    # the matrices of linear layers and the weights of norms
-    assert traffic["gather"][0] == uses + 1 + stacks.BLOCKS * 4 + 1
-    assert traffic["max"][0] == traffic["gather"][0] + uses + 1  # a vote before each, one at the end
-    assert set(traffic) == {"scatter", "gather", "max"}
+    stacks.assert_traffic(
+        run[0]["traffic"], again=4
+    )  # the matrices of linear layers and the weights of norms
 
 
 def test_the_module_and_its_random_state_stay_as_they_were(run):

@@ -25,7 +25,7 @@ def size(*parts):
 def test_a_study_resumes_and_redraws(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(bilingual_design, "STYLES", ("WSD", "cosine"))
     monkeypatch.setattr(bilingual_design, "PEAKS", (1e-3,))
-    parts, said = size("main", "rate", "memory", "averaging", "folding", "criterion"), []
+    parts, said = size("main", "rate", "memory", "averaging", "folding", "criterion", "halves"), []
     first = bilingual.study("design", settings, tmp_path, True, 1, said.append, parts)
     for name in ("main.csv", "main.png", "memory.csv", "averaging.png", "folding.csv", "curvature.csv"):
         assert (tmp_path / "design" / name).exists()

@@ -58,7 +58,7 @@ def measured(mode, method, metric, targets, groups, splits=2, weights=WEIGHTS):
 
 
 def modes(method):
-    return memory.possible(method, 2, False, True)
+    return memory.possible(method, 2, only_shards=False, any_shards=True)
 
 
 CASES = [
@@ -200,7 +200,7 @@ def test_a_wish_is_taken_literally_but_one_rank_shares_with_nobody(monkeypatch, 
 
 def test_zero_3_has_nothing_but_shards():
     """A wish for whole vectors becomes shards; with these, one rank more or less is a matter of bytes."""
-    possible = memory.possible("difference", 2, True, False)
+    possible = memory.possible("difference", 2, only_shards=True, any_shards=False)
     assert possible == ("sharded", "scores")
     assert [memory.choose(wish, dict.fromkeys(possible, 9)) for wish in ("full", "scores", "auto")] == [
         "sharded",
@@ -233,7 +233,7 @@ def test_vectors_by_hand():
         ("scores", 400, "difference", "identity", 8, False): 0.625,
         ("scores", 4, "exact", "adam", 8, False): 12,
     }
-    assert {case: probe.vectors(*case) for case in cases} == cases
+    assert {(mode, *demand): memory.vectors(mode, memory.Demand(*demand)) for mode, *demand in cases} == cases
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -258,7 +258,7 @@ def test_the_peak_of_a_probe_is_what_it_states(mode, domains):
 
         probe.measure(model, groups, reduce.team(groups, 2), draw, how, even[None], even, (0.1, (1.0, 1.0)))
 
-    stated = probe.vectors(mode, domains, "difference", "adam", 1, False)
+    stated = memory.vectors(mode, memory.Demand(domains, "difference", "adam", 1, False))
     assert stated == (12 if mode == "full" else 6)
     size = sum(p.numel() * p.element_size() for p in module.parameters())
     held = hvp_methods.peak(measure) / size - 1  # the parameters are seen too, under names of their own

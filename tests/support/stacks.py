@@ -268,3 +268,17 @@ def faulty(kind, rank, calls):
         return x, mask
 
     return failing
+
+
+def assert_traffic(traffic, again):
+    """What a gradient on two ranks costs, collectives by kind as (count, bytes): each use of a parameter is gathered
+    in forward and scattered in backward, `again` of each block are gathered once more where backward needs their
+    values.
+    """
+    module = Stack()
+    padded = sum(-(-p.numel() // 2) * 2 for p in module.parameters())
+    uses = len(list(module.parameters())) + 1  # the words are used twice
+    assert traffic["scatter"] == (uses, 4 * (padded + VOCABULARY * WIDTH))
+    assert traffic["gather"][0] == uses + 1 + BLOCKS * again + 1
+    assert traffic["max"][0] == traffic["gather"][0] + uses + 1  # a vote before each, one at the end
+    assert set(traffic) == {"scatter", "gather", "max"}

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import sys
 
-from megatron_commute.adapters import megatron_core
+from megatron_commute.adapters import megatron_core, zero_partitions
 from megatron_commute.adapters.megatron_deepspeed import attention
 
 
@@ -52,7 +52,7 @@ def probe_model(engine, micro_batch, method):
             engine,
             lambda tokens: pipeline_batch(tokens.to(place)),
             micro_batch,
-            second_moments=lambda: megatron_core.second_moments(engine, params),
+            second_moments=lambda: zero_partitions.second_moments(engine, params, here),
             owned=owned,
             decayed=megatron_core.decayed(engine, params),
             groups_=here,

@@ -12,6 +12,9 @@ from megatron_commute.settings.batches import Batches
 from megatron_commute.settings.shares import Run
 
 RAMPS = [(8, 4, 100, 24), (4, 4, 40, 16), (2, 2, 1, 8), (16, 16, 1000, 64), (1, 1, 333, 8)]
+RAMPS += [
+    (1, 1, 232, 8)
+]  # a step begins at the ramp's very end, where its last part is one too few by rounding
 
 
 def steps(first, increment, samples, full, count):

@@ -46,8 +46,12 @@ ROWS = (  # layout, method, compared with: the single process in the same precis
     ("flash-pp2", "difference", "bf16-single"),
     ("flash", "exact", "bf16-single"),
     ("flash", "fused", "bf16-single"),
+    # what rounding the weights does: probes read those that the forward pass of training reads
+    ("bf16-single", "exact", "single"),
+    ("fp16-single", "exact", "single"),
 )
 LIMITS = {"difference": 1e-4, "exact": 1e-5, "fused": 1e-5}  # float32 on any processor
+ROUNDED = 1e-2  # of max|M|; the eight sequences of a probe leave P some tenths of it uncertain
 ORACLE = {"difference": "difference", "exact": "exact", "fused": "exact"}  # the method of the single process
 STILL = ["--lr", "0", "--lr-warmup-iters", "0", "--min-lr", "0"]
 STILL += ["--hidden-dropout", "0", "--attention-dropout", "0"]
@@ -96,7 +100,8 @@ def rows(folder, wanted=ROWS):
             error = float(np.abs(found[0] - truth[0]).max() / truth[1])
         told = {"layout": name, "ranks": layouts.LAYOUTS[name].ranks, "method": method}
         told["against"] = f"{other} {ORACLE[method]}"
-        yield {**told, "error": error, "limit": LIMITS[method], "within": error <= LIMITS[method]}
+        limit = ROUNDED if name in ("bf16-single", "fp16-single") else LIMITS[method]
+        yield {**told, "error": error, "limit": limit, "within": error <= limit}
 
 
 def main():

@@ -21,9 +21,10 @@ def install():
 def attention(q, k, v, ends, _ends_k, length, _length_k, dropout, softmax_scale=None, causal=False):
     """q, k, v [b s, h, d]; the sequences have equal lengths, as in pretraining."""
     assert all(x.dtype in (torch.float16, torch.bfloat16) for x in (q, k, v))
-    assert len(ends) - 1 == len(q) // length and not dropout
+    assert len(ends) - 1 == len(q) // length
     q, k, v = (x.unflatten(0, (-1, length)).transpose(1, 2).float() for x in (q, k, v))
     scores = q @ k.transpose(-1, -2) * (softmax_scale or q.shape[-1] ** -0.5)
     if causal:
         scores = scores.masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), float("-inf"))
-    return (scores.softmax(-1) @ v).transpose(1, 2).flatten(0, 1).to(torch.bfloat16)
+    weights = torch.nn.functional.dropout(scores.softmax(-1), dropout)
+    return (weights @ v).transpose(1, 2).flatten(0, 1).to(torch.bfloat16)

@@ -219,7 +219,8 @@ class Mixture:
         state = (self._weights, self._credit, elapsed, first, self._served, self._origin, room, self._spare())
         done = run(*state, domain, position, n)
         self.index += done
-        if self.index in events or (self._weights * ~self._alive()).any():
+        used_up = not (room.all() and self._spare())  # perhaps long ago
+        if self.index in events or (used_up and (self._weights * ~self._alive()).any()):
             self._settle()
         return done
 

@@ -82,8 +82,12 @@ def test_defaults(tmp_path):
     assert dataclasses.astuple(config.probe) == (64, 4, "difference", "adam", "auto", False, None)
     law = config.controller
     assert dataclasses.astuple(law)[:7] == ("tilt", 1.0, 2.5, 0.05, 0.95, (0.0, 0.0), (1.0, 1.0))
-    laws = {mode: load(written(tmp_path, f"{TWO}mode: {mode}\n")).controller.law for mode in MODES}
-    assert laws == {"shadow": "tilt", "fixed": "tilt", "act": "flow"} and law.memory == flow.MEMORY
+    laws = {mode: load(written(tmp_path, f"{TWO}mode: {mode}\n")).controller for mode in MODES}
+    told = {mode: (law.law, law.rate) for mode, law in laws.items()}
+    assert told == {"shadow": ("tilt", 0.05), "fixed": ("tilt", 0.05), "act": ("flow", 1.0)}
+    assert law.memory == flow.MEMORY
+    slow = load(written(tmp_path, f"{TWO}mode: act\ncontroller: {{rate: 0.05}}\n")).controller
+    assert (slow.law, slow.rate) == ("flow", 0.05)
     assert (law.cooldown, law.freeze, law.compare) == (1, 1.0, ())
     assert [(d.weight, d.budget, d.minimum, d.maximum, d.holdout) for d in config.domains] == [
         (None, None, 0.0, 1.0, None)

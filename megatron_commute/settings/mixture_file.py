@@ -30,6 +30,7 @@ from megatron_commute.settings.yaml_checks import (
 )
 
 MODES = ("shadow", "fixed", "act")
+DEFAULT_RATES = {"flow": 1.0}  # follows its plan, which no measurement's noise moves
 DEFAULT_LAWS = {None: "tilt", "shadow": "tilt", "fixed": "tilt", "act": "flow"}  # by mode
 METHODS = ("difference", "exact", "fused")
 METRICS = ("identity", "adam")
@@ -207,6 +208,7 @@ def load(path: str | Path) -> Config:
 
 def _controller(document: Document, value: Any, names: list[str], default_law: str) -> Controller:
     law = {"law": default_law} | document.section("controller", value, CONTROLLER_KEYS)
+    law.setdefault("rate", DEFAULT_RATES.get(law["law"], Controller.rate))
     for key, default in (("floors", 0.0), ("caps", 1.0)):
         law[key] = by_domain(document, f"controller.{key}", law.get(key, {}), names, default)
     for name, floor, cap in zip(names, law["floors"], law["caps"], strict=True):

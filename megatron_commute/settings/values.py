@@ -78,7 +78,7 @@ class Controller:
     memory: float = 2.5
     # of law flow: how much of a sample is forgotten over the run's flow, as a power of e
     rate: float = 0.05
-    # largest change of a weight in one decision
+    # largest change of a weight in one decision; of a file that gives none under law flow: 1
     confidence: float = 0.95
     # with which a score must be told from zero
     floors: tuple[float, ...] = ()

@@ -277,10 +277,11 @@ def test_a_target_without_held_out_data_and_one_without_samples_are_refused(tmp_
 
 
 def test_a_complaint_is_not_told_again_after_a_restart_and_a_record_repeats_its_decisions(folder):
-    plugin, _ = attached(folder, ACT)
+    slow = ACT.replace("law: flow", "law: flow, rate: 0.05")
+    plugin, _ = attached(folder, slow)
     (folder / "run" / control_file.NAME).write_text("strength: 11\n")
     trained(plugin, end=30)
-    again, said = attached(folder, ACT, state=json.dumps(plugin.hook.state_dict()))
+    again, said = attached(folder, slow, state=json.dumps(plugin.hook.state_dict()))
     trained(again, begin=30)
     assert [line["step"] for line in record.read(folder / "run") if line["event"] == "control"] == [0]
     assert not any("IGNORED" in line for line in said)

@@ -7,6 +7,7 @@ on text that planned nothing.
 """
 
 import dataclasses
+import functools
 import json
 
 import numpy as np
@@ -19,8 +20,9 @@ from megatron_commute.design import run as work
 from megatron_commute.experiments import bilingual_criterion as criterion
 from megatron_commute.experiments import bilingual_design_tables as tables
 from megatron_commute.experiments import bilingual_halves as halves
+from megatron_commute.experiments import bilingual_targets as targets
 from megatron_commute.experiments.bilingual_flow import BATCH, rate_of
-from megatron_commute.experiments.bilingual_flow_variants import BASE, UNTRAINED_TEXT
+from megatron_commute.experiments.bilingual_flow_variants import UNTRAINED_TEXT, VARIANTS
 from megatron_commute.experiments.bilingual_tables import refuse_unknown_parts, write_csv
 from megatron_commute.settings import text_files
 from megatron_commute.settings.rates import rates
@@ -31,13 +33,15 @@ PEAKS = (1e-3, 2e-3, 4e-3)  # tried for each rate schedule before averaging is j
 AVERAGED = 0.1  # last part of a run
 CHOOSING = (101, 102)  # seeds of these peaks
 DESIGNS = 20  # of random halves of one text: nothing is to gain there
+PARTS = ("main", "length", "size", "rate", "memory")
+PARTS = (*PARTS, "averaging", "folding", "criterion", "halves", "targets")
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
     """How much of the study is run."""
 
-    parts: tuple = ("main", "length", "size", "rate", "memory", "averaging", "folding", "criterion", "halves")
+    parts: tuple = PARTS
     # of the study, in their order
     steps: int = 500
     # of a proxy that plans
@@ -58,16 +62,16 @@ class Size:
 QUICK = Size(steps=20, seeds=2, few=2, lengths=(20, 40), hidden=16, designs=2, short=20)
 
 
-def designed(settings, folder, size, style, untrained=True, **changes):
-    """The Design of the study's three domains, with the texts that only judge or without; changes:
-    of options.Options.
+def designed(settings, folder, size, style, untrained=True, setting=VARIANTS["base"], **changes):
+    """The Design of the study's three domains, with the texts that only judge or without; setting:
+    other shares and another target; changes: of options.Options.
     """
     own = options.Options(
         vocabulary=settings.vocabulary + 1, steps=size.steps, hidden=size.hidden, batch=BATCH
     )
     own = dataclasses.replace(own, sequence=settings.sequence, **changes)
     samples = own.steps * BATCH
-    budgets = {name: round(share * samples) for name, share in BASE.items()}
+    budgets = {name: round(share * samples) for name, share in setting.shares.items()}
     budgets["english"] += samples - sum(budgets.values())
     domains = {
         name: {
@@ -78,7 +82,7 @@ def designed(settings, folder, size, style, untrained=True, **changes):
         for name, budget in budgets.items()
     }
     texts = [(name, f"{settings.data}/{name}_valid") for name in UNTRAINED_TEXT if untrained]
-    told = {"domains": domains, "target": {"russian": 1}}
+    told = {"domains": domains, "target": setting.target}
     return design_of(folder / f"{style}-{own.steps}.yaml", told, style, own, texts)
 
 
@@ -105,7 +109,8 @@ def design_of(path, told, style, own, texts=()):
 def study(settings, folder, size, processes, say):
     """Run what is missing of the parts and write their tables and pictures; (text, files)."""
     parts = {"main": _main, "length": _length, "size": _size, "rate": _rate, "memory": _memory}
-    parts |= {"averaging": _averaging, "folding": _folding, "criterion": _criterion, "halves": _halves}
+    parts |= {"averaging": _averaging, "folding": _folding, "criterion": _criterion}
+    parts |= {"halves": _halves, "targets": _targets}
     refuse_unknown_parts(size.parts, parts)
     tell = lambda cell: say(f"{cell['key']}: {cell['timing']['seconds']:.0f} s")  # noqa: E731
     text, files = [], []
@@ -193,8 +198,8 @@ def _carried(settings, folder, size, processes, tell, variants):
     return rows
 
 
-def designed_flow(design):
-    """(edges, weights) of law flow as it is, for a proxy."""
+def designed_flow(design, **constants):
+    """(edges, weights) of law flow as it is, or with other constants, for a proxy."""
     steps = design.proxy.steps
     found = flow.planned(
         rates=np.array(design.proxy.recipe.rates),
@@ -204,6 +209,7 @@ def designed_flow(design):
         target=np.array(design.target),
         low=np.array(design.low),
         high=np.array(design.high),
+        **constants,
     )
     return found.edges / steps, found.weights
 
@@ -268,10 +274,9 @@ def _averaging(settings, folder, size, processes, tell):
         for peak in PEAKS:
             design = designed(settings, folder, size, style, lr=peak)
             cell = _averaged(design, folder / f"{style}-{peak:g}", CHOOSING, ("constant",), processes, tell)
-            losses = [
-                min(_mixture(design, one[read]) for read in ("losses", "averaged")) for one in cell.values()
-            ]
-            tried[peak] = float(np.mean(losses))
+            both = [[one[read] for read in ("losses", "averaged")] for one in cell.values()]
+            values = [[[losses[name] for name in design.names] for losses in one] for one in both]
+            tried[peak] = float((np.array(values) @ design.proxy.shares).min(1).mean())
         best[style] = min(tried, key=tried.get)
         design = designed(settings, folder, size, style, lr=best[style])
         place = folder / f"{style}-{best[style]:g}"
@@ -290,10 +295,6 @@ def _averaging(settings, folder, size, processes, tell):
                 }
                 rows += [{**about, "schedule": name, **row} for row in _changes(design, [ours, base])]
     return rows
-
-
-def _mixture(design, losses):
-    return float(np.dot(design.proxy.shares, [losses[name] for name in design.names]))
 
 
 def _averaged(design, folder, seeds, names, processes, tell):
@@ -333,6 +334,12 @@ def _folding(settings, folder, size, processes, tell):
             fit = _fitted(design, cell)
             rows.append({"x": known, "style": style, "correlation": alike, **fit})
     return rows
+
+
+def _targets(settings, folder, size, processes, tell):
+    """The memory of other targets."""
+    made = functools.partial(designed, settings, folder, size), designed_flow, _judged
+    return targets.part(*made, STYLES, folder, _seeds(size.seeds), processes, tell)
 
 
 def _halves(settings, folder, size, processes, tell):

@@ -162,7 +162,7 @@ def run(settings, folder, variant, style, steps, kind, options, seed):
         trainer.step(None, np.bincount(taken, minlength=len(domains)))
     assert mixture.served.tolist() == budgets
     trainer.held = {
-        name: _judging(text, name, seed >= FIRST_CHOOSING).to(trainer.device) for name in trainer.held
+        name: judging(text, name, seed >= FIRST_CHOOSING).to(trainer.device) for name in trainer.held
     }
     return {"losses": trainer.losses(), "served": budgets, "told": told}
 
@@ -173,7 +173,7 @@ def _text(settings, limits):
     return Text(settings, dict(limits))
 
 
-def _judging(text, name, choosing):
+def judging(text, name, choosing):
     """Held-out sequences i64[n, t + 1]: those for choosing a schedule, or those for a report."""
     held, probe = text.settings.held, text.settings.probe
     if choosing:

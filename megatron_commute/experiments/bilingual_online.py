@@ -3,40 +3,20 @@
 Part `target`: another target from half of the run on, by the control file, beside going on with
 the old one and beside the best schedule of a grid for the second half. Part `length`: 30 % fewer or
 more steps from half of the run on, by consent, beside law flow that knew the true length from its
-first step. All decisions are the product's: torch_loop.Plugin on a mixture file, its checkpoint and
-its control file. Seeds and sequences that choose are not those that report. Parts `memory` and
-`record`: bilingual_memory.py, bilingual_online_record.py.
+first step. Seeds and sequences that choose are not those that report. Runs:
+bilingual_online_run.py. Parts `memory` and `record`: bilingual_memory.py,
+bilingual_online_record.py.
 """
 
 import dataclasses
-import functools
-import json
-import shutil
-import tempfile
-from pathlib import Path
 
-import numpy as np
-
-from megatron_commute import reduce
-from megatron_commute.adapters import torch_loop
-from megatron_commute.config import Run
-from megatron_commute.decide import control_file
 from megatron_commute.design import cells
 from megatron_commute.experiments import bilingual_memory as memory
 from megatron_commute.experiments import bilingual_online_record as record
 from megatron_commute.experiments import bilingual_online_tables as tables
-from megatron_commute.experiments.bilingual_flow import (
-    BATCH,
-    FIRST_CHOOSING,
-    _judging,
-    rate_of,
-)
-from megatron_commute.experiments.bilingual_flow_variants import BASE, UNTRAINED_TEXT
+from megatron_commute.experiments.bilingual_flow import FIRST_CHOOSING
+from megatron_commute.experiments.bilingual_online_run import OnlineRun, changed_length, changed_target
 from megatron_commute.experiments.bilingual_tables import refuse_unknown_parts, write_csv
-from megatron_commute.experiments.bilingual_trainer import Text, Trainer, mean_loss
-from megatron_commute.record.log import NAME as LOG
-from megatron_commute.settings import text_files
-from megatron_commute.settings.rates import rates
 
 RECORDED = ("code", "russian")  # those of the run whose record is kept
 LENGTHS = (0.7, 1.3)  # of the run, as a part of its planned steps
@@ -44,9 +24,8 @@ LENGTHS = (0.7, 1.3)  # of the run, as a part of its planned steps
 # of what is left of the target's budget between two parts of the second half
 GRID = {f"flow x {s:g}": {"strength": s} for s in (0.5, 2.0, 4.0)}
 GRID |= {f"{b:g} to {e:g}": {"window": (b, e)} for b, e in ((0.0, 0.4), (0.2, 0.8), (0.4, 1.0), (0.7, 1.0))}
-INSIDE = 0.9
-LEAD = BATCH  # samples between a decision and its effect
-NAMES, SHARES = tuple(BASE), np.array(list(BASE.values()))
+# memory that fits the influences on code's loss (targets_fitted.csv of study design), at most 10
+FITTED = {"WSD": 8.4, "cosine": 5.6, "constant": 10.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,205 +49,6 @@ class Size:
 
 
 QUICK = Size(steps=40, decisions=8, seeds=2, choosing=2)
-
-
-def budgets_of(steps):
-    """Samples of every domain in a run of so many steps."""
-    found = [round(steps * BATCH * share) for share in BASE.values()]
-    found[0] += steps * BATCH - sum(found)
-    return found
-
-
-def rates_for(settings, style, steps, planned):
-    """Learning rates f64[steps] by flags that a change of length leaves alone: the warm-up is that
-    of the planned steps.
-    """
-    flags = rate_of(style, steps, settings.lr)
-    return rates(dataclasses.replace(flags, lr_warmup_iters=planned // 20))
-
-
-class OnlineRun:
-    """A run of the study's GPT in mode act under law flow, with the plug-in's own checkpoints."""
-
-    def __init__(self, settings, *, style, steps, decisions, seed):
-        domains = {"domains": NAMES, "others": UNTRAINED_TEXT, "batch": BATCH, "optimizer": "adamw"}
-        self.settings = dataclasses.replace(settings, **domains, weight_decay=0.1, steps=steps)
-        self.style, self.planned, self.every, self.seed = style, steps, max(1, steps // decisions), seed
-        self.text = _text(dataclasses.replace(self.settings, steps=1, lr=1.0))
-        self.steps, self.rates = steps, rates_for(self.settings, style, steps, steps)
-        self.trainer = Trainer(self.settings, self.text, seed=seed, rates=self.rates)
-        self.hook, self.at = None, 0
-
-    def attach(self, place, target, state=None, accept=False):
-        """Let the plug-in steer from here on, towards target {name: share} or None, as a run begins
-        or goes on from a checkpoint's state. Its record and control file lie in `place`. Weights
-        move as far as the plan does (rate 1).
-        """
-        place.mkdir(parents=True, exist_ok=True)
-        told = self.mixture(target) | {"controller": {"law": "flow", "rate": 1}}
-        text_files.replace(place / "mixture.yaml", json.dumps(told))  # JSON is YAML
-        a_run = Run(self.settings.sequence, BATCH, BATCH, 1, self.steps)
-        plugin = torch_loop.Plugin(str(place / "mixture.yaml"), a_run)
-        model = torch_loop.probe_model(self.trainer.model, mean_loss, BATCH)
-        about = (model, reduce.Groups(), place, lambda step: float(self.rates[step]), 0.0)
-        state = None if state is None else json.loads(state)
-        self.hook = plugin.attach(*about, state=state, accept=accept, say=_nothing)
-        self.hook.off = True  # law flow decides without a probe
-
-    def mixture(self, target):
-        """A mixture file of the run as JSON values, without its controller."""
-        domains = {
-            name: {
-                "path": f"{self.settings.data}/{name}_train",
-                "holdout": f"{self.settings.data}/{name}_valid",
-                "budget": budget,
-            }
-            for name, budget in zip(NAMES, budgets_of(self.steps), strict=True)
-        }
-        told = {"domains": domains, "target": target, "mode": "act", "every": self.every, "lead": LEAD}
-        return told | {"probe": {"samples": 8, "splits": 2}}
-
-    def train(self, end):
-        """Go on to step `end`."""
-        nothing = np.zeros(BATCH), np.zeros((BATCH, self.settings.sequence + 1), dtype=np.int64)
-        for step in range(self.at, end):
-            self.hook.begin(step)
-            self.trainer.step(None, np.bincount(self.hook.domains, minlength=len(NAMES)))
-            self.hook.end(*nothing)
-        self.at = end
-
-    def change_length(self, steps):
-        """The host goes on with the same flags and another number of steps."""
-        self.rates = np.concatenate(
-            [self.rates[: self.at], rates_for(self.settings, self.style, steps, self.planned)[self.at :]]
-        )
-        self.steps, self.trainer.rates = steps, self.rates
-
-    def state(self):
-        """What a checkpoint keeps, of training and of the plug-in."""
-        return self.trainer.state(), json.dumps(self.hook.state_dict()), self.at
-
-    def load(self, state):
-        self.trainer.load(state[0])
-        self.at = state[2]
-
-    def losses(self):
-        """Final losses by domain, trained or not, on the sequences of the seed's kind; budgets must
-        be spent.
-        """
-        assert self.hook.stream.served.tolist() == budgets_of(self.steps)
-        choosing = self.seed >= FIRST_CHOOSING
-        self.trainer.held = {
-            name: _judging(self.text, name, choosing).to(self.trainer.device) for name in self.trainer.held
-        }
-        return self.trainer.losses()
-
-
-@functools.lru_cache(maxsize=2)
-def _text(settings):
-    """Text of a process's runs, opened once."""
-    return Text(settings)
-
-
-def _nothing(line):
-    """What a run says on its screen."""
-
-
-def target_of(name):
-    return None if name == "mixture" else {name: 1}
-
-
-def changed_target(settings, folder, style, first, then, steps, decisions, branches, seed):
-    """Cell: one first half, and from its checkpoint a second half for each of the branches {name:
-    options}: {"losses": {name: final by domain}}.
-    """
-    run = OnlineRun(settings, style=style, steps=steps, decisions=decisions, seed=seed)
-    half = steps // 2
-    found = {}
-    with tempfile.TemporaryDirectory() as place:
-        run.attach(Path(place, "first"), target_of(first))
-        run.train(half - 3)  # the file is there before its sample comes
-        state = run.state()
-        for number, (name, options) in enumerate(branches.items()):
-            here = Path(place, str(number))
-            here.mkdir()
-            shutil.copy(Path(place, "first", LOG), here)
-            run.load(state)
-            run.attach(here, target_of(first), state[1])
-            ahead = run.hook.stream.ahead(half * BATCH)
-            write_control(here, then, options, ahead, steps)
-            run.train(steps)
-            found[name] = run.losses()
-    return {"losses": found, "served": budgets_of(steps)}
-
-
-def write_control(place, then, options, ahead, steps):
-    """Tell a run of its new target, or of a window for it, from half of the run on. ahead: the
-    mixture there.
-    """
-    told = {"from": ahead.index}
-    if "window" in options:
-        rows = window_rows(options["window"], ahead, NAMES.index(then), steps)
-        text = "\n".join(",".join(str(value) for value in row) for row in [("at", *NAMES), *rows])
-        text_files.replace(place / "window.csv", text + "\n")
-        told["schedule"] = "window.csv"
-    elif options.get("strength"):
-        told |= {"target": {then: 1}, "strength": options["strength"]}
-    else:
-        return
-    text_files.replace(place / control_file.NAME, json.dumps(told))
-
-
-def window_rows(window, ahead, low, steps):
-    """(sample, *weights) of nine tenths of what domain `low` is still owed between two parts of the
-    rest of the run; the others share what it leaves, in proportion to their own rests.
-    """
-    left = np.array(ahead.budgets, dtype=np.float64) - ahead.served
-    begin, half = ahead.index // BATCH, steps - ahead.index // BATCH
-    cuts = [begin, *(begin + round(part * half) for part in window), steps]
-    parts = np.diff(cuts) * BATCH
-    inside = INSIDE if parts[0] + parts[2] else 1.0
-    spent = np.array([parts[0], 0.0, parts[2]]) / max(parts[0] + parts[2], 1)
-    spent = left[low] * ((1 - inside) * spent + inside * np.array([0, 1, 0]))
-    rows = []
-    for at, size, used in zip(cuts, parts, spent, strict=False):
-        if size:
-            share = used / size
-            others = np.delete(left, low) / np.delete(left, low).sum() * (1 - share)
-            rows.append((at * BATCH, *np.insert(others, low, share).round(9)))
-    return rows
-
-
-def changed_length(settings, folder, style, part, steps, decisions, seed):
-    """Cell: {"losses": {name: final by domain}} of a run whose length changes half-way ("changed"),
-    of one planned with the true length ("known"), and of the constant mixture under the rates of
-    either.
-    """
-    half, true = steps // 2, round(part * steps)
-    found = {}
-    about = {"style": style, "decisions": decisions, "seed": seed}
-    with tempfile.TemporaryDirectory() as place:
-        for name, target in (("changed", {"russian": 1}), ("constant, changed", None)):
-            run = OnlineRun(settings, steps=steps, **about)
-            run.attach(Path(place, name), target)
-            run.train(half)
-            state = run.state()
-            run.change_length(true)
-            run.attach(Path(place, name), target, state=state[1], accept=True)
-            run.train(true)
-            found[name] = run.losses()
-        planned = rates_for(settings, style, true, steps)
-        alike = np.array_equal(planned, run.rates)
-        for name, target in (("known", {"russian": 1}), ("constant, known", None)):
-            if name == "constant, known" and alike:
-                found[name] = found["constant, changed"]
-                continue
-            run = OnlineRun(settings, steps=steps, **about)
-            run.change_length(true)
-            run.attach(Path(place, name), target)
-            run.train(true)
-            found[name] = run.losses()
-    return {"losses": found, "served": budgets_of(true)}
 
 
 def seeds_of(size, choosing=False):
@@ -309,8 +89,23 @@ def _target(settings, folder, size, processes, tell):
     rows = []
     for (first, then, style), name in best.items():
         losses = [found[f"target/{first}/{then}/{style}/{name}/{seed}"]["losses"] for seed in seeds_of(size)]
-        rows += tables.recovered(losses, f"best: {name}", {"first": first, "then": then, "style": style})
+        about = {"first": first, "then": then, "style": style}
+        if then == "code":
+            known = _with_fitted_memory(settings, folder, size, style, first, processes, tell)
+            losses = [one | more for one, more in zip(losses, known, strict=True)]
+        rows += tables.recovered(losses, f"best: {name}", about)
     return rows
+
+
+def _with_fitted_memory(settings, folder, size, style, first, processes, tell):
+    """Final losses of runs whose memory becomes, with the target, the one that fits code."""
+    name = f"own memory: {FITTED[style]:g}"
+    own = {"style": style, "first": first, "then": "code", "steps": size.steps, "decisions": size.decisions}
+    own["branches"] = {name: {"strength": 1.0, "memory": FITTED[style]}}
+    at = f"{name}/{first}/{style}"
+    jobs = [(f"{at}/{seed}", changed_target, {**own, "seed": seed}) for seed in seeds_of(size)]
+    found = cells.fill(folder, settings, jobs, processes, tell)
+    return [found[key]["losses"] for key, _, _ in jobs]
 
 
 def _length(settings, folder, size, processes, tell):

@@ -127,4 +127,7 @@ def draw(figure, rows, lengths):
             panel.set_xticks(range(len(LOSSES)), LOSSES, rotation=30, ha="right", fontsize=7.5)
     base = "the constant mixture" if lengths else "the old plan"
     figure.supylabel(f"change of the final loss against {base} (%)", fontsize=9)
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    known = {}
+    for panel in panels.ravel():
+        known |= dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
+    figure.legend(known.values(), known, loc="outside lower center", ncols=4, fontsize=8)

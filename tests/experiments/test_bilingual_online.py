@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_commute.experiments import bilingual, bilingual_criterion, bilingual_memory, bilingual_online
+from megatron_commute.experiments import (
+    bilingual,
+    bilingual_criterion,
+    bilingual_memory,
+    bilingual_online,
+    bilingual_online_run,
+)
 from megatron_commute.experiments import bilingual_online_tables as tables
 from megatron_commute.experiments.bilingual_trainer import Settings
 from megatron_commute.mixture import Mixture
@@ -39,12 +45,12 @@ def test_a_study_resumes_and_redraws(settings, tmp_path, monkeypatch):
 
 
 def test_a_window_spends_what_is_left(settings):
-    steps, shares = 40, bilingual_online.SHARES
-    budgets = bilingual_online.budgets_of(steps)
-    mixture = Mixture(shares, budgets, samples=steps * bilingual_online.BATCH)
-    mixture.skip(20 * bilingual_online.BATCH)
-    rows = bilingual_online.window_rows((0.2, 0.8), mixture, 1, steps)
-    ends = [*(row[0] for row in rows[1:]), steps * bilingual_online.BATCH]
+    steps, shares = 40, bilingual_online_run.SHARES
+    budgets = bilingual_online_run.budgets_of(steps)
+    mixture = Mixture(shares, budgets, samples=steps * bilingual_online_run.BATCH)
+    mixture.skip(20 * bilingual_online_run.BATCH)
+    rows = bilingual_online_run.window_rows((0.2, 0.8), mixture, 1, steps)
+    ends = [*(row[0] for row in rows[1:]), steps * bilingual_online_run.BATCH]
     spent = sum((end - row[0]) * np.array(row[1:]) for row, end in zip(rows, ends, strict=True))
     assert spent == pytest.approx(np.array(budgets) - mixture.served, abs=1e-6)
     inside = (ends[1] - rows[1][0]) * rows[1][2]

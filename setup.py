@@ -35,7 +35,7 @@ EXTENSIONS = [
     Pybind11Extension(
         "megatron_commute.kernels._mixture",
         ["csrc/mixture.cpp"],
-        depends=["csrc/mixture.h"],
+        depends=["csrc/mixture.h", "csrc/hashes.h"],
         cxx_std=17,
         extra_compile_args=EXACT,
         optional=True,

@@ -12,6 +12,11 @@ import torch
 
 from megatron_commute import reduce
 
+try:  # compiled when the package was installed with a C++ compiler at hand
+    from megatron_commute.kernels._mixture import sum_of_hashes as compiled
+except ImportError:
+    compiled = None
+
 # Sums of losses count in whole units of 2^-32 nats, so that they are the same in any order, on any
 # number of ranks and wherever they are cut by checkpoints.
 UNIT = 2.0**-32
@@ -65,8 +70,7 @@ class Tally:
         if losses is not None:
             self._seen.append((own, losses))
         if tokens is not None:
-            hashes = sample_hashes(first_sample + self.mine, own, positions[self.mine], tokens)
-            self._hashes += hashes.sum(dtype=np.uint64)
+            self._hashes += sum_of_hashes(first_sample + self.mine, own, positions[self.mine], tokens)
 
     def settle(self):
         """Bring together what all ranks of the group have seen since the last time; collective.
@@ -118,6 +122,16 @@ class Tally:
         self.skipped = state.get("skipped", 0)
         self.losses = np.array(state["losses"], dtype=np.float64)
         self.fingerprint = int(state["fingerprint"], 16)
+
+
+def sum_of_hashes(index, domain, position, tokens):
+    """The sum mod 2^64 of `sample_hashes`, a u64; compiled where that was installed."""
+    if compiled is None:
+        return sample_hashes(index, domain, position, tokens).sum(dtype=np.uint64)
+    parts = tokens if isinstance(tokens, list) else [tokens]
+    parts = [np.ascontiguousarray(part, dtype=np.int64) for part in parts]
+    factors = _factors(max([3, *(part.shape[1] for part in parts)]))
+    return np.uint64(compiled(index, domain, position, parts, factors))
 
 
 def sample_hashes(index, domain, position, tokens):

@@ -3,10 +3,14 @@
 import json
 
 import numpy as np
+import pytest
 import ranks
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megatron_commute import reduce
+from megatron_commute.record import tally as module
 from megatron_commute.record.tally import Tally, sample_hashes
 
 M64 = 2**64
@@ -115,6 +119,46 @@ def test_the_hash_tells_place_origin_and_content_apart():
     found = sample_hashes(index, domain, position, tokens)
     assert len(set(found.tolist())) == len(rows)
     assert (sample_hashes(index, domain, position, tokens.astype(np.uint16)) == found).all()
+
+
+@pytest.mark.skipif(module.compiled is None, reason="installed without a C++ compiler")
+@given(
+    st.lists(st.tuples(st.integers(0, 5), st.integers(0, 11)), min_size=1, max_size=4), st.integers(0, 2**32)
+)
+@settings(deadline=None)
+def test_the_compiled_sum_is_that_of_the_samples(shapes, seed):
+    rng, rows = np.random.default_rng(seed), sum(rows for rows, _ in shapes)
+    index, domain, position = rng.integers(-(2**63), 2**63 - 1, size=(3, rows))
+    parts = [rng.integers(-(2**31), 2**31, size=shape).astype(rng.choice(["<i8", "<i4"])) for shape in shapes]
+    expected = 0
+    for at, tokens in enumerate(row for part in parts for row in part):
+        expected += hashed(*(int(part[at]) for part in (index, domain, position)), tokens)
+    found = module.sum_of_hashes(index, domain, position, parts)
+    plain = [sample_hashes(*(x[:0] for x in (index, domain, position)), np.zeros((0, 1)))]
+    begin = 0
+    for part in parts:
+        own = slice(begin, begin + len(part))
+        plain.append(sample_hashes(index[own], domain[own], position[own], part))
+        begin += len(part)
+    assert int(found) == expected % 2**64 == sum(map(int, np.concatenate(plain))) % 2**64
+
+
+@pytest.mark.skipif(module.compiled is None, reason="installed without a C++ compiler")
+def test_the_compiled_sum_refuses_arrays_it_would_misread():
+    place, tokens, factors = np.arange(4), np.zeros((4, 8), dtype=np.int64), module._factors(8)
+    good = [place, place, place, [tokens], factors]
+    assert module.compiled(*good) == int(sample_hashes(place, place, place, tokens).sum())
+    for at, bad in [
+        (0, place[:3]),
+        (2, place[:, None]),
+        (3, [tokens[0]]),
+        (3, [tokens] * 2),
+        (4, factors[:7]),
+    ]:
+        with pytest.raises(ValueError, match="give"):
+            module.compiled(*(bad if k == at else value for k, value in enumerate(good)))
+    with pytest.raises(TypeError):
+        module.compiled(*good[:4], factors.astype(np.float64))
 
 
 def test_one_token_of_a_million_changes_the_fingerprint():

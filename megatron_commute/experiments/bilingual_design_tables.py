@@ -5,7 +5,8 @@ import numpy as np
 from megatron_commute.experiments import bilingual_figures as figures
 from megatron_commute.experiments import bilingual_tables as tables
 
-SHOWN = ("target", "english", "code", "mixture")
+SHOWN = {"target": "Russian", "english": "English", "code": "code", "mixture": "mixture"}  # losses
+DOMAINS = {"english": "English", "russian": "Russian", "code": "code", "mixture": "mixture"}
 
 
 def written(folder, part, rows):
@@ -20,7 +21,8 @@ def written(folder, part, rows):
     elif part == "memory":
         files.append(figures.save(folder / "memory.png", (6.4, 3.2), lambda f: draw_memory(f, rows)))
     elif part not in ("folding", "criterion", "halves"):
-        files.append(figures.save(folder / f"{part}.png", (7.4, 3.6), lambda f: draw_changes(f, rows)))
+        shown = DOMAINS if part == "targets" else SHOWN
+        files.append(figures.save(folder / f"{part}.png", (7.4, 3.6), lambda f: draw_changes(f, rows, shown)))
     return text, files
 
 
@@ -36,15 +38,15 @@ def short(rows):
     return list(lines.values())
 
 
-def draw_changes(figure, rows):
-    """Change of the target and of what else is trained, a panel for each rate schedule."""
+def draw_changes(figure, rows, shown):
+    """Change of the losses `shown` {name: label}, a panel for each rate schedule."""
     rows = [row for row in rows if row.get("against") in (None, "constant")]
     styles = list(dict.fromkeys(row["style"] for row in rows))
     panels = figure.subplots(1, len(styles), sharey=True, squeeze=False)[0]
     for panel, style in zip(panels, styles, strict=True):
         here = [row for row in rows if row["style"] == style]
         places = list(dict.fromkeys((row["x"], row["schedule"]) for row in here))
-        for i, name in enumerate(SHOWN):
+        for i, (name, label) in enumerate(shown.items()):
             own = {(row["x"], row["schedule"]): row for row in here if row["name"] == name}
             at = np.arange(len(places)) + 0.12 * (i - 1.5)
             values = [own[place]["percent"] for place in places]
@@ -56,7 +58,7 @@ def draw_changes(figure, rows):
                 "ls": "",
                 "capsize": 2,
             }
-            panel.errorbar(at, values, errors, label="Russian" if name == "target" else name, **about)
+            panel.errorbar(at, values, errors, label=label, **about)
         several = len({x for x, _ in places}) > 1
         words = [f"{x}\n{schedule}" if several else schedule for x, schedule in places]
         panel.set_xticks(range(len(places)), words, rotation=30, ha="right", fontsize=7.5)

@@ -7,7 +7,7 @@ import markov_text
 import numpy as np
 import pytest
 
-from megatron_commute.experiments import bilingual, bilingual_design
+from megatron_commute.experiments import bilingual, bilingual_design, bilingual_targets
 from megatron_commute.experiments.bilingual_trainer import Settings
 
 
@@ -25,9 +25,14 @@ def size(*parts):
 def test_a_study_resumes_and_redraws(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(bilingual_design, "STYLES", ("WSD", "cosine"))
     monkeypatch.setattr(bilingual_design, "PEAKS", (1e-3,))
-    parts, said = size("main", "rate", "memory", "averaging", "folding", "criterion", "halves"), []
+    for name, value in (("MIXTURES", ("base",)), ("MEMORIES", (2.5, 5.0)), ("CHOOSING", (101, 102))):
+        monkeypatch.setattr(bilingual_targets, name, value)
+    monkeypatch.delitem(bilingual_targets.TARGETS, "english")
+    parts, said = size(*bilingual_design.PARTS[:1], *bilingual_design.PARTS[3:]), []
     first = bilingual.study("design", settings, tmp_path, True, 1, said.append, parts)
     for name in ("main.csv", "main.png", "memory.csv", "averaging.png", "folding.csv", "curvature.csv"):
+        assert (tmp_path / "design" / name).exists()
+    for name in ("targets.csv", "targets.png", "targets_fitted.csv", "targets_choosing.csv"):
         assert (tmp_path / "design" / name).exists()
     assert said
     said.clear()

@@ -2,7 +2,7 @@
 follow.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,6 +51,7 @@ __all__ = [
 ]
 
 LARGEST_HOLDOUT = 0.2
+SCARCE = 0.2  # of the samples: towards more, law flow was measured to cost the others more than it gains
 
 
 @dataclass(frozen=True, eq=False)
@@ -240,9 +241,7 @@ def _warnings(
             found.append(f"{key}: its {size} sequences are used {share * run.samples / size:.2f} times")
         if config.mode == "shadow" and not isinstance(domain.holdout, str):
             found.append(f"{key}.holdout: in mode shadow the host trains on it too; name a prefix of its own")
-    if config.controller.memory > LARGEST_MEMORY:
-        told = f"{config.controller.memory:g}, over all that were measured; flow takes {LARGEST_MEMORY:g}"
-        found.append(f"controller.memory: {told}")
+    found += _of_flow(config, shares)
     cost = probe_cost(config, run)
     if cost.probes == 0:
         found.append(
@@ -259,4 +258,20 @@ def _warnings(
         )
     if len(config.domains) == 1:
         found.append("domains: there is only one, so there is no order to choose")
+    return found
+
+
+def _of_flow(config: Config, shares: np.ndarray) -> list[str]:
+    """Warnings about law flow."""
+    found = []
+    if config.controller.memory > LARGEST_MEMORY:
+        told = f"{config.controller.memory:g}, over all that were measured; flow takes {LARGEST_MEMORY:g}"
+        found.append(f"controller.memory: {told}")
+    if config.controller.law == "flow" and isinstance(config.target, Mapping):
+        least = min(s for name, s in zip(config.names, shares, strict=True) if config.target.get(name))
+        if least > SCARCE:
+            found.append(
+                f"target: its scarcest domain has {least:.0%} of the samples; towards so much, flow cost the "
+                "others more than it gained"
+            )
     return found

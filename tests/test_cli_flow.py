@@ -78,6 +78,17 @@ def test_mode_act_without_a_law_plans_by_flow(mixture):
     assert done.exit_code == 2 and "--lr: missing" in done.stderr
 
 
+@pytest.mark.parametrize(("law", "warns"), [("flow", True), ("hold", False)])
+def test_a_target_that_is_not_scarce_is_warned_of(mixture, law, warns):
+    """A quarter of the samples: between a tenth, where flow was measured to gain, and three tenths, where it cost more."""
+    mixture.write_text(MIXTURE.replace("{law: flow}", f"{{law: {law}}}"))
+    done = invoke("plan", mixture, *SIZE.split(), *RATES.split())
+    told = "warning: target: its scarcest domain has 25% of the samples; towards so much, flow cost the others"
+    assert any(line.startswith(told) for line in done.output.splitlines()) == warns
+    mixture.write_text(MIXTURE.replace("ru: 1", "ru: 1, en: 0").replace("600", "720").replace("200", "80"))
+    assert "scarcest" not in invoke("plan", mixture, *SIZE.split(), *RATES.split()).output
+
+
 def test_a_memory_beyond_all_that_were_measured_is_capped_and_said_once(mixture):
     mixture.write_text(MIXTURE.replace("{law: flow}", "{law: flow, memory: 12}"))
     done = invoke("plan", mixture, *SIZE.split(), *RATES.split())

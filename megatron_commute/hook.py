@@ -223,8 +223,7 @@ class Hook:
         self.settle()
         times = flow_times(self.learning_rate, step, self.config.every, self.run.train_iters)
         weights = self.stream.weights
-        first = self.probes
-        self.probes += 1
+        first, self.probes = self.probes, self.probes + 1
         if step == self.fatal_step:
             self._skip(step, "the run ended inside this probe before it was restarted", begun)
             return
@@ -296,6 +295,7 @@ class Hook:
             "config": self.config.digest,
             "ledger": self.ledger._asdict(),
             "mixture": self.stream.consumed.state_dict(),
+            "weights": self.weights.tolist(),
             "probes": self.probes,
             "failures": self.failures,
             "off": self.off,
@@ -330,6 +330,7 @@ class Hook:
         if self.config.probe.memory == "auto" and state["memory"] != self.memory.mode:
             self._work_in(state["memory"])  # what is free today must not change the numbers of a run
         self.tally.load_state_dict(state["tally"])
+        self.weights = np.array(state.get("weights", self.weights))
         if branch:
             return self.start((branch,))
         problem = changed = ""

@@ -2,7 +2,7 @@
 
     MEGATRON_DEEPSPEED=PATH python tests/megatron_deepspeed/random_kills.py [FOLDER] [KILLS]
 
-rewrites random_kills.csv, one row a layout; a quarter of an hour on two idle cores. Everything lies in FOLDER, so that
+rewrites random_kills.csv, one row a layout; some five minutes on two idle cores. Everything lies in FOLDER, so that
 the same command goes on where it was interrupted. A checkpoint is written every second step; one rank, drawn at random,
 dies at a random moment of one of the next steps, checkpoints and probes included, and the job is started again with
 --load. What the loaders brought, as far as it was trained on, the final model and the record are compared with a run
@@ -24,7 +24,8 @@ import layouts
 import matrix
 
 LAYOUTS = ("zero1", "zero3", "tp2", "pp2", "fp16")
-KILLS, SAVED, WITHIN = 50, 2, 1.2  # seconds after the beginning of a step
+KILLS, SAVED = 50, 2
+WITHIN, SOON = 0.6, 0.1  # seconds after the beginning of a step, of which one takes a tenth
 STILL = ("--hidden-dropout", "0", "--attention-dropout", "0")
 FLOW = "target: {russian: 1}\nprobe: {samples: 8, splits: 2}\ncontroller: {law: flow, rate: 0.2}\n"
 BUDGETS = [96, 16, 48]
@@ -65,10 +66,11 @@ def lives(name, folder, tree, data, kills):
         number, begun = len(done), saved_step(folder)
         rng, fault = random.Random(f"{name} {number}"), None
         if number < kills:
-            # the last kills leave steps for those to come
-            step = min(begun + rng.randint(0, 2 * SAVED - 1), layouts.ITERS - 1)
+            # the last life is to train some steps, and those before it to leave some to the next
+            wide = layouts.ITERS - begun > 2 * SAVED * (kills - number)
+            step, within = begun + (rng.randint(0, 2 * SAVED - 1) if wide else 0), WITHIN if wide else SOON
             rank = rng.randrange(layouts.LAYOUTS[name].ranks)
-            fault = {"rank": rank, "kind": "killed", "step": step, "seconds": rng.random() * WITHIN}
+            fault = {"rank": rank, "kind": "killed", "step": step, "seconds": rng.random() * within}
         file.write_text(json.dumps([*done, [begun, None]]))
         codes = driver.launch(tree, job(name, folder, tree, data, f"life{number}", fault))
         if fault is None and any(codes):

@@ -83,7 +83,9 @@ def test_a_target_that_is_not_scarce_is_warned_of(mixture, law, warns):
     """A quarter of the samples: between a tenth, where flow was measured to gain, and three tenths, where it cost more."""
     mixture.write_text(MIXTURE.replace("{law: flow}", f"{{law: {law}}}"))
     done = invoke("plan", mixture, *SIZE.split(), *RATES.split())
-    told = "warning: target: its scarcest domain has 25% of the samples; towards so much, flow cost the others"
+    told = (
+        "warning: target: its scarcest domain has 25% of the samples; towards so much, flow cost the others"
+    )
     assert any(line.startswith(told) for line in done.output.splitlines()) == warns
     mixture.write_text(MIXTURE.replace("ru: 1", "ru: 1, en: 0").replace("600", "720").replace("200", "80"))
     assert "scarcest" not in invoke("plan", mixture, *SIZE.split(), *RATES.split()).output

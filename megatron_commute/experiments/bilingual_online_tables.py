@@ -13,7 +13,7 @@ from megatron_commute.experiments.bilingual_flow_tables import change, loss_of
 from megatron_commute.experiments.bilingual_flow_variants import BASE
 
 LOSSES = (*BASE, "mixture")
-SHAPES = {"target": (7.6, 4.8), "length": (7.6, 3.2)}
+SHAPES = {"target": (7.6, 4.8), "length": (7.6, 4.4)}
 
 
 def of(losses, name, loss):
@@ -126,7 +126,7 @@ def draw(figure, rows, lengths):
             panel.set_title(f"{setting}\n{style}", fontsize=8.5)
             panel.set_xticks(range(len(LOSSES)), LOSSES, rotation=30, ha="right", fontsize=7.5)
     base = "the constant mixture" if lengths else "the old plan"
-    figure.supylabel(f"change of the final loss against {base} (%)", fontsize=9)
+    figure.supylabel(f"change of the final loss\nagainst {base} (%)", fontsize=9)
     known = {}
     for panel in panels.ravel():
         known |= dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import records
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launch"))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "launch"), str(ROOT / "tests" / "bench")]
 
 import quickstart_compare
 import quickstart_mixture
+import quickstart_pairs
 
 
 def run(folder, valid, budgets=(300, 100), end=True):
@@ -70,3 +72,13 @@ def test_the_constant_mixture_has_the_same_data_and_no_probes(tmp_path, capsys):
     flow, hold = ((tmp_path / f"{law}.yaml").read_text() for law in ("flow", "hold"))
     changed = [pair for pair in zip(flow.splitlines(), hold.splitlines(), strict=True) if pair[0] != pair[1]]
     assert [b.split("#")[0].strip() for _, b in changed] == ["every: 500", "law: hold"] and "seed: 7" in flow
+
+
+def test_the_front_page_tells_what_the_pairs_say():
+    page = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    found = {(row["decay"], row["domain"]): row for row in quickstart_pairs.summary(quickstart_pairs.kept())}
+    for decay, words in (("cosine", "lower under a cosine"), ("WSD", "under WSD")):
+        row = found[decay, "russian"]
+        assert row["pairs"] == 5 and f"{-row['percent']:.1f} ± {row['half']:.1f} % {words}" in page
+    others = [row["percent"] for (_, domain), row in found.items() if domain in ("english", "code")]
+    assert "English and code at most 0.3 % higher" in page and 0 < max(others) < 0.35

@@ -101,11 +101,14 @@ class Sight:
         tells, self.last = self.last, False
         with harmless("losses of domains are not seen by this rank from here on"):
             losses, mask = losses.detach(), mask()
-            known = torch.is_tensor(mask) and mask.numel() == losses.numel()
-            mask = mask.detach().reshape(losses.shape) if known else torch.ones_like(losses)
+            if not torch.is_tensor(mask) or mask.numel() != losses.numel():
+                mask = torch.ones_like(losses)
+            elif mask.shape != losses.shape:
+                mask = mask.reshape(losses.shape)
             self.losses.append((losses, mask))
             self.last = tells
 
+    @torch.no_grad()
     def sequence_losses(self, count):
         """f64[count] of this step in the order trained, the mean of every sequence over its tokens
         that count, a tensor on its device; None where another rank tells them or they could not be

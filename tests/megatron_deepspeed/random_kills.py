@@ -6,7 +6,8 @@ rewrites random_kills.csv, one row a layout; some five minutes on two idle cores
 the same command goes on where it was interrupted. A checkpoint is written every second step; one rank, drawn at random,
 dies at a random moment of one of the next steps, checkpoints and probes included, and the job is started again with
 --load. What the loaders brought, as far as it was trained on, the final model and the record are compared with a run
-that nobody disturbed. A probe in which a rank died is skipped by the restart, on purpose: such steps are counted.
+that nobody disturbed. A probe in which a rank died is skipped by the restart, on purpose, and after three in a row probing
+is off: such steps are counted.
 """
 
 import json
@@ -25,7 +26,7 @@ import matrix
 
 LAYOUTS = ("zero1", "zero3", "tp2", "pp2", "fp16")
 KILLS, SAVED = 50, 2
-WITHIN, SOON = 0.6, 0.1  # seconds after the beginning of a step, of which one takes a tenth
+WITHIN, SOON = 0.4, 0.1  # seconds after the beginning of a step, of which one takes a tenth
 STILL = ("--hidden-dropout", "0", "--attention-dropout", "0")
 FLOW = "target: {russian: 1}\nprobe: {samples: 8, splits: 2}\ncontroller: {law: flow, rate: 0.2}\n"
 BUDGETS = [96, 16, 48]
@@ -67,7 +68,7 @@ def lives(name, folder, tree, data, kills):
         rng, fault = random.Random(f"{name} {number}"), None
         if number < kills:
             # the last life is to train some steps, and those before it to leave some to the next
-            wide = layouts.ITERS - begun > 2 * SAVED * (kills - number)
+            wide = layouts.ITERS - begun >= SAVED * (kills - number) + 2 * SAVED * (number > 0)
             step, within = begun + (rng.randint(0, 2 * SAVED - 1) if wide else 0), WITHIN if wide else SOON
             rank = rng.randrange(layouts.LAYOUTS[name].ranks)
             fault = {"rank": rank, "kind": "killed", "step": step, "seconds": rng.random() * within}
@@ -96,9 +97,10 @@ def brought(folder, begins, ranks):
 
 
 def record(folder):
-    """The lines of the record but for what belongs to skipped probes, and the steps of these."""
+    """The lines of the record, and the steps of probes that were not measured."""
     lines = [json.loads(line) for line in Path(folder, "save", "commute.jsonl").read_text().splitlines()]
-    skipped = {line["step"] for line in lines if line["event"] == "skip"}
+    measured = {line["step"] for line in lines if line["event"] == "probe"}
+    skipped = {line["step"] for line in lines if line["event"] in ("skip", "decision")} - measured - {0}
     return [{key: value for key, value in line.items() if key != "timing"} for line in lines], skipped
 
 
@@ -124,7 +126,7 @@ def row(name, folder, tree, data, kills):
         "layout": name,
         "kills": sum(-9 in (codes or ()) for _, codes in done),
         "began_with_step": " ".join(str(begun) for begun, _ in done),
-        "inside_probes": len(skipped),
+        "probes_skipped": len(skipped),
         "samples_as_undisturbed": drawn == expected and len(drawn) == sum(BUDGETS),
         "budgets_exact": list(lines[-1].get("served", {}).values()) == BUDGETS,
         "model_as_undisturbed": models == model,

@@ -62,6 +62,23 @@ def test_overflowed_steps_on_the_host(scratch, tmp_path):
     assert here.record("again") == here.record("fixed")
 
 
+@pytest.mark.parametrize("mode", ["fixed", "act"])
+def test_law_flow_makes_its_plan_again_though_steps_were_left_out(scratch, tmp_path, mode):
+    """The scheduler does not count them, so a restart is told of other rates to come."""
+    here = Jobs(scratch, tmp_path, "fp16")
+    text = (here.data / f"{mode}.yaml").read_text()
+    file = tmp_path / "flow.yaml"
+    law = "target: {russian: 1}\nprobe: {samples: 8, splits: 2}\ncontroller: {law: flow}\n"
+    file.write_text(text[: text.index("probe:")] + law)
+    here.add("whole", "--commute", file)
+    here.add("cut", "--commute", file, *CUT)
+    words = {f"--save {tmp_path}/again": f"--save {tmp_path}/cut"}
+    here.add("again", "--commute", file, load="cut", words=words)
+    seen = here.run()
+    assert any(line.get("skipped") for line in here.record("whole"))
+    assert None not in seen["again"] and here.record("again") == here.record("whole")
+
+
 def test_all_layouts_in_fp16_measure_the_same(scratch):
     wrong = [row for row in agreement.rows(scratch, FP16) if not row["within"]]
     assert len(FP16) == 5 and not wrong

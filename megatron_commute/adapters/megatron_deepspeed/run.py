@@ -183,8 +183,7 @@ class TrainingRun:
         )
         self.sight = Sight(*(first_shard and end for end in ends))
         consumed = args.consumed_train_samples or args.iteration * args.global_batch_size
-        # samples of steps that were left out, which the scheduler does not count
-        self.behind = max(0, consumed - self.scheduler.num_steps) if args.fp16 else 0
+        self.behind = 0  # until law flow has planned, so that a restart makes the same plan
         decay = models.decoupled_decay(self.engine, args.weight_decay)
         if args.weight_decay and not decay:
             print_rank_0(
@@ -215,6 +214,8 @@ class TrainingRun:
             )
 
         self.hook = _or_exit(attached, self.plugin.config.file)
+        # samples of steps that were left out, which the scheduler does not count
+        self.behind = max(0, consumed - self.scheduler.num_steps) if args.fp16 else 0
         self.hook.tally.over(groups.world)
 
     def _model(self):

@@ -25,8 +25,9 @@ import layouts
 import matrix
 
 LAYOUTS = ("zero1", "zero3", "tp2", "pp2", "fp16")
+TRACKER = "latest_checkpointed_iteration.txt"
 KILLS, SAVED = 50, 2
-WITHIN, SOON = 0.4, 0.1  # seconds after the beginning of a step, of which one takes a tenth
+WITHIN, SOON = 0.2, 0.1  # seconds after the beginning of a step, of which one takes a tenth
 STILL = ("--hidden-dropout", "0", "--attention-dropout", "0")
 FLOW = "target: {russian: 1}\nprobe: {samples: 8, splits: 2}\ncontroller: {law: flow, rate: 0.2}\n"
 BUDGETS = [96, 16, 48]
@@ -43,7 +44,7 @@ def job(name, folder, tree, data, out, fault=None):
     """One start of the run of layout `name`, whose checkpoints lie in folder/save."""
     save = Path(folder, "save")
     argv = layouts.flags(name, data, save, "--commute", mixture(data), *STILL, "--save-interval", SAVED)
-    if (save / "latest_checkpointed_iteration.txt").exists() or (save / "latest").exists():
+    if (save / TRACKER).exists():
         argv += ["--load", str(save)]
     ranks, out = layouts.LAYOUTS[name].ranks, str(Path(folder, out))
     shutil.rmtree(out, ignore_errors=True)
@@ -53,9 +54,16 @@ def job(name, folder, tree, data, out, fault=None):
 
 
 def saved_step(folder):
-    """The step that the next start goes on with."""
-    latest = Path(folder, "save", "latest")
-    return int(latest.read_text().strip().removeprefix("global_step")) if latest.exists() else 0
+    """The step that the next start goes on with. DeepSpeed names a checkpoint in `latest` before all ranks have written
+    theirs; where a rank died in between, `latest` is put back, as who runs the job would, to what Megatron's tracker names,
+    which is written last.
+    """
+    latest, tracker = Path(folder, "save", "latest"), Path(folder, "save", TRACKER)
+    if not tracker.exists():
+        latest.unlink(missing_ok=True)
+        return 0
+    latest.write_text(f"global_step{tracker.read_text().strip()}")
+    return int(tracker.read_text())
 
 
 def lives(name, folder, tree, data, kills):
@@ -68,7 +76,7 @@ def lives(name, folder, tree, data, kills):
         rng, fault = random.Random(f"{name} {number}"), None
         if number < kills:
             # the last life is to train some steps, and those before it to leave some to the next
-            wide = layouts.ITERS - begun >= SAVED * (kills - number) + 2 * SAVED * (number > 0)
+            wide = layouts.ITERS - begun >= SAVED * (kills - number + 2 * (number > 0))
             step, within = begun + (rng.randint(0, 2 * SAVED - 1) if wide else 0), WITHIN if wide else SOON
             rank = rng.randrange(layouts.LAYOUTS[name].ranks)
             fault = {"rank": rank, "kind": "killed", "step": step, "seconds": rng.random() * within}

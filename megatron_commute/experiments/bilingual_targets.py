@@ -1,8 +1,9 @@
 """What memory another target has (part `targets` of study `design`).
 
 The memory that fits the influences on the loss of every domain, where it has a tenth, three tenths
-and six tenths of the samples; then law flow with several memories towards code and English. Seeds
-and sequences that choose are not those that report.
+and six tenths of the samples, and where related text is trained beside it; then law flow with
+several memories towards code and English, scarce and not. Seeds and sequences that choose are not
+those that report.
 """
 
 import dataclasses
@@ -13,8 +14,10 @@ from megatron_commute.experiments import bilingual_criterion as criterion
 from megatron_commute.experiments.bilingual_flow_variants import VARIANTS, Variant
 from megatron_commute.experiments.bilingual_tables import write_csv
 
-MIXTURES = ("base", "low-resource code", "low-resource English")  # of VARIANTS
+MIXTURES = ("base", "low-resource code", "low-resource English", "K = 5")  # of VARIANTS
 TARGETS = {name: Variant(target={name: 1.0}) for name in ("code", "english")}
+SCARCE = {"scarce code": "low-resource code", "scarce English": "low-resource English"}
+TARGETS |= {name: VARIANTS[key] for name, key in SCARCE.items()}
 MEMORIES = (2.5, 5.0, 7.5, 10.0)
 FITTED, CHOOSING = (101, 102), (101, 102, 103)  # seeds
 

@@ -27,7 +27,7 @@ def test_a_study_resumes_and_redraws(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(bilingual_design, "PEAKS", (1e-3,))
     for name, value in (("MIXTURES", ("base",)), ("MEMORIES", (2.5, 5.0)), ("CHOOSING", (101, 102))):
         monkeypatch.setattr(bilingual_targets, name, value)
-    monkeypatch.delitem(bilingual_targets.TARGETS, "english")
+    monkeypatch.setattr(bilingual_targets, "TARGETS", {"code": bilingual_targets.TARGETS["code"]})
     parts, said = size(*bilingual_design.PARTS[:1], *bilingual_design.PARTS[3:]), []
     first = bilingual.study("design", settings, tmp_path, True, 1, said.append, parts)
     for name in ("main.csv", "main.png", "memory.csv", "averaging.png", "folding.csv", "curvature.csv"):

@@ -44,6 +44,17 @@ def test_a_study_resumes_and_redraws(settings, tmp_path, monkeypatch):
         bilingual.study("online", settings, tmp_path, True, 1, said.append, wrong)
 
 
+def test_a_target_of_its_own_memory_beside_the_law(settings, tmp_path):
+    few = {"parts": ("target",), "styles": ("WSD",), "changes": ("russian>code",)}
+    size = dataclasses.replace(bilingual_online.QUICK, steps=24, **few)
+    bilingual.study("online", settings, tmp_path, True, 1, lambda line: None, size)
+    table = (tmp_path / "online" / "target.csv").read_text().splitlines()
+    rows = [line.split(",") for line in table[1:]]
+    told = {row[3]: float(row[7]) for row in rows if row[4] == "code"}
+    assert list(told)[0] == "flow" and list(told)[-1] == "own memory: 8.4"
+    assert told["flow"] != told["own memory: 8.4"]
+
+
 def test_a_window_spends_what_is_left(settings):
     steps, shares = 40, bilingual_online_run.SHARES
     budgets = bilingual_online_run.budgets_of(steps)

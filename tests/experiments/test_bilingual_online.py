@@ -51,7 +51,7 @@ def test_a_target_of_its_own_memory_beside_the_law(settings, tmp_path):
     table = (tmp_path / "online" / "target.csv").read_text().splitlines()
     rows = [line.split(",") for line in table[1:]]
     told = {row[3]: float(row[7]) for row in rows if row[4] == "code"}
-    assert list(told)[0] == "flow" and list(told)[-1] == "own memory: 8.4"
+    assert [*told][::2] == ["flow", "own memory: 8.4"]
     assert told["flow"] != told["own memory: 8.4"]
 
 

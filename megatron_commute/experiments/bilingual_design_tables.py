@@ -21,8 +21,9 @@ def written(folder, part, rows):
     elif part == "memory":
         files.append(figures.save(folder / "memory.png", (6.4, 3.2), lambda f: draw_memory(f, rows)))
     elif part not in ("folding", "criterion", "halves"):
-        shown = DOMAINS if part == "targets" else SHOWN
-        files.append(figures.save(folder / f"{part}.png", (7.4, 3.6), lambda f: draw_changes(f, rows, shown)))
+        shown, height = (DOMAINS, 4.6) if part == "targets" else (SHOWN, 3.6)
+        size = 7.4, height
+        files.append(figures.save(folder / f"{part}.png", size, lambda f: draw_changes(f, rows, shown)))
     return text, files
 
 
@@ -60,8 +61,10 @@ def draw_changes(figure, rows, shown):
             }
             panel.errorbar(at, values, errors, label=label, **about)
         several = len({x for x, _ in places}) > 1
-        words = [f"{x}\n{schedule}" if several else schedule for x, schedule in places]
-        panel.set_xticks(range(len(places)), words, rotation=30, ha="right", fontsize=7.5)
+        many = len(places) > 5
+        words = [(", " if many else "\n").join(place if several else place[1:]) for place in places]
+        turned = {"rotation": 90} if many else {"rotation": 30, "ha": "right"}
+        panel.set_xticks(range(len(places)), words, fontsize=7.5, **turned)
         panel.axhline(0, color=figures.GREY, lw=0.8)
         panel.set_title(f"learning rate: {style}")
     panels[0].set_ylabel("change of the final loss (%)")

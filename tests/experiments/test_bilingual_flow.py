@@ -79,7 +79,7 @@ def test_the_main_part_asks_every_schedule(settings, tmp_path, monkeypatch):
 
 def test_seeds_that_choose_read_other_text_than_those_that_report(settings):
     text = Text(settings)
-    chosen, reported = (bilingual_flow._judging(text, "code", choosing) for choosing in (True, False))
+    chosen, reported = (bilingual_flow.judging(text, "code", choosing) for choosing in (True, False))
     assert len(chosen) + len(reported) == len(text.valid["code"])
     data = [tuple(text.valid["code"][i]["tokens"].tolist()) for i in range(len(text.valid["code"]))]
     assert [tuple(row.tolist()) for row in (*chosen, *reported)] == data

@@ -84,7 +84,7 @@ def test_a_target_that_is_not_scarce_is_warned_of(mixture, law, warns):
     mixture.write_text(MIXTURE.replace("{law: flow}", f"{{law: {law}}}"))
     done = invoke("plan", mixture, *SIZE.split(), *RATES.split())
     told = (
-        "warning: target: its scarcest domain has 25% of the samples; towards so much, flow cost the others"
+        "warning: target: its scarcest domain has 25% of the samples; measured, flow gained at 10% and cost"
     )
     assert any(line.startswith(told) for line in done.output.splitlines()) == warns
     mixture.write_text(MIXTURE.replace("ru: 1", "ru: 1, en: 0").replace("600", "720").replace("200", "80"))

@@ -139,22 +139,23 @@ def roads(settings, folder, size, style, processes, tell):
     return result, rows
 
 
-def _judged(design, folder, schedules, seeds, about, processes, tell):
+def _judged(design, folder, schedules, seeds, about, processes, tell, choosing=False):
     """Rows of the change of every loss under the schedules {name: (edges, weights)}, against the
-    constant mixture and against law flow.
+    constant mixture and against law flow where it is among them. choosing: on what chooses.
     """
+    at, cell = ("choosing/", work.tried) if choosing else ("", work.judged)
     jobs = []
     for seed in seeds:
         for name, segments in {"constant": (None, None), **schedules}.items():
             edges, weights = (None if part is None else np.asarray(part).tolist() for part in segments)
             told = {"seed": seed, "edges": edges, "weights": weights}
-            jobs.append((f"{name}/{seed}", work.judged, told))
+            jobs.append((f"{at}{name}/{seed}", cell, told))
     found = cells.fill(folder, design, jobs, processes, tell)
     losses = {
-        name: [found[f"{name}/{seed}"]["losses"] for seed in seeds] for name in ("constant", *schedules)
+        name: [found[f"{at}{name}/{seed}"]["losses"] for seed in seeds] for name in ("constant", *schedules)
     }
     pairs = [(name, "constant") for name in schedules]
-    pairs += [(name, "flow") for name in schedules if name != "flow"]
+    pairs += [(name, "flow") for name in schedules if "flow" in schedules and name != "flow"]
     return [
         {**about, "schedule": ours, "against": base, **row}
         for ours, base in pairs

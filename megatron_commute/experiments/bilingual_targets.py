@@ -34,7 +34,7 @@ def part(designed, designed_flow, judged, styles, folder, seeds, processes, tell
             design, place = designed(style, setting=setting), folder / f"{style}-target-{target}"
             roads = {f"memory {c:g}": designed_flow(design, memory=c) for c in MEMORIES}
             about = {"x": target, "style": style}
-            tried += chosen(design, place, roads, about, processes, tell)
+            tried += judged(design, place, roads, CHOOSING, about, processes, tell, choosing=True)
             own = [row for row in tried if about.items() <= row.items() and row["name"] == "target"]
             best = min(own, key=lambda row: row["percent"])["schedule"]
             schedules = {"flow": designed_flow(design), best: roads[best]}
@@ -60,24 +60,3 @@ def fitted(designed, styles, folder, processes, tell):
                     row["share"] = round(design.proxy.shares[k], 3)
                     rows.append(row | {"memory": memory, "explained": explained})
     return rows
-
-
-def chosen(design, folder, roads, about, processes, tell):
-    """Rows of the change of every loss on the seeds and sequences that choose."""
-    jobs = []
-    for name, segments in {"constant": (None, None), **roads}.items():
-        edges, weights = (None if part is None else part.tolist() for part in segments)
-        for seed in CHOOSING:
-            arguments = {"seed": seed, "edges": edges, "weights": weights}
-            jobs.append((f"choosing/{name}/{seed}", work.tried, arguments))
-    found = cells.fill(folder, design, jobs, processes, tell)
-    losses = {
-        name: [found[f"choosing/{name}/{seed}"]["losses"] for seed in CHOOSING]
-        for name in ("constant", *roads)
-    }
-    plain = dataclasses.replace(design, looks=(1,))
-    return [
-        {**about, "schedule": name, **change.as_dict()}
-        for name in roads
-        for change in work.changes_of(plain, [losses[name], losses["constant"]])
-    ]

@@ -28,7 +28,8 @@ def test_a_study_resumes_and_redraws(settings, tmp_path, monkeypatch):
     for name, value in (("MIXTURES", ("base",)), ("MEMORIES", (2.5, 5.0)), ("CHOOSING", (101, 102))):
         monkeypatch.setattr(bilingual_targets, name, value)
     monkeypatch.setattr(bilingual_targets, "TARGETS", {"code": bilingual_targets.TARGETS["code"]})
-    parts, said = size(*bilingual_design.PARTS[:1], *bilingual_design.PARTS[3:]), []
+    parts = size(*(part for part in bilingual_design.PARTS if part not in ("length", "size")))
+    said = []
     first = bilingual.study("design", settings, tmp_path, True, 1, said.append, parts)
     for name in ("main.csv", "main.png", "memory.csv", "averaging.png", "folding.csv", "curvature.csv"):
         assert (tmp_path / "design" / name).exists()

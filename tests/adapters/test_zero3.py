@@ -167,6 +167,14 @@ def test_a_fault_on_one_rank_is_told_by_all_and_leaves_no_trace(run):
     stacks.assert_survived(told["faults"] for told in run)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_states_that_differ_in_a_bit_are_told_apart_and_nan_is_itself(dtype):
+    one = torch.tensor([1.0, float("nan"), 0.0], dtype=dtype)
+    for other, same in ((one.clone(), True), (one * torch.tensor([1, 1, -1]), False), (one + 1, False)):
+        assert stacks.same(([one], 0), ([other.to(dtype)], 0)) == same
+    assert not stacks.same(([one], 0), ([one], 1))
+
+
 def test_half_precision_is_measured_in_float32():
     for found, weights, kept in ranks.run(half, 2, timeout=200):
         module = stacks.Stack()

@@ -45,10 +45,22 @@ def test_sequence_losses_and_tokens_of_a_step():
     assert domain.tolist() == [1, 0] and position.tolist() == [7, 3]
 
 
-def test_masked_tokens_do_not_count():
+MASK = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+
+
+@pytest.mark.parametrize("mask", [MASK, MASK.reshape(-1)])
+def test_masked_tokens_do_not_count(mask):
     sight = Sight(first=True, last=True)
-    step(sight, torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]))
+    step(sight, mask)
     assert sight.sequence_losses(2).tolist() == [1.5, 9.0]
+
+
+@pytest.mark.parametrize("bound", [(), (torch.ones(2),)])
+def test_every_token_counts_where_the_loss_function_binds_no_mask_of_them(bound):
+    sight = Sight(first=True, last=True)
+    sight.begin()
+    sight.forward_step(lambda batches, model: (LOSSES, functools.partial(reduced, *bound)))(None, None)
+    assert sight.sequence_losses(2).tolist() == [2.0, 7.0]
 
 
 def test_other_ranks_tell_what_this_one_does_not():
@@ -78,9 +90,8 @@ def test_the_loss_function_of_a_pipeline_is_followed_and_put_back(monkeypatch):
     engine = SimpleNamespace(module=SimpleNamespace(loss_fn=loss_fn), train_batch=None)
     sight = Sight(first=False, last=True)
     sight.begin()
-    mask = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
     with sight.of_pipeline(engine):
-        assert float(engine.module.loss_fn(LOSSES.transpose(0, 1), (None, mask))) == 12.0
+        assert float(engine.module.loss_fn(LOSSES.transpose(0, 1), (None, MASK))) == 12.0
     assert engine.module.loss_fn is loss_fn and core.vocab_parallel_cross_entropy is entropy
     assert sight.sequence_losses(2).tolist() == [1.5, 9.0]
 
